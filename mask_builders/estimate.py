@@ -1,0 +1,209 @@
+"""What patterns select from: attention of the last queries, pooled scores, and how the heaviest are kept.
+
+Estimates are in float32, in the coordinates of a `View`: keys in scope, in order. Nothing here reads a device value back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmflex.ir.pattern import View
+
+_CHUNK = 1 << 27
+"""Scores held at a time, in elements: bounds the memory of an estimate at any length."""
+
+
+@dataclass(frozen=True)
+class LastMass:
+    """Attention mass of the last queries, summed over them.
+
+    Attributes:
+        vertical: float32 [B, H, keys], per key.
+        diagonal: float32 [B, H, keys], per distance between query and key.
+        view: where it was measured.
+    """
+
+    vertical: Tensor
+    diagonal: Tensor
+    view: View
+
+    def block_diagonals(self) -> Tensor:
+        """float32 [B, H, tiles]: mass that each block diagonal would hold, if what is seen at a distance held for
+        queries at every place in a tile. A distance ``j * tile + r`` lies on diagonal j for (tile - r) of the tile's
+        queries, and on j + 1 for the other r."""
+        tile, tiles = self.view.tile, self.view.tiles
+        mass = torch.nn.functional.pad(self.diagonal, (0, tiles * tile - self.diagonal.shape[-1]))
+        mass = mass.unflatten(-1, (tiles, tile))
+        later = torch.arange(tile, device=mass.device, dtype=mass.dtype) / tile
+        spill = (mass * later).sum(-1)
+        own = mass.sum(-1) - spill
+        own[..., 1:] += spill[..., :-1]
+        return own
+
+
+@dataclass(frozen=True)
+class LastQueries:
+    """Estimator: softmax attention of the last ``last_q`` queries in scope over all keys before them (MInference,
+    section 3.2; per modality: MMInference, section 3.2)."""
+
+    last_q: int = 64
+
+    def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> LastMass:
+        """q [B, H, M, D], k [B, Hkv, N, D] -> `LastMass`. Non-finite scores count as no attention."""
+        batch, heads, _, _ = q.shape
+        kv_heads, length = k.shape[1], k.shape[2]
+        rows, at, keys = _indices(view, self.last_q)
+        rows, key_index = _on(rows, q.device), None if keys is None else _on(keys, q.device)
+        position = _on(view.layout.position, q.device)
+        last = q.gather(2, rows.clamp(min=0)[:, None, :, None].expand(batch, heads, -1, q.shape[-1]))
+        limit = position.gather(1, (rows + length - view.queries).clamp(min=0).expand(len(position), -1))
+        seen = (position[:, None] <= limit[..., None]) & (position >= 0)[:, None] & (rows >= 0)[..., None]
+        vertical = q.new_zeros((batch, heads, view.size), dtype=torch.float32)
+        diagonal = torch.zeros_like(vertical)
+        group = heads // kv_heads
+        step = max(1, _CHUNK // max(1, batch * group * rows.shape[1] * length))
+        for first in range(0, kv_heads, step):
+            part = slice(first * group, (first + step) * group)
+            query = last[:, part].unflatten(1, (-1, group)).flatten(2, 3).float()
+            scores = (query @ k[:, first : first + step].float().mT * scale).unflatten(2, (group, -1)).flatten(1, 2)
+            scores = scores.masked_fill(~(seen[:, None] & scores.isfinite()), float("-inf"))
+            mass = scores.softmax(-1).nan_to_num_(0.0)
+            if key_index is not None:
+                inside = (key_index >= 0)[:, None, None].expand(batch, mass.shape[1], mass.shape[2], -1)
+                index = key_index.clamp(min=0)[:, None, None].expand(inside.shape)
+                mass = mass.gather(3, index) * inside
+            vertical[:, part] = mass.sum(2)
+            _add_diagonals(diagonal[:, part], mass, at)
+        return LastMass(vertical, diagonal, view)
+
+
+def _add_diagonals(out: Tensor, mass: Tensor, at: np.ndarray) -> None:
+    """Adds mass [B, H, rows, keys] along distances ``at[b, row] - key`` into out [B, H, keys]."""
+    size = mass.shape[-1]
+    flipped = mass.flip(-1)
+    for b in range(mass.shape[0]):
+        for row, stand in enumerate(at[b % len(at)].tolist()):
+            if stand >= 0:
+                out[b, :, : stand + 1] += flipped[b, :, row, size - 1 - stand :]
+
+
+@dataclass(frozen=True)
+class PooledScores:
+    """Estimator: scores of mean-pooled queries against mean-pooled keys (MInference, block-sparse heads)."""
+
+    block_size: int
+
+    def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> Tensor:
+        """q [B, H, M, D], k [B, Hkv, N, D] -> float32 [B, H, query blocks, key blocks]; -inf for blocks without a
+        pair of a query and a key before it."""
+        size = self.block_size
+        layout, m = view.layout, view.queries
+        tail = slice(layout.length - m, None)
+        in_rows, in_keys = layout.of(view.scope.query)[:, tail], layout.of(view.scope.key)
+        row_block = np.where(in_rows, layout.coordinate(view.scope.query)[:, tail] // size, -1)
+        key_block = np.where(in_keys, layout.coordinate(view.scope.key) // size, -1)
+        n_rows, n_keys = -(-view.rows // size), -(-view.size // size)
+        pooled_q, pooled_k = _pool(q, row_block, n_rows), _pool(k, key_block, n_keys)
+        group = q.shape[1] // k.shape[1]
+        scores = pooled_q.unflatten(1, (-1, group)) @ pooled_k[:, :, None].mT * scale
+        stand = np.where(in_rows, layout.coordinate(view.scope.key)[:, tail] // size, -1)
+        reach = np.full((len(stand), n_rows + 1), -1)
+        for b in range(len(stand)):
+            np.maximum.at(reach[b], row_block[b], stand[b])
+        seen = _on(reach[:, :-1], q.device)[..., None] >= torch.arange(n_keys, device=q.device)
+        return scores.flatten(1, 2).nan_to_num(0.0).masked_fill(~seen[:, None], float("-inf"))
+
+
+def _pool(x: Tensor, block: np.ndarray, blocks: int) -> Tensor:
+    """Means of x [B, H, T, D] over tokens of equal ``block`` [B, T] (-1: none) -> float32 [B, H, blocks, D]."""
+    index = _on(np.where(block < 0, blocks, block), x.device).expand(len(x), -1)
+    total = x.new_zeros((x.shape[0], x.shape[1], blocks + 1, x.shape[3]), dtype=torch.float32)
+    total.scatter_add_(2, index[:, None, :, None].expand(x.shape), x.float().nan_to_num(0.0))
+    count = torch.zeros((len(index), blocks + 1), device=x.device).scatter_add_(1, index, torch.ones_like(index).float())
+    return total[:, :, :-1] / count[:, None, :-1, None].clamp(min=1.0)
+
+
+def heaviest(mass: Tensor, budget: int, always: Tensor | None = None) -> Tensor:
+    """bool like ``mass`` [..., n]: the ``budget`` heaviest of the last dimension (all, if there are fewer).
+
+    ``always`` [..., n] come first and count towards the budget. Of equals, the lower index is kept.
+    """
+    budget = min(budget, mass.shape[-1])
+    if budget == 0:
+        return torch.zeros_like(mass, dtype=torch.bool)
+    if always is not None:
+        mass = mass.masked_fill(always, float("inf"))
+    least = mass.topk(budget, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = mass > least, mass == least
+    room = budget - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1) <= room))
+
+
+def _indices(view: View, last_q: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """(rows [B, L] indices into the queries, -1 for none; where they stand in keys in scope; keys [B, size] token
+    indices, or None where all keys are in scope and in place)."""
+    layout, scope, m = view.layout, view.scope, view.queries
+
+    def build() -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        tail = slice(layout.length - m, None)
+        rows = _last_true(layout.of(scope.query)[:, tail], last_q)
+        stand = np.take_along_axis(layout.coordinate(scope.key)[:, tail], np.maximum(rows, 0), axis=1)
+        keys = None
+        if scope.key is not None or layout.padded:
+            keys = np.full((layout.batch_size, view.size), -1, np.int64)
+            for b in range(layout.batch_size):
+                found = np.flatnonzero(layout.of(scope.key)[b])
+                keys[b, : len(found)] = found
+        return rows, np.where(rows >= 0, stand, -1), keys
+
+    return layout._once(("last queries", scope, m, last_q), build)
+
+
+def _last_true(mask: np.ndarray, n: int) -> np.ndarray:
+    """Indices of the last n true values of each row [B, n], -1 in front where there are fewer."""
+    out = np.full((len(mask), min(n, mask.shape[1])), -1, np.int64)
+    for b, row in enumerate(mask):
+        found = np.flatnonzero(row)[-out.shape[1] :] if out.shape[1] else []
+        out[b, out.shape[1] - len(found) :] = found
+    return out
+
+
+def _on(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.as_tensor(array, dtype=torch.int64).to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=8)
+def _ramp(n: int, device: torch.device) -> Tensor:
+    return torch.arange(n, device=device)
+
+
+def comb_excess(mass: Tensor, strides: Tensor, widest: int) -> Tensor:
+    """Mass beyond an even share that lies on each comb ``phase, phase + stride, ...``.
+
+    mass [B, H, n], strides [B, H, S] -> [B, H, S, widest] over phases; -inf for phases past the stride. This is what
+    makes strides comparable: a comb of stride s is charged the ``total / s`` that any comb of its density would hold,
+    so neither dense combs (they catch everything) nor multiples of the true stride (they miss half) win.
+    """
+    batch, heads, n = mass.shape
+    shape = (batch, heads, strides.shape[-1], n)
+    phase = (_ramp(n, mass.device) % strides[..., None]).expand(shape)
+    held = mass.new_zeros((*shape[:-1], widest)).scatter_add_(-1, phase, mass[:, :, None].expand(shape))
+    share = mass.sum(-1)[..., None, None] / strides[..., None]
+    return (held - share).masked_fill(_ramp(widest, mass.device) >= strides[..., None], float("-inf"))
+
+
+def likely_strides(mass: Tensor, shortest: int, longest: int, count: int) -> Tensor:
+    """int64 [B, H, count]: the lags between ``shortest`` and ``longest`` at which mass [B, H, n] resembles itself most
+    (autocorrelation by FFT)."""
+    n = mass.shape[-1]
+    longest = max(shortest, min(longest, n - 1))
+    centred = mass - mass.mean(-1, keepdim=True)
+    power = torch.fft.rfft(centred, n=2 * n).abs().square()
+    lags = torch.fft.irfft(power, n=2 * n)[..., : longest + 1]
+    lags = torch.nn.functional.pad(lags, (0, max(0, longest + 1 - lags.shape[-1])))[..., shortest:]
+    return lags.topk(min(count, lags.shape[-1]), dim=-1).indices + shortest

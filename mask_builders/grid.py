@@ -1,0 +1,120 @@
+"""Grid: evenly spaced columns, rows and diagonals, as video heads have them (MMInference, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+
+from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
+
+from .estimate import LastMass, LastQueries, comb_excess, likely_strides
+
+_TRIED = 8
+"""Strides that a search looks at closely."""
+
+
+@dataclass(frozen=True)
+class Grid(Pattern):
+    """Lines every ``stride`` tokens, with a sink and a local window (in tokens, rounded outwards to tiles).
+
+    columns: keys ``k = phase (mod stride)``; rows: queries ``q = phase (mod stride)`` see everything; slash:
+    ``q = k (mod stride)``. Positions count from the first token, or from the first of the modality it is restricted to.
+
+    ``stride="frame"`` takes the distance from frame to frame from the layout. ``"search"`` finds, for every head, the
+    stride between ``shortest`` and ``longest`` in the attention of the last ``last_q`` queries: the 8 lags at which the
+    mass resembles itself most, and of those the comb that holds the most mass *beyond an even share*
+    (`estimate.comb_excess`), summed over the lines that the pattern has. ``phase="search"`` takes the best comb in the
+    vertical mass (0 where only the slash is on). Sink and window are left out of the search.
+    """
+
+    stride: int | Literal["frame", "search"] = "frame"
+    columns: bool = True
+    rows: bool = False
+    slash: bool = False
+    local: int = 1024
+    sink: int = 128
+    phase: int | Literal["search"] = "search"
+    last_q: int = 64
+    shortest: int = 64
+    longest: int = 2048
+
+    def __post_init__(self) -> None:
+        check_counts(self, "local", "sink")
+        check_counts(self, "last_q", "shortest", minimum=1)
+        if self.stride not in ("frame", "search"):
+            check_counts(self, "stride", minimum=1)
+        if self.phase != "search":
+            check_counts(self, "phase")
+        if self.longest < self.shortest:
+            raise ValueError(f"Grid searches strides from {self.shortest} to {self.longest}: the range is empty")
+
+    @property
+    def _searches_phase(self) -> bool:
+        return self.phase == "search" and (self.columns or self.rows)
+
+    def estimator(self) -> LastQueries | None:
+        return LastQueries(self.last_q) if self.stride == "search" or self._searches_phase else None
+
+    def _stride(self, frame_stride: int | None) -> int:
+        """The stride, where it does not depend on attention."""
+        if self.stride != "frame":
+            return int(self.stride)
+        if frame_stride is None:
+            raise ValueError(
+                'Grid(stride="frame") needs a layout with at least two frames in scope, this one has none: '
+                'pass layout=TokenLayout.from_segments(...), stride="search" or a number of tokens'
+            )
+        return frame_stride
+
+    def select(self, estimate: LastMass, view: View) -> Mapping[str, torch.Tensor]:
+        if self.estimator() is None:
+            return {}
+        device = estimate.vertical.device
+        place = torch.arange(view.size, device=device)
+        count = view.layout.of(view.scope.key).sum(axis=1)
+        end = torch.as_tensor(count, device=device)[:, None, None] - self.local - self.last_q
+        vertical = estimate.vertical * ((place >= self.sink) & (place < end))
+        diagonal = estimate.diagonal * (place >= self.local)
+        batch, heads, _ = vertical.shape
+        if self.stride == "search":
+            mass = [m for m, on in ((vertical, self.columns or self.rows), (diagonal, self.slash)) if on]
+            tried = [likely_strides(m, self.shortest, self.longest, _TRIED) for m in mass or [vertical]]
+            strides = torch.cat(tried, -1)
+            widest = self.longest
+        else:
+            widest = self._stride(view.frame_stride)
+            strides = torch.full((batch, heads, 1), widest, device=device)
+        score, phases = comb_excess(vertical, strides, widest).max(-1)
+        if not (self.columns or self.rows):
+            score = torch.zeros_like(score)
+        if self.slash:
+            score = score + comb_excess(diagonal, strides, widest)[..., 0]
+        best = score.argmax(-1, keepdim=True)
+        return {"stride": strides.gather(-1, best)[..., 0], "phase": phases.gather(-1, best)[..., 0]}
+
+    def mask(self, t: Tokens) -> Boolean:
+        if self.stride == "search":
+            stride: sympy.Expr = t.number("stride", at_least=self.shortest)
+        else:
+            stride = sympy.Integer(self._stride(t.layout.frame_stride(t.scope.key)))
+        phase = t.number("phase") if self._searches_phase else sympy.Integer(0 if self.phase == "search" else self.phase)
+        out = t.sink(self.sink) | t.local(self.local)
+        if self.columns:
+            out |= sympy.Eq(sympy.Mod(t.k - phase, stride), 0)
+        if self.rows:
+            out |= sympy.Eq(sympy.Mod(t.row - phase, stride), 0)
+        if self.slash:
+            out |= sympy.Eq(sympy.Mod(t.q - t.k, stride), 0)
+        return out
+
+    @classmethod
+    def candidates(cls) -> tuple[Pattern, ...]:
+        lines = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 1, 1)]  # rows, columns, slash
+        return tuple(
+            cls(stride, columns=bool(c), rows=bool(r), slash=bool(s)) for stride in ("frame", "search") for r, c, s in lines
+        )

@@ -1,0 +1,203 @@
+"""What an expression costs, before any input is seen: how many key blocks a query tile may touch, from the layout and
+the budgets alone. The same numbers bound the width of the index tables and choose between orders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import sympy
+from sympy.core.relational import Relational
+from sympy.logic.boolalg import Boolean
+
+from ..ir import expr as x
+from ..ir.layout import TokenLayout
+from .orders import Order, attribute
+
+FULL = 1.0
+"""Cost of a full block: the unit of cost."""
+PARTIAL = 1.2
+"""Of a partial block whose mask is one comparison (measured: 1.13-1.24)."""
+LOOKUP = 4.0
+"""Of a partial block whose mask looks attributes up (measured: 1.5-6)."""
+MOVED = 0.02
+"""Of moving one tile of one head's rows (q in, out back), in blocks (measured on one H200: 2.9 + 1.5 ms for 28 x 1024
+tiles against 14 ns a block)."""
+LAUNCH = 64.0
+"""Of one more launch, in blocks."""
+PLANNING = {"cpu": 200.0, "triton": 2000.0, "flash": 3000.0}
+"""Of planning, by backend, in blocks per head."""
+
+
+@dataclass(eq=False)
+class Tiles:
+    """Both sides of a launch as the cost model sees them: bounds of layout attributes per tile."""
+
+    layout: TokenLayout
+    rows: Order
+    keys: Order
+
+    @property
+    def row_tiles(self) -> int:
+        return self.rows.slots // self.rows.tile
+
+    @property
+    def key_tiles(self) -> int:
+        return self.keys.slots // self.keys.tile
+
+    def value(self, e: sympy.Basic) -> np.ndarray:
+        """int [B, S]: an expression over one side's layout attributes, in slot order."""
+        order = self.rows if x.q in e.free_symbols else self.keys
+        names: dict[str, np.ndarray] = {}
+
+        def write(leaf: sympy.Basic) -> str:
+            if isinstance(leaf, sympy.Integer):
+                return str(int(leaf))
+            names[f"v{len(names)}"] = order.attribute(leaf, self.layout)
+            return f"v{len(names) - 1}"
+
+        value = np.asarray(eval(x.source(e, write), {"__builtins__": {}}, names))
+        return np.broadcast_to(value, order.index.shape)
+
+    def bounds(self, e: sympy.Basic) -> tuple[np.ndarray, np.ndarray]:
+        """Least and greatest per tile, [B, tiles]."""
+        tiled = self.value(e).reshape(len(self.rows.index if x.q in e.free_symbols else self.keys.index), -1, self.rows.tile)
+        return tiled.min(-1), tiled.max(-1)
+
+    def constant(self, e: sympy.Basic) -> bool:
+        """Whether an expression of one side follows from the layout and is constant on every tile."""
+        if x.selected(e):
+            return False
+        low, high = self.bounds(e)
+        return bool((low == high).all())
+
+
+def tile_constant(expr: Boolean, tiles: Tiles) -> bool:
+    """Whether the expression has one value on every block: it then costs no mask, only block lists."""
+    for atom in x.atoms(expr):
+        if isinstance(atom, Relational):
+            parts = x.separate(atom)
+            if parts is None or not all(tiles.constant(e) for e in (parts[0], parts[2])):
+                return False
+        elif isinstance(atom, x.Member) or not all(tiles.constant(e) for e in atom.args[:-2]):
+            return False
+    return True
+
+
+def count(expr: Boolean, token: sympy.Symbol, layout: TokenLayout) -> int:
+    """At most how many tokens of a prompt satisfy an expression over one token."""
+    n = int(layout.valid.sum(axis=1).max(initial=0))
+    if isinstance(expr, sympy.And):
+        return min(count(arg, token, layout) for arg in expr.args)
+    if isinstance(expr, sympy.Or):
+        return min(n, sum(count(arg, token, layout) for arg in expr.args))
+    if isinstance(expr, x.Member):
+        return min(n, int(expr.args[2]))
+    if not x.selected(expr):
+        names: dict[str, np.ndarray] = {}
+
+        def write(leaf: sympy.Basic) -> str:
+            if isinstance(leaf, sympy.Integer):
+                return str(int(leaf))
+            names[f"v{len(names)}"] = attribute(leaf, layout)
+            return f"v{len(names) - 1}"
+
+        true = np.asarray(eval(x.source(expr, write), {"__builtins__": {}}, names))
+        return int((layout.valid & true).sum(axis=1).max(initial=0))
+    if isinstance(expr, sympy.Eq) and isinstance(expr.lhs, sympy.Mod):
+        stride = expr.lhs.args[1]
+        least = getattr(stride, "at_least", None) or (int(stride) if stride.is_Integer else 1)
+        return min(n, -(-n // max(1, least)))
+    return n
+
+
+Range = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Key tiles ``first .. last`` of every query tile [B, row tiles], and at most how many of them."""
+
+_MANY = 1 << 40
+
+
+def ranges(expr: Boolean, tiles: Tiles) -> list[Range]:
+    """Ranges of key tiles that together hold every block where the expression may hold."""
+    shape, last = (max(len(tiles.rows.index), len(tiles.keys.index)), tiles.row_tiles), tiles.key_tiles - 1
+
+    def span(low: np.ndarray | int = 0, high: np.ndarray | int = last, most: np.ndarray | int = _MANY) -> list[Range]:
+        a, b, c = (np.broadcast_to(np.asarray(v, np.int64), shape) for v in (low, high, most))
+        return [(np.maximum(a, 0), np.minimum(b, last), c)]
+
+    if expr == sympy.true:
+        return span()
+    if expr == sympy.false:
+        return []
+    if isinstance(expr, sympy.Or):
+        return [r for arg in expr.args for r in ranges(arg, tiles)]
+    if isinstance(expr, sympy.And):
+        out = span()
+        for arg in expr.args:
+            other = ranges(arg, tiles)
+            out = [
+                (np.maximum(a, d), np.minimum(b, e), np.minimum(c, f)) for a, b, c in out for d, e, f in other
+            ]
+        return out
+    if isinstance(expr, sympy.Not):
+        return span()
+    if x.sides(expr) == {x.q}:
+        return span() if x.selected(expr) else span(high=np.where(tiles.bounds(expr)[1], last, -1))
+    if x.sides(expr) == {x.k}:
+        if x.selected(expr):
+            return span(most=count(expr, x.k, tiles.layout))
+        some = tiles.bounds(expr)[1].astype(bool)
+        first, final = some.argmax(1)[:, None], last - some[:, ::-1].argmax(1)[:, None]
+        return span(first, np.where(some.any(1)[:, None], final, -1), some.sum(1)[:, None])
+    if isinstance(expr, Relational):
+        return _relation(expr, tiles, span)
+    most, key = int(expr.args[-1]), expr.args[-3]
+    if any(x.selected(e) for e in expr.args[:-2]):
+        return span()
+    low, high = tiles.bounds(expr.args[0])
+    high = tiles.bounds(expr.args[1])[1] if isinstance(expr, x.Touches) else high
+    return span(most=most * (high - low + 1) * _spread(tiles, key))
+
+
+def _spread(tiles: Tiles, key: sympy.Expr) -> int:
+    """In how many key tiles a value of a key coordinate may occur."""
+    low, high = (v.astype(np.int64) for v in tiles.bounds(key))
+    least = int(low.min())
+    most = 0
+    for a, b in zip(low - least, high - least, strict=True):
+        edges = np.zeros(int(b.max()) + 2, np.int64)
+        np.add.at(edges, a, 1)
+        np.add.at(edges, b + 1, -1)
+        most = max(most, int(edges.cumsum().max()))
+    return most
+
+
+def _relation(expr: Relational, tiles: Tiles, span: object) -> list[Range]:
+    parts = x.separate(expr)
+    if parts is None or x.selected(parts[0]) or x.selected(parts[2]):
+        return span()  # type: ignore[operator]
+    (f0, f1), (g0, g1) = tiles.bounds(parts[0]), tiles.bounds(parts[2])
+    batch = max(len(f0), len(g0))
+    f0, f1, g0, g1 = (np.broadcast_to(v, (batch, v.shape[1])) for v in (f0, f1, g0, g1))
+    op = parts[1]
+    low, high = np.zeros_like(f0), np.full_like(f0, tiles.key_tiles - 1)
+    if (np.diff(g0, axis=1) >= 0).all() and op in (sympy.GreaterThan, sympy.StrictGreaterThan, sympy.Eq):
+        side = "left" if op is sympy.StrictGreaterThan else "right"
+        high = np.stack([np.searchsorted(g0[b], f1[b], side) - 1 for b in range(batch)])
+    if (np.diff(g1, axis=1) >= 0).all() and op in (sympy.LessThan, sympy.StrictLessThan, sympy.Eq):
+        side = "right" if op is sympy.StrictLessThan else "left"
+        low = np.stack([np.searchsorted(g1[b], f0[b], side) for b in range(batch)])
+    return span(low, high)  # type: ignore[operator]
+
+
+def touched(expr: Boolean, tiles: Tiles) -> np.ndarray:
+    """[B, row tiles]: at most how many key tiles each query tile touches."""
+    total = np.zeros((1, tiles.row_tiles), np.int64)
+    for first, last, most in ranges(expr, tiles):
+        total = total + np.clip(np.minimum(last - first + 1, most), 0, None)
+    return np.minimum(total, tiles.key_tiles)
+
+
+def causal(tiles: Tiles) -> np.ndarray:
+    """[B, row tiles]: key tiles that hold a key up to some query of the tile."""
+    return touched(sympy.Ge(x.q, x.k, evaluate=False), tiles)

@@ -1,0 +1,1 @@
+"""What a head may see: token layouts, mask expressions and the pattern algebra."""

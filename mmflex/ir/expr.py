@@ -1,0 +1,286 @@
+"""Mask expressions: sympy booleans over the attributes of a query token q and a key token k.
+
+One expression is the whole truth about a head's mask. The compiler derives from it the mask_mod, the block classifier,
+the dense oracle, the predicted cost and the text that `explain()` prints, so that they cannot disagree.
+
+Leaves: the symbols ``q`` and ``k`` (positions), attributes of either (`Rank`, `Modality`, `Frame`, `Cell`, `SegmentOf`,
+`FirstTile`, `LastTile`), integers, and what selection finds for a head: `Number` and the sets of `Member`, `Touches` and
+`Listed`. Causality and padding are not written: every expression is meant under ``q >= k``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import sympy
+from sympy.core.relational import Relational
+from sympy.logic.boolalg import Boolean, BooleanFunction
+
+from .layout import MODALITY_NAMES
+
+q, k = sympy.symbols("q k", integer=True, nonnegative=True)
+
+ALL = -1
+"""Stands for "any modality" among the arguments of an expression."""
+
+
+def _scope(modality: Any) -> str:
+    return MODALITY_NAMES.get(int(modality), "all")
+
+
+class _Attribute(sympy.Function):
+    """An integer attribute of one token; prints as ``name(q)``."""
+
+    is_integer = True
+    is_real = True
+    label = ""
+
+    def _sympystr(self, printer: Any) -> str:
+        return f"{self.label}({printer._print(self.args[0])})"
+
+    def _latex(self, printer: Any) -> str:
+        return rf"\mathrm{{{self.label}}}({printer._print(self.args[0])})"
+
+
+class Modality(_Attribute):
+    """Modality id of a token."""
+
+    label = "modality"
+
+
+class SegmentOf(_Attribute):
+    """Segment of a token."""
+
+    label = "segment"
+
+
+class Frame(_Attribute):
+    """Frame of a token within its segment, -1 for none."""
+
+    label = "frame"
+
+
+class Cell(_Attribute):
+    """Cell of a token within its frame, -1 for none."""
+
+    label = "cell"
+
+
+class Rank(_Attribute):
+    """``Rank(x, m)``: tokens of modality m up to and including x, less one (its rank, if x is of modality m)."""
+
+    def _sympystr(self, printer: Any) -> str:
+        return f"{printer._print(self.args[0])}_{_scope(self.args[1])}"
+
+    def _latex(self, printer: Any) -> str:
+        return rf"{printer._print(self.args[0])}_{{\mathrm{{{_scope(self.args[1])}}}}}"
+
+
+class FirstTile(_Attribute):
+    """``FirstTile(q, rows, keys, tile)``: the lowest key tile, counted in keys of modality ``keys``, at which a query of
+    q's own tile stands; tiles of queries are counted in tokens of modality ``rows``. Constant over a tile of queries."""
+
+    label = "first_tile"
+
+    def _sympystr(self, printer: Any) -> str:
+        return f"{self.label}_{_scope(self.args[1])}_{_scope(self.args[2])}({printer._print(self.args[0])})"
+
+    _latex = _sympystr
+
+
+class LastTile(FirstTile):
+    """As `FirstTile`, the highest."""
+
+    label = "last_tile"
+
+
+class Behind(FirstTile):
+    """``Behind(q, rows, tile)``: queries of modality ``rows`` that come after the last one of q's tile."""
+
+    label = "behind"
+
+    def _sympystr(self, printer: Any) -> str:
+        return f"{self.label}_{_scope(self.args[1])}({printer._print(self.args[0])})"
+
+    _latex = _sympystr
+
+
+class Tile(sympy.Function):
+    """``Tile(x, t)``: x // t, rounded down."""
+
+    is_integer = True
+    is_real = True
+
+    @classmethod
+    def eval(cls, x: Any, t: Any) -> Any:
+        if t == 1:
+            return x
+        return x // t if x.is_Integer else None
+
+    def _sympystr(self, printer: Any) -> str:
+        x = printer._print(self.args[0])
+        return f"({x})//{self.args[1]}" if self.args[0].is_Add else f"{x}//{self.args[1]}"
+
+    def _latex(self, printer: Any) -> str:
+        return rf"\left\lfloor {printer._print(self.args[0])} / {self.args[1]} \right\rfloor"
+
+
+class Number(sympy.Symbol):
+    """An integer that selection finds for every head (a stride, a phase)."""
+
+    at_least: int
+
+    def __new__(cls, name: str, at_least: int = 0) -> Number:
+        self = super().__new__(cls, name, integer=True)
+        self.at_least = at_least
+        return self
+
+    def __getnewargs_ex__(self) -> Any:
+        return ((self.name, self.at_least), {})
+
+
+class Member(BooleanFunction):
+    """``Member(x, name, n)``: x is in the head's set ``name`` of at most n elements (a bitmap over x)."""
+
+    def _sympystr(self, printer: Any) -> str:
+        return f"({printer._print(self.args[0])} in {self.args[1]})"
+
+    def _latex(self, printer: Any) -> str:
+        return rf"{printer._print(self.args[0])} \in \mathrm{{{short(str(self.args[1]))}}}"
+
+
+class Touches(BooleanFunction):
+    """``Touches(first, last, key, name, n)``: one of ``first - key ... last - key`` is in the head's set ``name`` of at
+    most n block diagonals. ``first == last`` for tiles of the same coordinate."""
+
+    def _sympystr(self, printer: Any) -> str:
+        first, last, key, name, _ = self.args
+        if first == last:
+            return f"({printer._print(first - key)} in {name})"
+        return f"({printer._print(first - key)} .. {printer._print(last - key)} meets {name})"
+
+    def _latex(self, printer: Any) -> str:
+        return rf"{printer._print(self.args[0] - self.args[2])} \in \mathrm{{{short(str(self.args[3]))}}}"
+
+
+class Listed(BooleanFunction):
+    """``Listed(a, b, name, n)``: the head's block table ``name`` names key tile b for query tile a (at most n each)."""
+
+    def _sympystr(self, printer: Any) -> str:
+        a, b, name, _ = self.args
+        return f"(({printer._print(a)}, {printer._print(b)}) in {name})"
+
+    def _latex(self, printer: Any) -> str:
+        a, b, name, _ = self.args
+        return rf"({printer._print(a)}, {printer._print(b)}) \in \mathrm{{{short(str(name))}}}"
+
+
+SETS = (Member, Touches, Listed)
+
+
+def short(name: str) -> str:
+    """A set's name without the pattern that it belongs to."""
+    return name.split("@")[0].split("[")[0]
+
+
+def set_name(atom: Boolean) -> str:
+    """The set that a `Member`, `Touches` or `Listed` reads."""
+    return str(atom.args[-2])
+
+
+def atoms(expr: Boolean) -> Iterator[Boolean]:
+    """The atoms (relations and set tests) of an expression."""
+    if isinstance(expr, (Relational, *SETS)):
+        yield expr
+    elif isinstance(expr, (sympy.And, sympy.Or, sympy.Not)):
+        for arg in expr.args:
+            yield from atoms(arg)
+
+
+def sides(expr: sympy.Basic) -> frozenset[sympy.Symbol]:
+    """Which of q and k an expression reads."""
+    return frozenset(expr.free_symbols & {q, k})
+
+
+def selected(expr: sympy.Basic) -> bool:
+    """Whether an expression reads anything that selection finds (else it follows from the layout alone)."""
+    return bool(expr.atoms(Number) or expr.atoms(*SETS))
+
+
+def is_leaf(expr: sympy.Basic) -> bool:
+    """Whether ``expr`` is an attribute of a token, a token's position or a selected number."""
+    return isinstance(expr, (_Attribute, sympy.Symbol))
+
+
+def separate(relation: Relational) -> tuple[sympy.Expr, type[Relational], sympy.Expr] | None:
+    """A relation as ``f(q) op g(k)``, or None where q and k do not come apart.
+
+    Sums come apart term by term. ``(a(q) - b(k)) mod s == c`` is ``(a(q) - c) mod s == b(k) mod s``.
+    """
+    op = relation.func
+    difference = relation.lhs - relation.rhs
+    if op in (sympy.Eq, sympy.Ne):
+        for this, other in ((relation.lhs, relation.rhs), (relation.rhs, relation.lhs)):
+            if isinstance(this, sympy.Mod) and sides(this) == {q, k} and not sides(other):
+                inner = _split(this.args[0])
+                if inner is not None:
+                    s = this.args[1]
+                    return sympy.Mod(inner[0] - other, s), op, sympy.Mod(-inner[1], s)
+    parts = _split(difference)
+    return None if parts is None else (parts[0], op, -parts[1])
+
+
+def _split(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """``expr`` as (terms without k, terms with k alone)."""
+    of_q, of_k = sympy.Integer(0), sympy.Integer(0)
+    for term in sympy.Add.make_args(sympy.expand(expr)):
+        found = sides(term)
+        if found == {q, k}:
+            return None
+        if found == {k}:
+            of_k += term
+        else:
+            of_q += term
+    return of_q, of_k
+
+
+_OPERATORS = {
+    sympy.Eq: "==",
+    sympy.Ne: "!=",
+    sympy.StrictLessThan: "<",
+    sympy.LessThan: "<=",
+    sympy.StrictGreaterThan: ">",
+    sympy.GreaterThan: ">=",
+}
+OPERATOR = _OPERATORS
+"""Relation class -> Python operator."""
+
+
+def source(expr: sympy.Basic, leaf: Callable[[sympy.Basic], str]) -> str:
+    """Python source of an expression for tensors or arrays; ``leaf`` writes leaves, integers and set tests."""
+
+    def write(e: sympy.Basic) -> str:
+        if e in (sympy.true, sympy.false):
+            return str(bool(e))
+        if isinstance(e, (sympy.Integer, *SETS)) or is_leaf(e):
+            return leaf(e)
+        if isinstance(e, sympy.Add):
+            return "(" + " + ".join(write(a) for a in e.args) + ")"
+        if isinstance(e, sympy.Mul):
+            return "(" + " * ".join(write(a) for a in e.args) + ")"
+        if isinstance(e, sympy.Mod):
+            return f"({write(e.args[0])} % {write(e.args[1])})"
+        if isinstance(e, Tile):
+            return f"({write(e.args[0])} // {int(e.args[1])})"
+        if isinstance(e, Relational):
+            return f"({write(e.lhs)} {_OPERATORS[e.func]} {write(e.rhs)})"
+        if isinstance(e, sympy.And):
+            return "(" + " & ".join(write(a) for a in e.args) + ")"
+        if isinstance(e, sympy.Or):
+            return "(" + " | ".join(write(a) for a in e.args) + ")"
+        if isinstance(e, sympy.Not):
+            return f"(~{write(e.args[0])})"
+        raise TypeError(f"a mask expression cannot hold {type(e).__name__} ({e}): use + - * mod // comparisons and & | ~")
+
+    return write(expr)

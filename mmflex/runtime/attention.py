@@ -1,0 +1,356 @@
+"""The public `attention` and `plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import numpy as np
+import sympy
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from ..compiler import blocks, cost
+from ..compiler.orders import key_order, row_order
+from ..compiler.plan import Launch, Program, build
+from ..ir.layout import TokenLayout
+from ..ir.pattern import Pattern
+from . import backends, steps
+from .backends import Backend
+
+TILE = 128
+"""Block size: what Hopper's kernels take, and FlexAttention's default."""
+
+Spec = Pattern | Sequence[Pattern]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: Spec,
+    *,
+    layout: TokenLayout | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Any:
+    """Causal attention under a sparse mask: a drop-in for causal ``scaled_dot_product_attention`` in prefill.
+
+    Args:
+        q: ``[B, Hq, M, D]``, float32, bfloat16 or float16; the M queries are the last M of the N positions.
+        k, v: ``[B, Hkv, N, D]``, same dtype and device; Hq is a multiple of Hkv. D from 16 to 256.
+        spec: one pattern for all heads, or a sequence of Hq patterns.
+        layout: what the N tokens are (and which are padding); text without padding if None.
+        scale: of the scores; ``1 / sqrt(D)`` if None.
+        backend: "auto", "flash", "triton", "cpu", "dense" or "reference". Only "auto" may run a spec dense: where the
+            cost model predicts that planning and sparse blocks take longer (`plan(...).explain()` says so).
+        return_lse: also return the log-sum-exp of the scores, float32 ``[B, Hq, M]``, -inf for padding.
+
+    Returns:
+        ``[B, Hq, M, D]`` like q; rows of padding tokens, and rows that may see no key, are 0.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or spec that do not fit; both values are named.
+        RuntimeError: the backend asked for cannot run here; or, in backward, that there is no backward.
+    """
+    plan_ = _planned(q, k, spec, layout, scale, backend, return_lse, v)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out, lse = _ForwardOnly.apply(q, k, v, plan_, return_lse)
+        return (out, lse) if return_lse else out
+    with torch.no_grad():
+        out, lse = plan_._attend(q, k, v, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def plan(
+    q: Tensor,
+    k: Tensor,
+    spec: Spec,
+    *,
+    layout: TokenLayout | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    block_size: int = TILE,
+) -> Plan:
+    """What `attention` decides before it looks at v: estimates, selections, orders and block lists.
+
+    Args: as `attention`; ``block_size``: tokens per block (other than 128 for experiments on the reference backend).
+    """
+    return _planned(q, k, spec, layout, scale, backend, False, None, block_size)
+
+
+class _ForwardOnly(torch.autograd.Function):
+    """Prefill has no backward: asking for one is an error instead of a silent gap in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan_: Plan, return_lse: bool) -> Any:
+        out, lse = plan_._attend(q, k, v, return_lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("mmflex.attention has no backward: it is for prefill; train with the model's own attention")
+
+
+# ---- input -----------------------------------------------------------------------------------------------------------
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayout | None) -> tuple[Pattern, ...]:
+    given = {"q": q, "k": k} | ({} if v is None else {"v": v})
+    for name, t in given.items():
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name} is {type(t).__name__}: give a tensor [batch, heads, tokens, head_dim]")
+        if t.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}: give [batch, heads, tokens, head_dim]")
+        if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"{name} is {t.dtype}: use float32, bfloat16 or float16")
+        for what, here, other in (("dtype", t.dtype, q.dtype), ("device", t.device, q.device)):
+            if here != other:
+                raise TypeError(f"{name} has {what} {here} but q {other}: move one with .to()")
+        if t.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} has batch size {t.shape[0]} but q {q.shape[0]}: they must agree")
+    heads, kv_heads, n = q.shape[1], k.shape[1], k.shape[2]
+    if kv_heads == 0 or heads % kv_heads or not heads:
+        raise ValueError(f"q has {heads} heads, k {kv_heads}: the query heads must be a multiple of the KV heads")
+    if q.shape[2] > n:
+        raise ValueError(f"q has {q.shape[2]} tokens but k {n}: the queries are the last of the keys, so M <= N")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q has head dimension {q.shape[3]} but k {k.shape[3]}: they must agree")
+    if not 16 <= q.shape[3] <= 256:
+        raise ValueError(f"the head dimension is {q.shape[3]}: from 16 to 256 are supported; pad with zeros below 16")
+    if v is not None and v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v has shape {tuple(v.shape)} but k {tuple(k.shape)}: heads and tokens must agree")
+    if layout is not None:
+        if not isinstance(layout, TokenLayout):
+            raise TypeError(f"layout is {type(layout).__name__}: build one with mmflex.TokenLayout.from_segments(...)")
+        if layout.length != n:
+            raise ValueError(f"the layout has {layout.length} tokens but k {n}: slice it, layout[:{n}], or pad it")
+        if layout.batch_size not in (1, q.shape[0]):
+            raise ValueError(f"the layout has {layout.batch_size} prompts but q {q.shape[0]}: give one each, or one for all")
+    patterns = (spec,) * heads if isinstance(spec, Pattern) else tuple(spec)
+    for p in patterns:
+        if not isinstance(p, Pattern):
+            raise TypeError(f"spec holds {p!r}: give a pattern (see mask_builders), or one per query head")
+    if len(patterns) != heads:
+        raise ValueError(f"spec has {len(patterns)} patterns for {heads} query heads: give one per head, or a single one")
+    return patterns
+
+
+def _planned(
+    q: Tensor,
+    k: Tensor,
+    spec: Spec,
+    layout: TokenLayout | None,
+    scale: float | None,
+    backend: str,
+    need_lse: bool,
+    v: Tensor | None,
+    tile: int = TILE,
+) -> Plan:
+    patterns = _check(q, k, v, spec, layout)
+    layout = TokenLayout.text(k.shape[2]) if layout is None else layout
+    runs = backends.resolve(backend, q.device, q.shape[3], q.dtype)
+    if need_lse and not runs.lse:
+        raise ValueError(f"return_lse: backend {runs.name!r} does not give it; use backend='reference' or a CUDA device")
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    program, note = _program(patterns, layout, q.shape[2], k.shape[1], tile, runs, backend == "auto")
+    with torch.no_grad():
+        return Plan(program, runs, scale, q, k, note)
+
+
+def _program(
+    patterns: tuple[Pattern, ...], layout: TokenLayout, m: int, kv_heads: int, tile: int, runs: Backend, auto: bool
+) -> tuple[Program, str]:
+    """The program of a spec, cached with the layout, and why it is dense if it is."""
+    from mmflex.ir.pattern import find
+
+    key = ("program", patterns, m, kv_heads, tile, runs.name, auto)
+    if key not in layout.memo:
+        dense_spec = (find("Dense")(),) * len(patterns)
+        note = ""
+        if runs.name == "dense" or not m:
+            note = "dense: asked for" if m else "no queries"
+            patterns = dense_spec
+        program = build(patterns, layout, m, kv_heads, tile, lse=runs.lse, full_width=runs.full_width)
+        sparse = program.cost + cost.PLANNING.get(runs.name, 0.0) * len(patterns)
+        if auto and any(launch.kind != "dense" for launch in program.launches) and sparse >= program.dense_cost:
+            note = f"dense: the spec would cost {sparse:.0f} blocks with planning, dense costs {program.dense_cost:.0f}"
+            program = build(dense_spec, layout, m, kv_heads, tile, lse=runs.lse, full_width=runs.full_width)
+        layout.memo[key] = (program, note)
+    return layout.memo[key]
+
+
+# ---- plan ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class HeadDensity:
+    """Computed over causal pairs: 1.0 is dense.
+
+    Attributes:
+        heads: float [B, Hq]. total: their mean.
+    """
+
+    heads: np.ndarray
+
+    @property
+    def total(self) -> float:
+        return float(self.heads.mean()) if self.heads.size else 0.0
+
+    def __float__(self) -> float:
+        return self.total
+
+
+class Plan:
+    """A planned attention: reusable for other v, or for other q and k of the same shape (whose selection it then is not).
+
+    Attributes:
+        program: launches, orders and the graph of steps.
+        layout, backend, scale: as given or chosen.
+        note: why it runs dense, if the cost model decided so; else "".
+    """
+
+    def __init__(self, program: Program, backend: Backend, scale: float, q: Tensor, k: Tensor, note: str = "") -> None:
+        self.program, self._backend, self.scale, self.note = program, backend, scale, note
+        self.layout, self.backend = program.layout, backend.name
+        self.shape = (tuple(q.shape), tuple(k.shape))
+        self.state = steps.State(program, q.device, q.shape[0])
+        for op, key in program.steps("plan"):
+            if op == "estimate":
+                steps.estimate(self.state, key, q, k, scale)
+            elif op == "select":
+                steps.select(self.state, key)
+            elif op == "gather":
+                steps.gather_and_list(self.state, key)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The attention of these tensors under this plan's mask: shapes as in `attention`, equal to the planned ones."""
+        _check(q, k, v, self.program.groups[0].pattern, None)
+        if (tuple(q.shape), tuple(k.shape)) != self.shape:
+            raise ValueError(f"planned for q and k of shapes {self.shape}, got {tuple(q.shape)}, {tuple(k.shape)}: plan again")
+        with torch.no_grad():
+            return self._attend(q, k, v, False)[0]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+        program, state = self.program, self.state
+        merges = any(launch.kind == "classes" for launch in program.launches)
+        need = need_lse or merges
+        out: Tensor | None = None
+        lse: Tensor | None = None
+        for _, number in [s for s in program.steps("attend") if s[0] == "attend"]:
+            launch = program.launches[number]
+            if launch.kind == "dense":
+                found, sums = self._dense(q, k, v, launch, need)
+            else:
+                found, sums = backends.attend(
+                    self._backend,
+                    steps.queries(state, number, q),
+                    steps.keys(state, number, k),
+                    steps.keys(state, number, v),
+                    state.ready[number].mask_mod,
+                    state.ready[number].lists,
+                    program.tile,
+                    self.scale,
+                    need,
+                )
+            whole = launch.heads.all(program.heads)
+            if whole and (launch.kind == "dense" or launch.rows.identity) and launch.kind in ("main", "dense"):
+                out, lse = found, sums
+                continue
+            if out is None:
+                out = q.new_zeros((*q.shape[:3], v.shape[3]))
+                lse = torch.full(q.shape[:3], float("-inf"), device=q.device) if need else None
+            steps.place(state, number, out, lse, found, sums)
+        if out is None:  # nothing allows anything
+            out = q.new_zeros((*q.shape[:3], v.shape[3]))
+            lse = torch.full(q.shape[:3], float("-inf"), device=q.device)
+        return out, lse if need_lse else None
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, launch: Launch, need: bool) -> tuple[Tensor, Tensor | None]:
+        """SDPA for the dense heads, prompt by prompt where there is padding."""
+        state, layout = self.state, self.layout
+        q = steps.take_heads(q, launch.heads.heads, state)
+        k, v = (steps.take_heads(t, launch.heads.kv_heads, state) for t in (k, v))
+        if not layout.padded:
+            return backends.dense_attention(q, k, v, self.scale, need)
+        out = q.new_zeros((*q.shape[:3], v.shape[3]))
+        lse = torch.full(q.shape[:3], float("-inf"), device=q.device) if need else None
+        for b in range(q.shape[0]):
+            row = b % layout.batch_size
+            valid = layout.valid[row]
+            for_q = valid[layout.length - q.shape[2] :]
+            at_q, at_k = (torch.as_tensor(np.flatnonzero(x)).to(q.device) for x in (for_q, valid))
+            found, sums = backends.dense_attention(
+                *(t[b : b + 1].index_select(2, at) for t, at in ((q, at_q), (k, at_k), (v, at_k))), self.scale, need
+            )
+            out[b].index_copy_(1, at_q, found[0])
+            if lse is not None and sums is not None:
+                lse[b].index_copy_(1, at_q, sums[0].float())
+        return out, lse
+
+    # ---- what it is ----------------------------------------------------------------------------------------------
+
+    def dense_mask(self) -> Tensor:
+        """bool [B, Hq, M, N]: the token-level mask, from the expressions alone. For small N: it is M x N."""
+        program, state = self.program, self.state
+        layout, m = program.layout, program.queries
+        out = torch.zeros((state.batch, program.heads, m, layout.length), dtype=torch.bool, device=state.device)
+        if not m:
+            return out
+        position = torch.as_tensor(layout.position).to(state.device)
+        row = position[:, layout.length - m :]
+        causal = (row[:, None, :, None] >= position[:, None, None]) & (position >= 0)[:, None, None]
+        rows, keys = row_order(layout, m, program.tile), key_order(layout, program.tile)
+        for group in program.groups:
+            values = state.values([group.expr], group.heads, rows, keys)
+            mask = blocks.token_mask(group.expr, values)
+            mask = mask.expand(state.batch, len(group.heads), rows.slots, keys.slots)
+            to_row, to_key = rows.on("inverse", state.device), keys.on("inverse", state.device)
+            shape = (state.batch, len(group.heads), m, keys.slots)
+            mask = mask.gather(2, to_row.clamp(min=0)[:, None, :, None].expand(shape))
+            mask = mask.gather(3, to_key.clamp(min=0)[:, None, None].expand(*shape[:3], layout.length))
+            out[:, list(group.heads)] = mask & causal
+        return out
+
+    @property
+    def density(self) -> HeadDensity:
+        """Pairs in listed blocks over causal pairs, per head and in all (reads the block counts back)."""
+        program, tile = self.program, self.program.tile
+        pairs = np.zeros((self.state.batch, program.heads))
+        layout, m = program.layout, program.queries
+        valid = layout.position[:, layout.length - m :]
+        causal = np.broadcast_to(np.where(valid >= 0, valid + 1.0, 0.0).sum(1)[:, None], (self.state.batch, 1))
+        for number, launch in enumerate(program.launches):
+            for i, h in enumerate(launch.heads.heads):
+                if h < 0:
+                    continue
+                if launch.kind == "dense":
+                    pairs[:, h] += causal[:, 0]
+                else:
+                    lists = self.state.ready[number].lists
+                    pairs[:, h] += (lists[0] + lists[2])[:, i].sum(-1).cpu().numpy() * float(tile * tile)
+        return HeadDensity(pairs / np.maximum(causal, 1.0))
+
+    @property
+    def block_masks(self) -> list[tuple[str, BlockMask]]:
+        """(order, BlockMask) of every launch that runs FlexAttention; heads as in ``program.launches[i].heads``."""
+        out = []
+        for number, launch in enumerate(self.program.launches):
+            if launch.kind != "dense":
+                ready = self.state.ready[number]
+                size = (launch.row_slots, launch.key_slots)
+                out.append((launch.label, backends.block_mask(ready.mask_mod, ready.lists, self.program.tile, *size)))
+        return out
+
+    def explain(self) -> str:
+        """What was decided and why: expressions, orders with the cost of the alternatives, launches, blocks."""
+        from .explain import explain
+
+        return explain(self)
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(launch.label for launch in self.program.launches)
+        return f"Plan({self.shape[0]} x {self.shape[1]}, backend={self.backend!r}, launches: {kinds})"

@@ -1,0 +1,202 @@
+"""Backends: which kernels can run a launch here, and why not.
+
+``flash`` and ``triton`` (FlexAttention on CUDA), ``cpu`` (FlexAttention's C++ template), ``dense`` (SDPA), ``reference``
+(eager). Quirks of single torch versions are met here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from . import reference
+from .masks import MaskMod, _maker
+
+Lists = tuple[Tensor, Tensor, Tensor, Tensor]
+"""kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices: int32 [B, H, NQ] and [B, H, NQ, W], both W equal (up
+to torch 2.11 the Triton template reads the full table with the other's strides)."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a backend can do.
+
+    Attributes:
+        lse: returns log-sum-exp, so launches can be merged.
+        full_width: wants index tables as wide as there are key blocks.
+        why_not: device -> the reason why it cannot run there, or None.
+    """
+
+    name: str
+    lse: bool
+    full_width: bool
+    why_not: Callable[[torch.device, int, torch.dtype], str | None]
+
+
+def _not_on_cpu(device: torch.device, dim: int, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"the tensors are on {device}, it runs on the CPU"
+    return None
+
+
+def _not_triton(device: torch.device, dim: int, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"the tensors are on {device}, it runs on CUDA devices"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than Ampere (compute capability 8.0)"
+    return None
+
+
+def _not_flash(device: torch.device, dim: int, dtype: torch.dtype) -> str | None:
+    reason = _not_triton(device, dim, dtype)
+    if reason is not None:
+        return reason
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than Hopper (compute capability 9.0)"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"q is {dtype}, it takes bfloat16 and float16"
+    if dim > 128 or dim % 8:
+        return f"the head dimension is {dim}, it takes multiples of 8 up to 128"
+    return _flash_missing()
+
+
+@lru_cache(maxsize=1)
+def _flash_missing() -> str | None:
+    try:
+        import flash_attn.cute  # noqa: F401
+    except Exception as error:
+        return f"flash-attn-4 cannot be imported ({type(error).__name__}: {error}); pip install flash-attn-4"
+    return None
+
+
+BACKENDS = {
+    b.name: b
+    for b in (
+        Backend("flash", True, False, _not_flash),
+        Backend("triton", True, False, _not_triton),
+        Backend("cpu", False, True, _not_on_cpu),
+        Backend("dense", True, False, lambda device, dim, dtype: None),
+        Backend("reference", True, False, lambda device, dim, dtype: None),
+    )
+}
+
+
+def why_not(backend: str, device: torch.device | str, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Why a backend cannot run with these tensors; None if it can. ValueError for an unknown name."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
+    return BACKENDS[backend].why_not(torch.device(device), head_dim, dtype)
+
+
+@lru_cache(maxsize=64)
+def resolve(backend: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> Backend:
+    """The backend to use; "auto" is the fastest that can run. RuntimeError if the one asked for cannot."""
+    if backend == "auto":
+        reasons = {name: why_not(name, device, head_dim, dtype) for name in ("flash", "triton", "cpu", "reference")}
+        chosen = next(name for name, reason in reasons.items() if reason is None)
+        if chosen == "triton" and torch.cuda.get_device_capability(device) >= (9, 0):
+            _notice(f"mmflex runs on Triton; its faster flash backend is out: {reasons['flash']}")
+        return BACKENDS[chosen]
+    reason = why_not(backend, device, head_dim, dtype)
+    if reason is not None:
+        can = [name for name in BACKENDS if why_not(name, device, head_dim, dtype) is None]
+        raise RuntimeError(f"backend {backend!r} cannot run here: {reason}; backend='auto' picks one, here {can}")
+    return BACKENDS[backend]
+
+
+@lru_cache(maxsize=16)
+def _notice(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
+
+
+def attend(
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, mask_mod: MaskMod, lists: Lists, tile: int, scale: float, lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """One launch: q [B, H, Q, D], k and v [B, Hkv, KV, D] in slot order -> out like q, lse float32 [B, H, Q] if asked."""
+    if backend.name == "reference":
+        return reference.attend(q, k, v, mask_mod, lists, tile, scale)
+    dim = q.shape[-1]
+    need = _head_dim(backend, dim)
+    if need != dim:  # zeros add nothing to a score
+        q, k, v = (torch.nn.functional.pad(t, (0, need - dim)) for t in (q, k, v))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*return_lse.*")
+        out, sums = _kernel(mask_mod.source, backend.name, tile, scale, lse)(q, k, v, *lists, *mask_mod.captures)
+    return out[..., :dim], sums
+
+
+def _head_dim(backend: Backend, dim: int) -> int:
+    """The head dimension that the kernels take: powers of two for FlexAttention, at least 16."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+@lru_cache(maxsize=256)
+def _kernel(source: str, backend: str, tile: int, scale: float, lse: bool) -> Callable[..., Any]:
+    """The compiled kernel of a mask_mod; static shapes, one compile per length bucket."""
+    options: dict[str, Any] = {"BACKEND": backend.upper()} if backend in ("flash", "triton") else {}
+    make = _maker(source)
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, num: Tensor, index: Tensor, full_num: Tensor, full_index: Tensor, *captures: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        mask = BlockMask.from_kv_blocks(
+            num,
+            index,
+            full_num,
+            full_index,
+            BLOCK_SIZE=tile,
+            mask_mod=make(*captures),
+            seq_lengths=(q.shape[2], k.shape[2]),
+            compute_q_blocks=False,
+        )
+        gqa = q.shape[1] != k.shape[1]
+        extra: dict[str, Any] = {"return_aux": AuxRequest(lse=True)} if lse else {}
+        out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, kernel_options=options, **extra)
+        return (out[0], out[1].lse) if lse else (out, None)
+
+    return torch.compile(run, dynamic=False, fullgraph=True)
+
+
+def block_mask(mask_mod: MaskMod, lists: Lists, tile: int, queries: int, keys: int) -> BlockMask:
+    """The BlockMask of a launch, as FlexAttention gets it."""
+    return BlockMask.from_kv_blocks(
+        *lists, BLOCK_SIZE=tile, mask_mod=mask_mod, seq_lengths=(queries, keys), compute_q_blocks=False
+    )
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Causal SDPA, the last M of N positions: q [B, H, M, D], k and v [B, Hkv, N, D]. Without padding."""
+    m, n = q.shape[2], k.shape[2]
+    gqa = q.shape[1] != k.shape[1]
+    if not lse:
+        if m == n:
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+            return out, None
+        return _rows_of_sdpa(q, k, v, scale, gqa), None
+    if q.device.type == "cuda" and m == n and q.dtype in (torch.bfloat16, torch.float16):
+        kr, vr = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) if gqa else t for t in (k, v))
+        found = torch.ops.aten._scaled_dot_product_flash_attention(q, kr, vr, 0.0, True, scale=scale)
+        return found[0], found[1]
+    seen = torch.arange(n, device=q.device) <= torch.arange(n - m, n, device=q.device)[:, None]
+    return reference.softmax_attention(q, k, v, seen.expand(*q.shape[:2], m, n), scale)
+
+
+def _rows_of_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, gqa: bool, step: int = 1024) -> Tensor:
+    """SDPA for M < N, where ``is_causal`` would mean the first M keys: in strips, so that no mask is M x N."""
+    m, n = q.shape[2], k.shape[2]
+    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
+    for first in range(0, m, step):
+        last = min(first + step, m)
+        end = n - m + last
+        seen = torch.arange(end, device=q.device) <= torch.arange(n - m + first, end, device=q.device)[:, None]
+        out[:, :, first:last] = torch.nn.functional.scaled_dot_product_attention(
+            q[:, :, first:last], k[:, :, :end], v[:, :, :end], attn_mask=seen, scale=scale, enable_gqa=gqa
+        )
+    return out
