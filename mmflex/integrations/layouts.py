@@ -686,13 +686,25 @@ def _total(units: Iterable[Unit]) -> int:
 
 
 def _beams(ids: np.ndarray, valid: np.ndarray, masks: Mapping[str, np.ndarray], units: Units) -> int:
-    """How often the prompts are repeated over what was described: 1, or a number that fits rows and placeholders."""
+    """How often generate() has repeated the prompts: 1, or a number that fits the rows and what was described."""
+    rows = _repeats(ids, valid)
     described = {name: _total(units.get(name, ())) for name in masks}
-    if any(total == 0 or mask.sum() % total for total, mask in zip(described.values(), masks.values(), strict=True)):
+    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    if rows == 1 or any(total == 0 or counts[name] % total for name, total in described.items()):
         return 1
-    ratios = {int(mask.sum()) // described[name] for name, mask in masks.items()}
+    ratios = {counts[name] // total for name, total in described.items()}
     times = max(ratios)
-    return times if ratios <= {1, times} and _repeats(ids, valid) % times == 0 else 1
+    if times > 1:
+        return times if ratios <= {1, times} and rows % times == 0 else 1
+    # Repeated along with the rows, but one by one: a a a b b b for the rows (a b) (a b) (a b).
+    return rows if all(_in_groups(units[name], rows) for name in masks) else 1
+
+
+def _in_groups(units: Sequence[Unit], size: int) -> bool:
+    """Whether every ``size`` units in a row look the same."""
+    return len(units) % size == 0 and all(
+        np.array_equal(unit.cells, units[number - number % size].cells) for number, unit in enumerate(units)
+    )
 
 
 def _pixels(inputs: Mapping[str, Any]) -> bool:
@@ -895,7 +907,8 @@ def _visual(time: np.ndarray, height: np.ndarray, width: np.ndarray, valid: np.n
     diagonal inside; between two images there are always two tokens of text or more."""
     differ = ((time != height) | (time != width)) & valid
     ahead = np.append(differ[1:], False)
-    return (differ | (ahead & valid)).astype(np.int32)
+    visual: np.ndarray = (differ | (ahead & valid)).astype(np.int32)
+    return visual
 
 
 def _framed(

@@ -95,6 +95,7 @@ class Prompt:
         self.running, self.depth = False, 0
         self.history: tuple[weakref.ref[Any], TokenLayout] | None = None
         self.memo: dict[Any, Any] = {}
+        self.recent: dict[str, TokenLayout] = {}
         self.wrapped: list[tuple[nn.Module, str, Any]] = []
         for module in root.modules():
             for name in _FEATURES:
@@ -192,7 +193,18 @@ class Prompt:
             LayoutUnknown: the inputs do not tell.
             ValueError: `token_layout` contradicts the inputs; both values are named.
         """
-        return self._once(("layout", first, past, end), lambda: self._layout(batch, padding, past, end)[first:end])
+
+        def build() -> TokenLayout:
+            whole = self._layout(batch, padding, past, end)
+            found = whole if (first, end) == (0, whole.length) else whole[first:end]
+            # Plans are kept with their layout, so an equal prompt should meet the same object.
+            known = self.recent.pop(found.fingerprint, found)
+            self.recent[known.fingerprint] = known
+            if len(self.recent) > 4:
+                del self.recent[next(iter(self.recent))]
+            return known
+
+        return self._once(("layout", first, past, end), build)
 
     def _layout(self, batch: int, padding: torch.Tensor | None, past: int, end: int) -> TokenLayout:
         valid = self._valid(padding, end)

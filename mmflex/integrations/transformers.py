@@ -8,7 +8,8 @@ per layer, one of these happens:
 the layer's mask and arguments                                 what runs
 =============================================================  =========================================================
 causal; padding on any side; any cache, with earlier tokens    mmflex with the layer's spec
-a causal sliding window                                        mmflex with exactly that window, instead of the spec
+a causal sliding window shorter than the prompt                mmflex with exactly that window, instead of the spec (the
+                                                               previous attention up to 4096 keys)
 a decode step (one token), or fewer than 64 on a cache         the model's previous attention
 a layer that the spec does not name                            the model's previous attention
 image blocks that see both ways, prefixes, chunked attention,  the model's previous attention, and a `DenseFallback`
@@ -52,6 +53,10 @@ __all__ = ["DenseFallback", "patch", "patched", "token_layout", "unpatch"]
 DECODE_QUERIES = 64
 """On a cache, fewer new tokens than this are decoding (assisted decoding checks a few at a time): there is nothing to
 save, and patterns are estimated from this many queries."""
+
+
+SMALL_WINDOWED = 4096
+"""Up to this many keys a sliding-window layer stays with the previous attention: its mask tensor is small."""
 
 
 class DenseFallback(UserWarning):
@@ -371,7 +376,7 @@ def _accelerate(
     mask: MaskDescription | None,
     scaling: float | None,
 ) -> torch.Tensor | None:
-    """[B, Hq, M, Dv] by mmflex; None for a continuation too short, or of unknown tokens."""
+    """[B, Hq, M, Dv] by mmflex; None where the previous attention shall run."""
     padding, past, first, window = None, 0, 0, None
     if mask is not None:
         padding, past, first, window = mask.padding, mask.q_offset, mask.kv_offset, mask.window
@@ -397,16 +402,24 @@ def _run(
     scaling: float,
 ) -> torch.Tensor | None:
     from mmflex.runtime.attention import attention
+    from mmflex.runtime.backends import resolve
 
     batch, heads, queries, width = query.shape
     end = past + queries
     if past and queries < DECODE_QUERIES:
         return None
     key, value = key[:, :, : end - first], value[:, :, : end - first]  # a static cache has room behind
+    if window is not None and window >= end:
+        window = None  # it does not reach back to where it would cut
+    if window is not None and (end - first <= SMALL_WINDOWED or patch.backend == "dense"):
+        return None
     spec: Any
+    backend = patch.backend
     try:
         if window is not None:
             layout, spec = patch.prompt.plain(padding, first, end), SlidingWindow(window)
+            # "auto" may trade a spec for dense attention, but this is the model's own mask
+            backend = resolve(backend, query.device, width, query.dtype).name
         else:
             layout = patch.prompt.layout(batch, padding, first, past, end)
             spec = head_slice(patch.spec[layer], heads, _tensor_parallel_rank(patch, heads, len(patch.spec[layer])))
@@ -416,7 +429,7 @@ def _run(
     # Latent attention has narrower values than keys; zeros change neither scores nor sums.
     wide = max(width, value.shape[-1])
     query, key, padded = (_widened(x, wide) for x in (query, key, value))
-    out = attention(query, key, padded, spec, layout=layout, scale=scaling, backend=patch.backend)
+    out = attention(query, key, padded, spec, layout=layout, scale=scaling, backend=backend)
     return out[..., : value.shape[-1]]
 
 

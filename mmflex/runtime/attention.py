@@ -16,7 +16,7 @@ from ..compiler import blocks, cost
 from ..compiler.orders import key_order, row_order
 from ..compiler.plan import Launch, Program, build
 from ..ir.layout import TokenLayout
-from ..ir.pattern import Pattern
+from ..ir.pattern import Pattern, find
 from . import backends, steps
 from .backends import Backend
 
@@ -165,8 +165,6 @@ def _program(
     patterns: tuple[Pattern, ...], layout: TokenLayout, m: int, kv_heads: int, tile: int, runs: Backend, auto: bool
 ) -> tuple[Program, str]:
     """The program of a spec, cached with the layout, and why it is dense if it is."""
-    from mmflex.ir.pattern import find
-
     key = ("program", patterns, m, kv_heads, tile, runs.name, auto)
     if key not in layout.memo:
         dense_spec = (find("Dense")(),) * len(patterns)

@@ -1,0 +1,5 @@
+"""``python -m mmflex``: the command line."""
+
+from .cli import app
+
+app()
