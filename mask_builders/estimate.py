@@ -5,6 +5,7 @@ Estimates are in float32, in the coordinates of a `View`: keys in scope, in orde
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from mmflex.ir.pattern import View
+from mmflex.runtime.kernels.mass import SPAN, last_mass
+from mmflex.runtime.kernels.rows import take_rows
 
 _CHUNK = 1 << 27
 """Scores held at a time, in elements: bounds the memory of an estimate at any length."""
@@ -53,33 +56,47 @@ class LastQueries:
 
     last_q: int = 64
 
+    diagonals: bool = True
+
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> LastMass:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `LastMass`. Non-finite scores count as no attention."""
-        batch, heads, _, _ = q.shape
-        kv_heads, length = k.shape[1], k.shape[2]
-        rows, at, keys = _indices(view, self.last_q)
-        rows, key_index = _on(rows, q.device), None if keys is None else _on(keys, q.device)
-        position = _on(view.layout.position, q.device)
-        last = q.gather(2, rows.clamp(min=0)[:, None, :, None].expand(batch, heads, -1, q.shape[-1]))
-        limit = position.gather(1, (rows + length - view.queries).clamp(min=0).expand(len(position), -1))
-        seen = (position[:, None] <= limit[..., None]) & (position >= 0)[:, None] & (rows >= 0)[..., None]
-        vertical = q.new_zeros((batch, heads, view.size), dtype=torch.float32)
-        diagonal = torch.zeros_like(vertical)
-        group = heads // kv_heads
-        step = max(1, _CHUNK // max(1, batch * group * rows.shape[1] * length))
-        for first in range(0, kv_heads, step):
-            part = slice(first * group, (first + step) * group)
-            query = last[:, part].unflatten(1, (-1, group)).flatten(2, 3).float()
-            scores = (query @ k[:, first : first + step].float().mT * scale).unflatten(2, (group, -1)).flatten(1, 2)
-            scores = scores.masked_fill(~(seen[:, None] & scores.isfinite()), float("-inf"))
-            mass = scores.softmax(-1).nan_to_num_(0.0)
-            if key_index is not None:
-                inside = (key_index >= 0)[:, None, None].expand(batch, mass.shape[1], mass.shape[2], -1)
-                index = key_index.clamp(min=0)[:, None, None].expand(inside.shape)
-                mass = mass.gather(3, index) * inside
-            vertical[:, part] = mass.sum(2)
-            _add_diagonals(diagonal[:, part], mass, at)
-        return LastMass(vertical, diagonal, view)
+        last = _last(view, self.last_q)
+        rows, limit, stand, position, keys = (None if a is None else _on(a, q.device) for a in last.arrays)
+        query = take_rows(q, rows[:, None].expand(q.shape[0], q.shape[1], -1))
+        limit, stand = limit.expand(len(q), -1), stand.expand(len(q), -1)
+        keys = None if keys is None else keys.expand(len(q), -1)
+        if not self.diagonals or last.spread <= SPAN - 128:
+            found = last_mass(query, k, scale, limit, position, stand, keys, view.size, self.diagonals)
+            if found is not None:
+                return LastMass(*found, view)
+        return LastMass(*_twin(query, k, scale, limit, position, last.stand, keys, view.size), view)
+
+
+def _twin(
+    q: Tensor, k: Tensor, scale: float, limit: Tensor, position: Tensor, stand: np.ndarray, keys: Tensor | None, size: int
+) -> tuple[Tensor, Tensor]:
+    """`mmflex.runtime.kernels.mass.last_mass` in torch, some KV heads at a time."""
+    batch, heads, rows, _ = q.shape
+    kv_heads, length = k.shape[1], k.shape[2]
+    seen = (position[:, None] <= limit[..., None]) & (position >= 0)[:, None]
+    vertical = torch.zeros((batch, heads, size), device=q.device)
+    diagonal = torch.zeros_like(vertical)
+    group = heads // kv_heads
+    step = max(1, _CHUNK // max(1, batch * group * rows * length))
+    for first in range(0, kv_heads, step):
+        part = slice(first * group, (first + step) * group)
+        query = q[:, part].unflatten(1, (-1, group)).flatten(2, 3).float()
+        scores = (query @ k[:, first : first + step].float().mT * scale).unflatten(2, (group, -1)).flatten(1, 2)
+        scores = scores.masked_fill(~(seen[:, None] & scores.isfinite()), float("-inf"))
+        mass = scores.softmax(-1).nan_to_num_(0.0)
+        if keys is not None:
+            inside = (keys >= 0)[:, None, None].expand(batch, mass.shape[1], mass.shape[2], -1)
+            mass = mass.gather(3, keys.long().clamp(min=0)[:, None, None].expand(inside.shape)) * inside
+        else:
+            mass = mass[..., :size]
+        vertical[:, part] = mass.sum(2)
+        _add_diagonals(diagonal[:, part], mass, stand)
+    return vertical, diagonal
 
 
 def _add_diagonals(out: Tensor, mass: Tensor, at: np.ndarray) -> None:
@@ -115,13 +132,13 @@ class PooledScores:
         reach = np.full((len(stand), n_rows + 1), -1)
         for b in range(len(stand)):
             np.maximum.at(reach[b], row_block[b], stand[b])
-        seen = _on(reach[:, :-1], q.device)[..., None] >= torch.arange(n_keys, device=q.device)
+        seen = torch.as_tensor(reach[:, :-1]).to(q.device)[..., None] >= torch.arange(n_keys, device=q.device)
         return scores.flatten(1, 2).nan_to_num(0.0).masked_fill(~seen[:, None], float("-inf"))
 
 
 def _pool(x: Tensor, block: np.ndarray, blocks: int) -> Tensor:
     """Means of x [B, H, T, D] over tokens of equal ``block`` [B, T] (-1: none) -> float32 [B, H, blocks, D]."""
-    index = _on(np.where(block < 0, blocks, block), x.device).expand(len(x), -1)
+    index = torch.as_tensor(np.where(block < 0, blocks, block)).to(x.device).long().expand(len(x), -1)
     total = x.new_zeros((x.shape[0], x.shape[1], blocks + 1, x.shape[3]), dtype=torch.float32)
     total.scatter_add_(2, index[:, None, :, None].expand(x.shape), x.float().nan_to_num(0.0))
     count = torch.zeros((len(index), blocks + 1), device=x.device).scatter_add_(1, index, torch.ones_like(index).float())
@@ -144,37 +161,68 @@ def heaviest(mass: Tensor, budget: int, always: Tensor | None = None) -> Tensor:
     return above | (equal & (equal.cumsum(-1) <= room))
 
 
-def _indices(view: View, last_q: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """(rows [B, L] indices into the queries, -1 for none; where they stand in keys in scope; keys [B, size] token
-    indices, or None where all keys are in scope and in place)."""
+@dataclass(frozen=True, eq=False)
+class _Last:
+    """The last queries in scope, host data: indices into the queries (-1: none), the position up to which each sees,
+    where each stands in keys in scope, positions of all keys, tokens in scope (None: all, in place); [B, ...] int32."""
+
+    rows: np.ndarray
+    limit: np.ndarray
+    stand: np.ndarray
+    position: np.ndarray
+    keys: np.ndarray | None
+
+    @property
+    def arrays(self) -> tuple[np.ndarray | None, ...]:
+        return self.rows, self.limit, self.stand, self.position, self.keys
+
+    @property
+    def spread(self) -> int:
+        """Keys between the first and the last place at which the queries stand, at most over the prompts."""
+        inside = self.stand >= 0
+        least = np.where(inside, self.stand, 1 << 30).min(axis=1)
+        return int(np.where(inside.any(axis=1), self.stand.max(axis=1) - least, 0).max(initial=0))
+
+
+def _last(view: View, last_q: int) -> _Last:
     layout, scope, m = view.layout, view.scope, view.queries
 
-    def build() -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def build() -> _Last:
         tail = slice(layout.length - m, None)
-        rows = _last_true(layout.of(scope.query)[:, tail], last_q)
-        stand = np.take_along_axis(layout.coordinate(scope.key)[:, tail], np.maximum(rows, 0), axis=1)
+        rows = _last_true(layout.of(scope.query)[:, tail], max(16, 1 << (last_q - 1).bit_length()), last_q)
+        at = np.maximum(rows, 0)
+        limit = np.where(rows >= 0, np.take_along_axis(layout.position[:, tail], at, axis=1), -1)
+        stand = np.where(rows >= 0, np.take_along_axis(layout.coordinate(scope.key)[:, tail], at, axis=1), -1)
         keys = None
         if scope.key is not None or layout.padded:
             keys = np.full((layout.batch_size, view.size), -1, np.int64)
             for b in range(layout.batch_size):
                 found = np.flatnonzero(layout.of(scope.key)[b])
                 keys[b, : len(found)] = found
-        return rows, np.where(rows >= 0, stand, -1), keys
+        return _Last(rows, limit, stand, layout.position, keys)
 
     return layout._once(("last queries", scope, m, last_q), build)
 
 
-def _last_true(mask: np.ndarray, n: int) -> np.ndarray:
-    """Indices of the last n true values of each row [B, n], -1 in front where there are fewer."""
-    out = np.full((len(mask), min(n, mask.shape[1])), -1, np.int64)
+def _last_true(mask: np.ndarray, width: int, n: int) -> np.ndarray:
+    """Indices of the last n true values of each row, [B, width], -1 in front where there are fewer."""
+    out = np.full((len(mask), width), -1, np.int64)
     for b, row in enumerate(mask):
-        found = np.flatnonzero(row)[-out.shape[1] :] if out.shape[1] else []
-        out[b, out.shape[1] - len(found) :] = found
+        found = np.flatnonzero(row)[-n:]
+        out[b, width - len(found) :] = found
     return out
 
 
+_held: dict[tuple[int, torch.device], tuple[weakref.ref, Tensor]] = {}
+
+
 def _on(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.as_tensor(array, dtype=torch.int64).to(device, non_blocking=True)
+    """An int32 copy of a host array on a device, made once in the array's life."""
+    key = (id(array), device)
+    if key not in _held or _held[key][0]() is not array:
+        tensor = torch.as_tensor(array.astype(np.int32)).to(device)
+        _held[key] = (weakref.ref(array, lambda _: _held.pop(key, None)), tensor)
+    return _held[key][1]
 
 
 @lru_cache(maxsize=8)

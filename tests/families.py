@@ -113,7 +113,7 @@ class Family:
     type_ids: str | None = None  # the name under which the model takes the modality of each token
     kind: str = "vlm"
     note: str = ""
-    attention: str = "causal"  # of the text model: "causal", "bidirectional images", "prefix", "sliding"
+    attention: str = "causal"  # of the text model: "causal", "bidirectional" (image blocks), "prefix", "sliding"
     stacked: tuple[str, ...] = field(default=())  # tensors [B, most, ...] padded with zeros, not concatenated
 
     def model(self, seed: int = 0) -> Any:

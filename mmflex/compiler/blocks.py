@@ -7,7 +7,9 @@ may come out too wide and *everywhere* too narrow, never the other way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from ..ir import expr as x
 from ..ir.layout import TokenLayout
-from .orders import Order
+from .orders import Order, attribute
 
 
 @dataclass(eq=False)
@@ -62,12 +64,12 @@ class Values:
         if isinstance(atom, x.Member):
             return table[b, h, at[0].clamp(0, table.shape[-1] - 1)] & (at[0] >= 0)
         if isinstance(atom, x.Touches):
-            below = self._below(x.set_name(atom))
+            below = self.below(x.set_name(atom))
             top = below.shape[-1] - 1
             return below[b, h, (at[1] + 1).clamp(0, top)] > below[b, h, at[0].clamp(0, top)]
         return table[b, h, at[0].clamp(0, table.shape[-2] - 1), at[1].clamp(0, table.shape[-1] - 1)]
 
-    def _below(self, name: str) -> Tensor:
+    def below(self, name: str) -> Tensor:
         """int32 [B, H, n + 1]: how many members of a set are below each number."""
         key = ("below", name)
         if key not in self.memo:
@@ -108,8 +110,6 @@ def side_attribute(
         if key not in memo:
             memo[key] = torch.as_tensor(order.attribute(e, layout), dtype=torch.int32).to(device)[:, None]
         return memo[key]
-    from .orders import attribute
-
     token = torch.as_tensor(attribute(e, layout), dtype=torch.int32).to(device)[:, None]
     return token.expand(len(index), index.shape[1], -1).gather(-1, index + order.origin)
 
@@ -133,53 +133,134 @@ def bounds(value: Tensor, tile: int) -> tuple[Tensor, Tensor]:
     return _tiled(value, tile, True), _tiled(value, tile, False)
 
 
-def block_bounds(expr: Boolean, values: Values) -> tuple[Tensor, Tensor]:
-    """(somewhere, everywhere), bool, broadcastable over [B, H, query tiles, key tiles]."""
+@dataclass(frozen=True, eq=False)
+class BlockSource:
+    """When an expression holds on blocks, as source over named tensors broadcastable over [B, H, query, key tiles].
+
+    Attributes:
+        some: holds on some pair (may be too wide). every: holds on every pair (may be too narrow).
+        names: what the source reads. Sources are equal for expressions of equal structure, so they are compiled once.
+    """
+
+    some: str
+    every: str
+    names: dict[str, Tensor]
+
+
+def block_source(expr: Boolean, values: Values) -> BlockSource:
+    """The block classifier of an expression, by bounds of f and g on each side's tiles."""
     tile = values.rows.tile
-    if expr in (sympy.true, sympy.false):
-        constant = torch.tensor(bool(expr), device=values.device)[None, None, None, None]
-        return constant, constant
-    if isinstance(expr, (sympy.And, sympy.Or)):
-        parts = [block_bounds(arg, values) for arg in expr.args]
-        some, every = parts[0]
-        for a, b in parts[1:]:
-            some, every = (some & a, every & b) if isinstance(expr, sympy.And) else (some | a, every | b)
-        return some, every
-    if isinstance(expr, sympy.Not):
-        some, every = block_bounds(expr.args[0], values)
-        return ~every, ~some
-    if len(x.sides(expr)) < 2:
-        value = values.of(expr)
-        return _tiled(value, tile, False), _tiled(value, tile, True)
-    if isinstance(expr, Relational):
-        parts = x.separate(expr)
-        if parts is None:
-            return torch.ones((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)
-        f, op, g = parts
-        return _compare(bounds(values.of(f), tile), op, bounds(values.of(g), tile))
-    if isinstance(expr, x.Touches):
-        (a0, a1), (b0, b1), (k0, k1) = (bounds(values.of(e), tile) for e in expr.args[:3])
-        some = values.test(expr, a0 - k1, b1 - k0)
-        return some, some & (a0 == a1) & (b0 == b1) & (k0 == k1)
-    (a0, a1), (b0, b1) = (bounds(values.of(e), tile) for e in expr.args[:2])
-    corners = [values.test(expr, a, b) for a in (a0, a1) for b in (b0, b1)]
-    close = (a1 - a0 <= 1) & (b1 - b0 <= 1)
-    some = corners[0] | corners[1] | corners[2] | corners[3] | ~close
-    return some, corners[0] & corners[1] & corners[2] & corners[3] & close
+    names: dict[str, Tensor] = {}
+    held: dict[Any, tuple[str, str]] = {}
+
+    def name(tensor: Tensor) -> str:
+        names[f"t{len(names)}"] = tensor
+        return f"t{len(names) - 1}"
+
+    def both(e: sympy.Basic) -> tuple[str, str]:
+        """Names of the least and greatest value on each tile."""
+        if e not in held:
+            low, high = bounds(values.of(e), tile)
+            held[e] = name(low), name(high)
+        return held[e]
+
+    def look_up(table: str, *at: str) -> str:
+        return f"{table}[b, h, {', '.join(at)}]"
+
+    def within(index: str, size: int) -> str:
+        return f"({index}).clamp(0, {size - 1})"
+
+    def write(e: Boolean) -> tuple[str, str]:
+        if e in (sympy.true, sympy.false):
+            return str(bool(e)), str(bool(e))
+        if isinstance(e, (sympy.And, sympy.Or)):
+            sign = " & " if isinstance(e, sympy.And) else " | "
+            parts = [write(arg) for arg in e.args]
+            return "(" + sign.join(p[0] for p in parts) + ")", "(" + sign.join(p[1] for p in parts) + ")"
+        if isinstance(e, sympy.Not):
+            some, every = write(e.args[0])
+            return f"(~{every})", f"(~{some})"
+        if len(x.sides(e)) < 2:
+            low, high = both(e)
+            return high, low
+        if isinstance(e, Relational):
+            parts = x.separate(e)
+            if parts is None:
+                return "True", "False"
+            return _compare(both(parts[0]), parts[1], both(parts[2]))
+        if isinstance(e, x.Touches):
+            (a0, a1), (b0, b1), (k0, k1) = (both(arg) for arg in e.args[:3])
+            below = values.below(x.set_name(e))
+            table, size = name(below), below.shape[-1]
+            high, low = within(f"{b1} - {k0} + 1", size), within(f"{a0} - {k1}", size)
+            some = f"({look_up(table, high)} > {look_up(table, low)})"
+            return some, f"({some} & ({a0} == {a1}) & ({b0} == {b1}) & ({k0} == {k1}))"
+        (a0, a1), (b0, b1) = (both(arg) for arg in e.args[:2])
+        listed = values.found[x.set_name(e)]
+        table = name(listed)
+        n, m = listed.shape[-2:]
+        corners = [look_up(table, within(a, n), within(b, m)) for a in (a0, a1) for b in (b0, b1)]
+        close = f"(({a1} - {a0} <= 1) & ({b1} - {b0} <= 1))"
+        return f"({' | '.join(corners)} | ~{close})", f"({' & '.join(corners)} & {close})"
+
+    some, every = write(expr)
+    return BlockSource(some, every, names)
 
 
-def _compare(f: tuple[Tensor, Tensor], op: type[Relational], g: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _compare(f: tuple[str, str], op: type[Relational], g: tuple[str, str]) -> tuple[str, str]:
     (f0, f1), (g0, g1) = f, g
-    if op is sympy.GreaterThan:
-        return f1 >= g0, f0 >= g1
-    if op is sympy.StrictGreaterThan:
-        return f1 > g0, f0 > g1
-    if op is sympy.LessThan:
-        return f0 <= g1, f1 <= g0
-    if op is sympy.StrictLessThan:
-        return f0 < g1, f1 < g0
-    some, every = (f0 <= g1) & (g0 <= f1), (f0 == f1) & (g0 == g1) & (f0 == g0)
-    return (some, every) if op is sympy.Eq else (~every, ~some)
+    sign = x.OPERATOR[op]
+    if op in (sympy.GreaterThan, sympy.StrictGreaterThan):
+        return f"({f1} {sign} {g0})", f"({f0} {sign} {g1})"
+    if op in (sympy.LessThan, sympy.StrictLessThan):
+        return f"({f0} {sign} {g1})", f"({f1} {sign} {g0})"
+    some, every = f"(({f0} <= {g1}) & ({g0} <= {f1}))", f"(({f0} == {f1}) & ({g0} == {g1}) & ({f0} == {g0}))"
+    return (some, every) if op is sympy.Eq else (f"(~{every})", f"(~{some})")
+
+
+@lru_cache(maxsize=256)
+def _classifier(some: str, every: str, names: tuple[str, ...], tail: bool, compiled: bool) -> Callable[..., Tensor]:
+    arguments = ["b", "h", "row_low", "row_high", "low", "high", *(["tail_low", "tail_high"] if tail else []), *names]
+    lines = [
+        f"def classify({', '.join(arguments)}):",
+        f"    some = (row_high >= low) & {some}",
+        f"    every = (row_low >= high) & {every}",
+        "    out = torch.where(some, torch.where(every, 2, 1), 0).to(torch.int8)",
+    ]
+    if tail:
+        lines += [
+            "    more = torch.where(row_high >= tail_low, torch.where(row_low >= tail_high, 2, 1), 0).to(torch.int8)",
+            "    out = torch.cat([out, more], -1)",
+        ]
+    namespace: dict[str, Any] = {"torch": torch}
+    exec(compile("\n".join([*lines, "    return out"]), "<mmflex classify>", "exec"), namespace)  # our own source
+    classify = namespace["classify"]
+    return torch.compile(classify, dynamic=True) if compiled else classify
+
+
+def classify(
+    blocks: BlockSource, row: Tensor, limit: Tensor, tail: Tensor | None, tile: int, heads: slice = slice(None)
+) -> Tensor:
+    """int8 [B, H, query tiles, key tiles (+ section tiles)]: 0 empty, 1 partial, 2 full, for some of the heads.
+
+    ``row >= limit`` is part of the mask: row int32 [B, 1|H, Q], limit int32 [B, H, main slots], tail likewise of the
+    heads' own section. Compiled by Inductor on CUDA.
+    """
+    row, limit = row if row.shape[1] == 1 else row[:, heads], limit[:, heads]
+    low, high = (r[..., None] for r in _extremes(row, tile))
+    ends = [low, high, *(r[:, :, None] for r in _extremes(limit, tile))]
+    if tail is not None:
+        ends += [r[:, :, None] for r in _extremes(tail[:, heads], tile)]
+    names = {n: t if t.shape[1] == 1 else t[:, heads] for n, t in blocks.names.items()}
+    b = torch.arange(limit.shape[0], device=row.device)[:, None, None, None]
+    h = torch.arange(limit.shape[1], device=row.device)[None, :, None, None]
+    function = _classifier(blocks.some, blocks.every, tuple(names), tail is not None, row.is_cuda)
+    return function(b, h, *ends, *names.values())
+
+
+def _extremes(t: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    tiled = t.unflatten(-1, (-1, tile))
+    return tiled.amin(-1), tiled.amax(-1)
 
 
 def compact(listed: Tensor, width: int) -> tuple[Tensor, Tensor]:

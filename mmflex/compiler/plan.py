@@ -240,6 +240,8 @@ def _link(program: Program) -> None:
             graph.add_edge(("estimate", (estimator, leaf.scope)), ("select", name))
     for i, launch in enumerate(program.launches):
         graph.add_node(("attend", i), stage="attend")
+        if i:  # merging and replacing rows come after what they merge with
+            graph.add_edge(("attend", i - 1), ("attend", i))
         if launch.kind == "dense":
             continue
         graph.add_node(("gather", i), stage="plan")

@@ -15,9 +15,9 @@ tokens) is found from the tokens themselves, so a stride that varies inside one 
 2. From transformers 5.18 on ``generate()`` encodes images and videos before that and pops their inputs. So also wrap
    ``get_image_features`` and ``get_video_features`` of the model that owns them (``functools.wraps`` keeps the
    signature that ``generate()`` inspects) and ``notes.update(geometry(call_arguments(fn, args, kwargs)))``, but only
-   for the *outermost* call and *outside* of ``forward``: in Qwen3-VL and VideoLLaMA 3 the video function calls the image
-   function under the image's names, and Perception-LM's forward encodes videos by the image function. Rows that beam
-   search repeats after the encoding are recognised.
+   for the *outermost* call and *outside* of ``forward``: in Qwen3-VL and VideoLLaMA 3 the video function calls the
+   image function under the image's names, and Perception-LM's forward encodes videos by the image function. Rows that
+   beam search repeats after the encoding are recognised.
 3. Where only a vision tower can be hooked: ``geometry_of_tower_calls(config, ids, calls)`` turns the keyword
    arguments of its calls into the same names. Where only the language model can be: `layout_from_positions` on its
    ``position_ids [3 | 4, B, N]`` (M-RoPE families).
@@ -590,8 +590,8 @@ def _consume(
             row = int(rows[start])
             if rows[stop - 1] != row:
                 raise ValueError(
-                    f"{family}: {name} {number} of {unit.placeholders} tokens would reach from prompt {row} into prompt "
-                    f"{int(rows[stop - 1])}: the order of the {name}s and of the prompts differ, or {WAY_OUT}"
+                    f"{family}: {name} {number} of {unit.placeholders} tokens would reach from prompt {row} into "
+                    f"prompt {int(rows[stop - 1])}: the order of the {name}s and of the prompts differ, or {WAY_OUT}"
                 )
             placed.append(_place(row, columns[start:stop], unit, valid[row] & ~taken[row]))
             start = stop
@@ -729,8 +729,8 @@ def _ids(config: Any, inputs: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray
         return ids, np.ones(ids.shape, bool)
     if getattr(mask, "ndim", 2) > 2 or isinstance(mask, Mapping):
         raise ValueError(
-            f"attention_mask is {_describe(mask)} but input_ids has shape {ids.shape}: a layout needs the processor's mask "
-            f"[batch, tokens], with 0 for padding; or {WAY_OUT}"
+            f"attention_mask is {_describe(mask)} but input_ids has shape {ids.shape}: a layout needs the processor's "
+            f"mask [batch, tokens], with 0 for padding; or {WAY_OUT}"
         )
     valid = _host(mask) != 0
     valid = valid[None] if valid.ndim == 1 else valid
@@ -854,8 +854,8 @@ def _whole_videos(config: Any, ids: np.ndarray, video: np.ndarray, grids: np.nda
     first = np.cumsum([0, *(grids[:-1].prod(axis=1) // merge**2)])
     if first[-1] >= len(rows):
         raise ValueError(
-            f"{_get(config, 'model_type')}: the prompts hold {len(rows)} video placeholder tokens but the vision tower was "
-            f"given frames of {int(grids.prod(axis=1).sum()) // merge**2}: {WAY_OUT}"
+            f"{_get(config, 'model_type')}: the prompts hold {len(rows)} video placeholder tokens but the vision tower "
+            f"was given frames of {int(grids.prod(axis=1).sum()) // merge**2}: {WAY_OUT}"
         )
     keys = np.stack([rows[first], starts[rows[first], columns[first]], grids[:, 1], grids[:, 2]], axis=1)
     change = np.flatnonzero((keys[1:] != keys[:-1]).any(axis=1)) + 1
@@ -868,8 +868,9 @@ def layout_from_positions(position_ids: Any, *, modality: Any = None, valid: Any
     Args:
         position_ids: ``[3, B, N]`` (time, height, width), or ``[4, B, N]`` with the plain positions in front, as
             Qwen-VL and GLM-V pass them to their language model.
-        modality: ``[B, N]`` as in ``mm_token_type_ids``. Without it, a token is visual where the three positions
-            differ, and a run with more than one time is a video (a grid of a single cell then passes for text).
+        modality: ``[B, N]`` as in ``mm_token_type_ids``. Without it, a token is visual where height or width do
+            not go beyond all before, and a run with more than one time is a video (a grid of a single cell then
+            passes for text, and images of one size with little text between for the frames of a video).
         valid: boolean ``[B, N]``, the attention mask. Without it every token counts.
 
     Within a run of visual tokens a frame starts where height and width are both minimal. Runs of one frame of equal
@@ -889,7 +890,7 @@ def layout_from_positions(position_ids: Any, *, modality: Any = None, valid: Any
     kinds = None if modality is None else np.where(mask, _host(modality).reshape(time.shape), 0)
     placed: list[_Placed] = []
     for row in range(len(time)):
-        visual = _visual(time[row], height[row], width[row], mask[row]) if kinds is None else kinds[row]
+        visual = _visual(height[row], width[row], mask[row]) if kinds is None else kinds[row]
         edges = [0, *(np.flatnonzero(np.diff(visual)) + 1).tolist(), len(visual)]
         runs = [np.arange(a, b) for a, b in pairwise(edges) if b > a and visual[a]]
         found = []
@@ -902,12 +903,16 @@ def layout_from_positions(position_ids: Any, *, modality: Any = None, valid: Any
     return _assemble(placed, mask)
 
 
-def _visual(time: np.ndarray, height: np.ndarray, width: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """0 / 1 per token. The first cell of an image has three equal positions, like text, and so may a cell of a
-    diagonal inside; between two images there are always two tokens of text or more."""
-    differ = ((time != height) | (time != width)) & valid
-    ahead = np.append(differ[1:], False)
-    visual: np.ndarray = (differ | (ahead & valid)).astype(np.int32)
+def _visual(height: np.ndarray, width: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """0 / 1 per token. Text goes beyond every height and width before it, in both; of an image or video only the
+    first cell does, and the next one tells."""
+
+    def again(position: np.ndarray) -> np.ndarray:
+        reached = np.maximum.accumulate(np.where(valid, position, -1))
+        return position <= np.append(-1, reached[:-1])
+
+    inside = (again(height) | again(width)) & valid
+    visual: np.ndarray = (inside | (np.append(inside[1:], False) & valid)).astype(np.int32)
     return visual
 
 

@@ -1,11 +1,13 @@
 """What besides attention outgrows a card at half a million tokens: MLP and norm temporaries, and the logits.
 
-The MLP of a 7B model needs 115 GB for one million tokens at once, its norms 30 GB in float32, and the logits of all tokens
-300 GB. All of them work on each token by itself, so rows can be done a chunk at a time: the same numbers to rounding.
+The MLP of a 7B model needs 115 GB for one million tokens at once, its norms 30 GB in float32, and the logits of all
+tokens 300 GB. All of them work on each token by itself, so rows can be done a chunk at a time: the same numbers to
+rounding.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,7 +69,7 @@ def chunk_rows(text_model: nn.Module, chunk: int | None) -> list[RowChunks]:
         ValueError: a negative chunk.
     """
     if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 0):
-        raise ValueError(f"mlp_chunk is {chunk!r}: a number of tokens is needed, None for automatic, or 0 for no chunks")
+        raise ValueError(f"mlp_chunk is {chunk!r}: give a number of tokens, None for automatic, or 0 for none")
     if chunk == 0:
         return []
     inside: list[nn.Module] = [getattr(text_model, "norm", nn.Identity())]
@@ -99,11 +101,9 @@ def last_token_logits(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tens
         ValueError: a prompt without tokens.
         TypeError: a model whose forward has no ``logits_to_keep``.
     """
-    import inspect
-
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise TypeError(
-            f"{type(model).__name__}.forward has no logits_to_keep: call its base model and apply the head to the last token"
+            f"{type(model).__name__}.forward has no logits_to_keep: apply the head to its base model's last token"
         )
     mask = inputs.get("attention_mask")
     keep: int | torch.Tensor = 1

@@ -8,6 +8,7 @@ previous attention can do. For the latter, `MaskDescription.dense` builds what t
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ NAME = "mmflex"
 class MaskDescription:
     """A 4-D attention mask that has not been built: what `transformers.masking_utils` asked for.
 
-    Models pass it around like the tensor ``[B, 1, M, N]`` that it stands for (``shape``, ``ndim``, ``to``, ``contiguous``).
+    Models pass it around like the tensor ``[B, 1, M, N]`` that it stands for (``shape``, ``ndim``, ``to``).
 
     Attributes:
         batch, queries, keys: B, M and N of the request (N of a static cache is its capacity).
@@ -79,7 +80,7 @@ def describe(
     attention_mask: torch.Tensor | MaskDescription | None = None,
     **options: Any,
 ) -> Any:
-    """The registered mask function: a `MaskDescription`, or for a decode step what the previous implementation gives."""
+    """The registered mask function: a `MaskDescription`, or for a decode step the previous implementation's mask."""
     if isinstance(attention_mask, MaskDescription):
         return attention_mask  # generate() with a static cache builds masks ahead, as it may with 4-D tensors
     from transformers.masking_utils import causal_mask_function
@@ -149,7 +150,7 @@ def _classify(causal: bool, config: Any, options: dict[str, Any]) -> tuple[int |
         return None, f"a chunked mask (attention_chunk_size {size})"
     if plain and size is not None:
         return size, None
-    return None, "a mask that is not causal (image blocks that see both ways, a prefix, packed sequences or an own mask)"
+    return None, "a mask that is not causal (image blocks that see both ways, a prefix, packed sequences, an own mask)"
 
 
 def _mask_functions() -> Any:
@@ -158,7 +159,7 @@ def _mask_functions() -> Any:
     return AttentionMaskInterface._global_mapping
 
 
-# ---- what a config's attention was before mmflex ----------------------------------------------------------------------
+# ---- what a config's attention was before mmflex -------------------------------------------------------------------
 
 
 @dataclass
@@ -208,8 +209,6 @@ def dense_function(module: nn.Module, implementation: str) -> Callable[..., Any]
 
     if implementation in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[implementation]
-    import sys
-
     # "eager" is a function of the modeling file, which names it so or nearly so
     for scope in (vars(sys.modules[cls.__module__]) for cls in type(module).__mro__):
         for name in ("eager_attention_forward", "simple_eager_attention_forward"):

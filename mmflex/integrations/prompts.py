@@ -45,7 +45,7 @@ def token_layout(layout: TokenLayout) -> Iterator[None]:
         TypeError: something else than a TokenLayout.
     """
     if not isinstance(layout, TokenLayout):
-        raise TypeError(f"token_layout takes a mmflex.TokenLayout, got {type(layout).__name__}: see TokenLayout.from_segments")
+        raise TypeError(f"token_layout takes a mmflex.TokenLayout, got {type(layout).__name__}: build one first")
     token = _given.set(layout)
     try:
         yield
@@ -58,7 +58,7 @@ class LayoutUnknown(Exception):
 
 
 class _NotedCall:
-    """``model.get_image_features``, noting grids and sizes on the way. An object, so that copies of the model keep it."""
+    """``model.get_image_features``, noting grids and sizes. An object, so that copies of the model keep it."""
 
     def __init__(self, function: Callable[..., Any], prompt: Prompt) -> None:
         functools.update_wrapper(self, function)
@@ -85,15 +85,15 @@ class Prompt:
     """
 
     def __init__(self, root: nn.Module, text_model: nn.Module, on_embeds: Callable[[], None]) -> None:
-        self.config = getattr(root, "config", None)
-        nested = bool(getattr(self.config, "sub_configs", None))
-        self.multimodal = nested or self.config is not getattr(text_model, "config", None)
+        self.config: Any = getattr(root, "config", text_model.config)
+        self.multimodal = bool(getattr(self.config, "sub_configs", None)) or self.config is not text_model.config
         self.on_embeds = on_embeds
         self.notes: dict[str, Any] = {}
         self.seen: dict[str, Any] = {}
         self.text: dict[str, Any] = {}
         self.running, self.depth = False, 0
         self.history: tuple[weakref.ref[Any], TokenLayout] | None = None
+        self.whole: TokenLayout | None = None
         self.memo: dict[Any, Any] = {}
         self.recent: dict[str, TokenLayout] = {}
         self.wrapped: list[tuple[nn.Module, str, Any]] = []
@@ -118,7 +118,15 @@ class Prompt:
             if own is not None:
                 setattr(module, name, own)
 
-    # ---- hooks: they look at host data and so stand outside of compiled regions ---------------------------------------
+    @property
+    def queries(self) -> int:
+        """Tokens of the language model's running forward; 0 outside of one."""
+        for name in ("inputs_embeds", "input_ids"):
+            if self.text.get(name) is not None:
+                return int(self.text[name].shape[1])
+        return 0
+
+    # ---- hooks: they look at host data and so stand outside of compiled regions ------------------------------------
 
     @torch.compiler.disable
     def note(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
@@ -161,15 +169,17 @@ class Prompt:
 
     @torch.compiler.disable
     def leave_text(self, module: nn.Module, args: Any, output: Any) -> None:
-        tokens = self.text.get("inputs_embeds")
-        tokens = self.text.get("input_ids") if tokens is None else tokens
-        if tokens is not None and tokens.shape[1] > 1:
+        if self.queries > 1:
             self.notes.clear()
             self.seen = {}
+        cache = getattr(output, "past_key_values", None)
+        if self.whole is not None and cache is not None:
+            self.history = (weakref.ref(cache), self.whole)
+        self.whole = None
         self.text = {}
         self.memo.clear()
 
-    # ---- what attention asks ------------------------------------------------------------------------------------------
+    # ---- what attention asks ---------------------------------------------------------------------------------------
 
     def plain(self, padding: torch.Tensor | None, first: int, end: int) -> TokenLayout:
         """Keys ``first .. end`` as text: all that a mask without modalities needs. LayoutUnknown where tokens are
@@ -216,9 +226,7 @@ class Prompt:
             if valid is not None:
                 fields = {n: np.broadcast_to(getattr(whole, n), valid.shape) for n in _FIELDS}
                 whole = TokenLayout.from_modality_ids(fields.pop("modality"), valid=valid, **fields)
-        cache = self.text.get("past_key_values")
-        if cache is not None:
-            self.history = (weakref.ref(cache), whole)
+        self.whole = whole
         return whole
 
     def _valid(self, padding: torch.Tensor | None, end: int) -> np.ndarray | None:
@@ -238,20 +246,21 @@ class Prompt:
         inputs = {**self.notes, **self.seen}
         if "input_ids" not in inputs and self.text.get("input_ids") is not None:
             inputs["input_ids"] = self.text["input_ids"]
-        if "input_ids" not in inputs and "inputs_embeds" not in inputs:
-            inputs["inputs_embeds"] = self.text.get("inputs_embeds")
+        if "input_ids" not in inputs and "inputs_embeds" not in inputs and self.text.get("inputs_embeds") is not None:
+            inputs["inputs_embeds"] = self.text["inputs_embeds"]
         inputs.pop("attention_mask", None)
         if valid is not None:
             inputs["attention_mask"] = valid[:, past:]
         kinds = inputs.get("mm_token_type_ids")
         if kinds is not None:
             inputs["mm_token_type_ids"] = kinds[:, -(end - past) :]
-        if "input_ids" not in inputs and not self.multimodal:
-            self.on_embeds()
         try:
             new = layout_for(self.config, inputs)
         except ValueError as error:
             new = self._from_positions(inputs, error)
+        else:
+            if "input_ids" not in inputs:
+                self.on_embeds()
         if new.length != end - past:
             raise LayoutUnknown(f"the inputs show {new.length} tokens but attention sees {end - past} new ones")
         return _rows(new, batch)
@@ -308,8 +317,8 @@ def _rows(layout: TokenLayout, batch: int) -> TokenLayout:
 def _checked(given: TokenLayout, batch: int, valid: np.ndarray | None, end: int) -> TokenLayout:
     if given.length < end:
         raise ValueError(
-            f"token_layout has {given.length} tokens but the model is at token {end}: give the layout of the whole prompt, "
-            "padding included"
+            f"token_layout has {given.length} tokens but the model is at token {end}: give the layout of the "
+            "whole prompt, padding included"
         )
     layout = _rows(given, batch)[:end]
     want = np.ones((1, end), bool) if valid is None else valid

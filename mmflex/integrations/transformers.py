@@ -14,17 +14,16 @@ a decode step (one token), or fewer than 64 on a cache         the model's previ
 a layer that the spec does not name                            the model's previous attention
 image blocks that see both ways, prefixes, chunked attention,  the model's previous attention, and a `DenseFallback`
 packed sequences, 4-D masks, tokens of unknown kind            warning, once per reason
-training, gradients, dropout, output_attentions, soft-capping, NotImplementedError with the reason and the way out
-sinks (``s_aux``), position bias, ``cu_seq_lens``, paged cache
+training, dropout, output_attentions, soft-capping, sinks       NotImplementedError with the reason and the way out
+(``s_aux``), position bias, ``cu_seq_lens``, paged cache
 =============================================================  =========================================================
 
-Hidden states of padding are not those of the previous attention: nothing reads them.
+Hidden states of padding are not those of the previous attention: nothing reads them. A backward pass raises.
 """
 
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,44 +31,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmflex.tuning.config import Config, Spec, head_slice, per_layer
+from mmflex.tuning.config import Config, Spec, per_layer
 
 from .long_prefill import RowChunks, chunk_rows
-from .masks import (
-    NAME,
-    MaskDescription,
-    causal_description,
-    dense_function,
-    describe,
-    forget_previous,
-    previous_implementation,
-    remember_previous,
-)
-from .prompts import LayoutUnknown, Prompt, token_layout
-from .window import SlidingWindow
+from .masks import NAME, dense_function, describe, forget_previous, remember_previous
+from .prefill import attention_forward, live
+from .prompts import Prompt, token_layout
 
 __all__ = ["DenseFallback", "patch", "patched", "token_layout", "unpatch"]
-
-DECODE_QUERIES = 64
-"""On a cache, fewer new tokens than this are decoding (assisted decoding checks a few at a time): there is nothing to
-save, and patterns are estimated from this many queries."""
-
-
-SMALL_WINDOWED = 4096
-"""Up to this many keys a sliding-window layer stays with the previous attention: its mask tensor is small."""
 
 
 class DenseFallback(UserWarning):
     """A layer ran the model's previous attention although its spec asked for less; the message says why."""
 
 
-# ---- patching -----------------------------------------------------------------------------------------------------------
+# ---- patching ------------------------------------------------------------------------------------------------------
 
 
 class Patch:
     """What `patch` did to one model, and what its attention function needs to know."""
-
-    _live: weakref.WeakValueDictionary[int, Patch] = weakref.WeakValueDictionary()
 
     def __init__(self, root: nn.Module, spec: Spec | Config, backend: str, mlp_chunk: int | None) -> None:
         self.root, self.backend = root, backend
@@ -79,12 +59,12 @@ class Patch:
         self.noticed: set[str] = set()
         self.called = False
         self.chunks: list[RowChunks] = chunk_rows(self.text_model, mlp_chunk)
+        self.handle = self.text_model.register_forward_hook(self.check_called)  # before the prompt's, which forget it
         self.prompt = Prompt(root, self.text_model, self.notice_embeds)
-        self.handle = self.text_model.register_forward_hook(self.check_called)
         self.previous = remember_previous(self.config, self.config._attn_implementation or "eager")
         self.modules = modules
         self.number = id(self)
-        Patch._live[self.number] = self
+        live[self.number] = self
         for module in modules:
             module._mmflex = _Slot(self, module, self.previous)  # type: ignore[assignment]
         _register()
@@ -92,8 +72,8 @@ class Patch:
         if self.config._attn_implementation != NAME:
             self.remove()
             raise NotImplementedError(
-                f"{type(self.owner).__name__} does not take another attention (set_attn_implementation had no effect): its "
-                "code does not go through transformers' AttentionInterface, so call mmflex.attention in it"
+                f"{type(self.owner).__name__} does not take another attention (set_attn_implementation had no effect): "
+                "its code does not go through transformers' AttentionInterface, so call mmflex.attention in it"
             )
 
     def remove(self) -> None:
@@ -112,23 +92,21 @@ class Patch:
         if reason not in self.noticed:
             self.noticed.add(reason)
             message = f"mmflex: {type(self.root).__name__} runs its previous attention ({self.previous}): {reason}"
-            warnings.warn(message, DenseFallback, stacklevel=2)
+            warnings.warn(message, DenseFallback, stacklevel=3)
 
     def notice_embeds(self) -> None:
         if "embeds" not in self.noticed:
             self.noticed.add("embeds")
             warnings.warn(
-                f"mmflex: {type(self.root).__name__} is given inputs_embeds, whose tokens are taken as text; if some are "
-                "images or video, run it inside `with mmflex.token_layout(layout):`",
+                f"mmflex: {type(self.root).__name__} is given inputs_embeds, whose tokens are taken as text; if some "
+                "are images or video, run it inside `with mmflex.token_layout(layout):`",
                 stacklevel=2,
             )
 
     @torch.compiler.disable
     def check_called(self, module: nn.Module, args: Any, output: Any) -> None:
         """After a prefill: the attention function must have been reached."""
-        tokens = self.prompt.text.get("inputs_embeds")
-        tokens = self.prompt.text.get("input_ids") if tokens is None else tokens
-        if not self.called and tokens is not None and tokens.shape[1] > 1:
+        if not self.called and self.prompt.queries > 1:
             raise RuntimeError(
                 f"{type(self.text_model).__name__} ran without calling mmflex: its attention does not go through "
                 "transformers' AttentionInterface; unpatch it and call mmflex.attention in its code"
@@ -137,7 +115,7 @@ class Patch:
     # The patch of a copied or unpickled model is its own.
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, number=id(self))
-        Patch._live[self.number] = self
+        live[self.number] = self
 
 
 class _Slot:
@@ -153,8 +131,8 @@ def patch(
 ) -> nn.Module:
     """Make a transformers model prefill through `mmflex.attention`.
 
-    Only the language model changes; a vision tower, decode steps, weights and ``config.json`` stay as they are. The table
-    at the top of this module says which masks are honoured, which run dense with a notice, and which are refused.
+    Only the language model changes; a vision tower, decode steps, weights and ``config.json`` stay as they are. The
+    table at the top of this module says which masks are honoured, which run dense with a notice, which are refused.
 
     Args:
         model: a causal language model or a vision-language model, or a module that holds one (also from
@@ -216,14 +194,14 @@ def _language_model(root: nn.Module) -> tuple[Any, Any, nn.Module, list[nn.Modul
             groups.setdefault(id(module.config), []).append(module)
     choices = {key: [m for m in models if id(m.config) == key] for key in groups}
     choices = {key: owners for key, owners in choices.items() if owners}
-    if len(choices) > 1 and models:
-        wanted = id(models[0].config.get_text_config(decoder=True))
+    if len(choices) > 1 and isinstance(root, PreTrainedModel):
+        wanted = id(root.config.get_text_config(decoder=True))
         choices = {wanted: choices[wanted]} if wanted in choices else choices
     if len(choices) != 1:
         names = sorted({type(owners[0]).__name__ for owners in choices.values()})
+        way_out = "patch the one that reads the prompt" if names else "pass one, such as LlamaForCausalLM"
         raise TypeError(
-            f"{type(root).__name__} holds {len(choices)} transformers language models"
-            + (f" ({', '.join(names)}): patch the one that reads the prompt" if names else ": pass one, such as LlamaForCausalLM")
+            f"{type(root).__name__} holds {len(choices)} transformers language models ({', '.join(names)}): {way_out}"
         )
     ((key, owners),) = choices.items()
     return owners[0].config, owners[0], owners[-1], groups[key]
@@ -257,233 +235,3 @@ def _register() -> None:
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, describe)
-
-
-# ---- the attention function ---------------------------------------------------------------------------------------------
-
-
-def attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The function registered with transformers: query [B, Hq, M, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv] ->
-    ([B, M, Hq, Dv], None). What it does when is the table at the top of this module."""
-    slot: Any = getattr(module, "_mmflex", None)
-    if slot is None:
-        # Not ours: a model that shares its config object with a patched one.
-        previous = previous_implementation(getattr(module, "config", None))
-        if previous is None:
-            raise RuntimeError(
-                f"{type(module).__name__} asks for mmflex but belongs to no patched model: call mmflex.patch(model, spec), "
-                "or select another attention with model.set_attn_implementation"
-            )
-        return _dense(module, dense_function(module, previous), previous, query, key, value, attention_mask, scaling,
-                      dropout, kwargs)  # fmt: skip
-    patch = slot.patch
-    patch.called = True
-    layer = module.layer_idx
-    out = None
-    if query.shape[2] > 1 and layer in patch.spec:
-        _refuse(module, query, key, dropout, kwargs)
-        reason = _why_dense(module, query, key, attention_mask, kwargs)
-        if reason is not None:
-            patch.notice(reason)
-        else:
-            out = _accelerate(patch, int(layer), query, key, value, attention_mask, scaling)  # type: ignore[arg-type]
-    if out is None:
-        return _dense(module, slot.dense, patch.previous, query, key, value, attention_mask, scaling, dropout, kwargs)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _dense(
-    module: nn.Module,
-    function: Any,
-    implementation: str,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    scaling: float | None,
-    dropout: float,
-    kwargs: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The previous attention, with the mask that it would have been given."""
-    if isinstance(attention_mask, MaskDescription):
-        attention_mask = attention_mask.dense(implementation)
-        if attention_mask is not None:
-            attention_mask = attention_mask.to(query.device)
-    return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-
-
-_SCORES = {"softcap": "soft-capping", "s_aux": "attention sinks (s_aux)", "position_bias": "a position bias"}
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
-
-
-def _refuse(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, dropout: float, kwargs: dict[str, Any]
-) -> None:
-    """NotImplementedError for what would be silently wrong."""
-
-    def no(what: str, way_out: str) -> NotImplementedError:
-        return NotImplementedError(f"mmflex can't honour {what} in {type(module).__name__}: {way_out}")
-
-    if module.training:
-        raise no("training mode", "call model.eval(), or mmflex.unpatch(model) to train")
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
-        raise no("gradients", "run under torch.no_grad() or torch.inference_mode(), or mmflex.unpatch(model) to train")
-    if dropout > 0:
-        raise no(f"dropout {dropout}", "call model.eval(), or mmflex.unpatch(model)")
-    if kwargs.get("output_attentions"):
-        raise no("output_attentions", 'mmflex.unpatch(model) and load it with attn_implementation="eager" for the weights')
-    for name, what in _SCORES.items():
-        if kwargs.get(name) is not None:
-            raise no(what, "leave the layer out of the spec, {layer: patterns}, or run the model unpatched")
-    for name in _PACKED:
-        if kwargs.get(name) is not None:
-            raise no(f"packed sequences ({name})", "run the sequences as a padded batch, or mmflex.unpatch(model)")
-    if kwargs.get("cache") is not None:
-        raise no("a paged cache", "use generate() without continuous batching, or mmflex.unpatch(model)")
-
-
-def _why_dense(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, kwargs: dict[str, Any]
-) -> str | None:
-    """Why only the previous attention can do this mask; None when mmflex can."""
-    is_causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        return "attention that is not causal"
-    if isinstance(mask, MaskDescription):
-        return mask.deviation
-    if mask is not None:
-        return f"a ready-made {mask.ndim}-D mask; pass attention_mask [batch, tokens] for mmflex"
-    if query.shape[2] != key.shape[2]:
-        return f"{query.shape[2]} queries on {key.shape[2]} keys without a mask that places them"
-    return None
-
-
-def _accelerate(
-    patch: Patch,
-    layer: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: MaskDescription | None,
-    scaling: float | None,
-) -> torch.Tensor | None:
-    """[B, Hq, M, Dv] by mmflex; None where the previous attention shall run."""
-    padding, past, first, window = None, 0, 0, None
-    if mask is not None:
-        padding, past, first, window = mask.padding, mask.q_offset, mask.kv_offset, mask.window
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if torch.compiler.is_compiling():
-        at = past if isinstance(past, torch.Tensor) else None
-        return prefill_op(
-            query, key, value, padding, at, 0 if at is not None else past, first, window or 0, scaling, patch.number, layer
-        )
-    return _run(patch, layer, query, key, value, padding, int(past), first, window, scaling)
-
-
-def _run(
-    patch: Patch,
-    layer: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    padding: torch.Tensor | None,
-    past: int,
-    first: int,
-    window: int | None,
-    scaling: float,
-) -> torch.Tensor | None:
-    from mmflex.runtime.attention import attention
-    from mmflex.runtime.backends import resolve
-
-    batch, heads, queries, width = query.shape
-    end = past + queries
-    if past and queries < DECODE_QUERIES:
-        return None
-    key, value = key[:, :, : end - first], value[:, :, : end - first]  # a static cache has room behind
-    if window is not None and window >= end:
-        window = None  # it does not reach back to where it would cut
-    if window is not None and (end - first <= SMALL_WINDOWED or patch.backend == "dense"):
-        return None
-    spec: Any
-    backend = patch.backend
-    try:
-        if window is not None:
-            layout, spec = patch.prompt.plain(padding, first, end), SlidingWindow(window)
-            # "auto" may trade a spec for dense attention, but this is the model's own mask
-            backend = resolve(backend, query.device, width, query.dtype).name
-        else:
-            layout = patch.prompt.layout(batch, padding, first, past, end)
-            spec = head_slice(patch.spec[layer], heads, _tensor_parallel_rank(patch, heads, len(patch.spec[layer])))
-    except LayoutUnknown as error:
-        patch.notice(f"{error}")
-        return None
-    # Latent attention has narrower values than keys; zeros change neither scores nor sums.
-    wide = max(width, value.shape[-1])
-    query, key, padded = (_widened(x, wide) for x in (query, key, value))
-    out = attention(query, key, padded, spec, layout=layout, scale=scaling, backend=backend)
-    return out[..., : value.shape[-1]]
-
-
-# Inside torch.compile(model) a layer is one opaque operation: it looks at the prompt (host data) and has compiled its
-# kernels itself. So nothing breaks the graph within attention.
-@torch.library.custom_op(
-    "mmflex::prefill",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? padding, Tensor? past_tensor, SymInt past, SymInt first, "
-    "SymInt window, float scaling, SymInt patch, SymInt layer) -> Tensor",
-)
-def prefill_op(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    padding: torch.Tensor | None,
-    past_tensor: torch.Tensor | None,
-    past: int,
-    first: int,
-    window: int,
-    scaling: float,
-    patch: int,
-    layer: int,
-) -> torch.Tensor:
-    """One layer's attention, [B, Hq, M, Dv], for compiled models; arguments as `_run`, the patch by its number."""
-    owner = Patch._live.get(patch)
-    if owner is None:
-        raise RuntimeError("a compiled model outlived its mmflex.patch: torch.compile it again after unpatching")
-    owner.called = True
-    past = past if past_tensor is None else int(past_tensor)
-    out = _run(owner, layer, query, key, value, padding, past, first, window or None, scaling)
-    if out is None:
-        module = next(m for m in owner.modules if m.layer_idx == layer)
-        mask = causal_description(query, key, padding, past, first, window or None, owner.config)
-        dense, _ = _dense(
-            module, module._mmflex.dense, owner.previous, query, key, value, mask, scaling, 0.0, {}  # type: ignore[union-attr]
-        )
-        out = dense.transpose(1, 2)
-    return out.contiguous()
-
-
-@prefill_op.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return query.new_empty(*query.shape[:-1], value.shape[-1])
-
-
-def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
-    return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
-
-
-def _tensor_parallel_rank(patch: Patch, heads: int, patterns: int) -> int | None:
-    if heads == patterns:
-        return None
-    mesh = getattr(patch.owner, "_device_mesh", None) or getattr(patch.root, "_device_mesh", None)
-    if mesh is None:
-        return None
-    return int(mesh.get_local_rank("tp") if mesh.ndim > 1 else mesh.get_local_rank())

@@ -24,7 +24,7 @@ class MaskMod:
 
     Attributes:
         source: Python source of the mask_mod; two launches with equal source share one compiled kernel.
-        captures: int32 tensors; the first two are ``row`` and ``limit``.
+        captures: int32 tensors.
     """
 
     source: str
@@ -50,10 +50,16 @@ def _write(names: list[str], body: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def comparison(row: Tensor, limit: Tensor) -> MaskMod:
-    """``row[b, q] >= limit[b, h, kv]``; row int32 [B, Q] (or [B, H, Q]), limit int32 [B, H, KV]."""
-    at = "row[b, q]" if row.dim() == 2 else "row[b, h, q]"
-    return MaskMod(_write(["row", "limit"], f"{at} >= limit[b, h, kv]"), (row, limit))
+def comparison(row: Tensor | None, limit: Tensor) -> MaskMod:
+    """``row[b, q] >= limit[b, h, kv]``; row int32 [B, Q] (or [B, H, Q]; None: the slot number itself), limit int32
+    [B, H, KV]."""
+    if row is None:
+        return MaskMod(_write(["limit"], "q >= limit[b, h, kv]"), (limit,))
+    return MaskMod(_write(["row", "limit"], f"{_at(row)} >= limit[b, h, kv]"), (row, limit))
+
+
+def _at(row: Tensor) -> str:
+    return "row[b, q]" if row.dim() == 2 else "row[b, h, q]"
 
 
 def looked_up(
@@ -117,8 +123,7 @@ def looked_up(
         return side(leaf, "kv", key_slots)
 
     body = x.source(expr, write)
-    at = "row[b, q]" if row.dim() == 2 else "row[b, h, q]"
-    full = f"({at} >= limit[b, h, kv]) & ((kv >= numbers[0, h]) | {body})"
+    full = f"({_at(row)} >= limit[b, h, kv]) & ((kv >= numbers[0, h]) | {body})"
     table = torch.tensor(numbers, dtype=torch.int32).to(values.device)[:, None].expand(-1, heads).contiguous()
     return MaskMod(_write(names, full), (row, limit, table, *captures[2:]))
 

@@ -10,12 +10,18 @@ import sympy
 import torch
 from torch import Tensor
 
-from ..compiler.blocks import Values, block_bounds, compact, side_attribute
+from ..compiler.blocks import BlockSource, Values, block_source, classify, side_attribute
 from ..compiler.orders import BIG, Order, gathered
 from ..compiler.plan import HeadMap, Launch, Part, Program, names_of
 from ..ir import expr as x
 from ..ir.pattern import View
 from . import backends, masks
+from .kernels.lists import compact_into
+from .kernels.rows import take_rows
+
+
+MOST_CLASSES = 1 << 30
+"""Block classes held at a time (bytes): heads are classified in turns beyond it."""
 
 
 @dataclass(eq=False)
@@ -23,16 +29,12 @@ class Ready:
     """What planning leaves for a launch.
 
     Attributes:
-        row_index: int64 [B, H, S], the query in each slot, where rows differ by head; else None. So key_index.
-        section_index: int64 [B, H, C], tokens of each head's section.
-        section_heads: heads of ``section_index``.
-        row: int32 [B, S] or [B, H, S], positions of the queries, -1 for none.
-        limit: int32 [B, H, KV].
         lists: the block lists. mask_mod: the mask of partial blocks.
+        row_index: int64 [B, H, S], the query in each slot, where rows differ by head, and how many are real
+            (``row_count`` int64 [B, H]). key_index: likewise the key.
+        section_index: int64 [B, heads, C], tokens of each head's section, for the heads ``section_heads``.
     """
 
-    row: Tensor
-    limit: Tensor
     lists: backends.Lists
     mask_mod: masks.MaskMod
     row_index: Tensor | None = None
@@ -40,6 +42,7 @@ class Ready:
     key_index: Tensor | None = None
     section_index: Tensor | None = None
     section_heads: tuple[int, ...] = ()
+    section_table: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -134,102 +137,35 @@ def _positions(launch: Launch, state: State) -> tuple[Tensor, Tensor]:
 def gather_and_list(state: State, number: int) -> None:
     """Gathered rows and columns, residue orders, limits and block lists of a launch."""
     launch = state.program.launches[number]
-    {"main": _main, "rows": _rows, "classes": _classes}[launch.kind](state, number, launch)
+    state.ready[number] = {"main": _main, "rows": _rows, "classes": _classes}[launch.kind](state, launch)
 
 
-def _main(state: State, number: int, launch: Launch) -> None:
-    program, tile = state.program, state.program.tile
-    row, at = _positions(launch, state)
-    heads = launch.heads.heads
-    batch, main = state.batch, launch.keys.slots
-    limit = torch.full((batch, len(heads), launch.key_slots), BIG, dtype=torch.int32, device=state.device)
-    place = {h: i for i, h in enumerate(heads) if h >= 0}
-    slot_of, blocks = launch.section_slot, launch.section // tile
-    tables: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(heads)
-    sections, section_heads, residual = [], [], None
-    row_low, row_high = _row_bounds(row, tile)
-    for part in launch.parts:
-        values = state.part_values(launch, part)
-        here = state.const(tuple(place[h] for h in part.heads))
-        own = at[:, None].expand(-1, len(part.heads), -1)
-        tail = None
-        if part.columns != sympy.false:
-            chosen = values.of(part.columns)[:, :, 0].expand(batch, len(part.heads), -1) & (own < BIG)
-            index, count = gathered(chosen, launch.section)
-            _check(count <= launch.section, "gathered columns")
-            own = torch.where(chosen, BIG, own)
-            tail = torch.where(
-                torch.arange(launch.section, device=state.device) < count[..., None],
-                at[:, None].expand(-1, len(part.heads), -1).gather(-1, index),
-                BIG,
-            ).int()
-            if not launch.keys.identity:
-                index = launch.keys.on("filled", state.device).expand(batch, -1)[:, None].expand(
-                    -1, len(part.heads), -1
-                ).gather(-1, index)
-            sections.append(index)
-            section_heads.extend(part.heads)
-        limit[:, here, :main] = own.int()
-        some, every = block_bounds(part.mask, values)
-        low, high = own.unflatten(-1, (-1, tile)).amin(-1), own.unflatten(-1, (-1, tile)).amax(-1)
-        some = some & (row_high >= low[:, :, None])
-        every = every & (row_low >= high[:, :, None]) & some
-        full_shape = (batch, len(part.heads), launch.row_slots // tile, main // tile)
-        some, every = some.expand(full_shape), every.expand(full_shape)
-        if launch.section:
-            if tail is None:
-                tail = torch.full((batch, len(part.heads), launch.section), BIG, dtype=torch.int32, device=state.device)
-            low, high = tail.unflatten(-1, (-1, tile)).amin(-1), tail.unflatten(-1, (-1, tile)).amax(-1)
-            some = torch.cat([some, row_high >= low[:, :, None]], -1)
-            every = torch.cat([every, row_low >= high[:, :, None]], -1)
-            for i, h in enumerate(part.heads):
-                if h in slot_of:
-                    first = main + slot_of[h] * launch.section
-                    limit[:, place[h], first : first + launch.section] = tail[:, i]
-        for i, h in enumerate(part.heads):
-            tables[place[h]] = (some[:, i], every[:, i])
-        if not launch.compare:
-            residual = (part.mask, values)
-    lists = _lists(state, launch, tables, main // tile, blocks)
-    if residual is None:
-        mask_mod = masks.comparison(row.contiguous(), limit)
-    else:
-        mask_mod = masks.looked_up(row.contiguous(), limit, *residual, main, launch.key_slots, batch, len(heads))
-    state.ready[number] = Ready(
-        row,
-        limit,
-        lists,
-        mask_mod,
-        section_index=torch.cat(sections, 1) if sections else None,
-        section_heads=tuple(section_heads),
-    )
+class _Lists:
+    """Block lists of a launch in the making."""
 
+    def __init__(self, state: State, launch: Launch) -> None:
+        self.state, self.launch, self.tile = state, launch, state.program.tile
+        shape = (2, state.batch, len(launch.heads.heads), launch.row_slots // self.tile)
+        self.table = torch.zeros((*shape, launch.width), dtype=torch.int32, device=state.device)
+        self.counts = torch.zeros(shape, dtype=torch.int32, device=state.device)
 
-def _row_bounds(row: Tensor, tile: int) -> tuple[Tensor, Tensor]:
-    """Least and greatest position of each query tile, [B, 1|H, tiles, 1]."""
-    row = row[:, None] if row.dim() == 2 else row
-    tiled = row.unflatten(-1, (-1, tile))
-    return tiled.amin(-1)[..., None], tiled.amax(-1)[..., None]
+    def add(
+        self, place: tuple[int, ...], source: BlockSource, row: Tensor, limit: Tensor, tail: Tensor | None, shift: tuple[int, ...]
+    ) -> None:
+        """Lists the blocks of some heads; row [B, 1|H, Q], limit and tail [B, H, ...]."""
+        main_tiles = limit.shape[-1] // self.tile
+        per_head = self.table.shape[3] * (main_tiles + (0 if tail is None else tail.shape[-1] // self.tile))
+        step = max(1, MOST_CLASSES // max(1, per_head * limit.shape[0]))
+        for first in range(0, len(place), step):
+            heads = slice(first, first + step)
+            classes = classify(source, row, limit, tail, self.tile, heads)
+            at, moved = (self.state.const(t[heads]).int() for t in (place, shift))
+            compact_into(classes, self.table, self.counts, at, moved, main_tiles)
 
-
-def _lists(
-    state: State, launch: Launch, tables: list[tuple[Tensor, Tensor]], main_tiles: int, blocks: int
-) -> backends.Lists:
-    """Block lists of all heads of a launch from (somewhere, everywhere) tables over [main | own section] tiles."""
-    rows = launch.row_slots // state.program.tile
-    empty = torch.zeros((state.batch, rows, main_tiles + blocks), dtype=torch.bool, device=state.device)
-    some = torch.stack([t[0] if t[0].numel() else empty for t in tables], 1)
-    every = torch.stack([t[1] if t[1].numel() else empty for t in tables], 1)
-    shift = tuple(launch.section_slot.get(h, 0) * blocks for h in launch.heads.heads)
-    out: list[Tensor] = []
-    for listed in (some & ~every, some & every):
-        count, index = compact(listed, launch.width)
-        _check(count <= launch.width, "key blocks of a query block")
-        if any(shift):
-            move = state.const(shift).int()[:, None, None]
-            index = torch.where(index >= main_tiles, index + move, index)
-        out += [count, index]
-    return out[0], out[1], out[2], out[3]
+    def done(self) -> backends.Lists:
+        if self.launch.width < self.launch.key_slots // self.tile:
+            _check(self.counts <= self.launch.width, "key blocks of a query block")
+        return self.counts[0], self.table[0], self.counts[1], self.table[1]
 
 
 def _check(fits: Tensor, what: str) -> None:
@@ -238,8 +174,60 @@ def _check(fits: Tensor, what: str) -> None:
     torch._assert_async(fits.all(), message)
 
 
-def _rows(state: State, number: int, launch: Launch) -> None:
-    tile = state.program.tile
+def _main(state: State, launch: Launch) -> Ready:
+    program, tile = state.program, state.program.tile
+    row, at = _positions(launch, state)
+    heads, batch, main = launch.heads.heads, state.batch, launch.keys.slots
+    place = {h: i for i, h in enumerate(heads) if h >= 0}
+    slot_of, origin = launch.section_slot, _slot_origin(launch, program)
+    base = origin or 0
+    limit = torch.full((batch, len(heads), launch.key_slots), BIG, dtype=torch.int32, device=state.device)
+    lists = _Lists(state, launch)
+    sections: list[Tensor] = []
+    section_heads: list[int] = []
+    residual = None
+    for part in launch.parts:
+        values = state.part_values(launch, part)
+        here = tuple(place[h] for h in part.heads)
+        own, tail = at[:, None].expand(-1, len(part.heads), -1), None
+        if part.columns != sympy.false:
+            chosen = values.of(part.columns)[:, :, 0].expand(own.shape) & (own < BIG)
+            index, count = gathered(chosen, launch.section)
+            _check(count <= launch.section, "gathered columns")
+            real = torch.arange(launch.section, device=state.device) < count[..., None]
+            tail = torch.where(real, own.gather(-1, index), BIG).int()
+            own = torch.where(chosen, BIG, own)
+            if not launch.keys.identity:
+                index = launch.keys.on("filled", state.device).expand(batch, -1)[:, None].expand(own.shape).gather(-1, index)
+            sections.append(index)
+            section_heads.extend(part.heads)
+            for i, h in enumerate(part.heads):
+                first = main + slot_of[h] * launch.section
+                limit[:, place[h], first : first + launch.section] = tail[:, i] - base
+        limit[:, state.const(here), :main] = own - base
+        shift = tuple(slot_of.get(h, 0) * (launch.section // tile) for h in part.heads)
+        lists.add(here, block_source(part.mask, values), row[:, None], own, tail, shift)
+        if not launch.compare:
+            residual = (part.mask, values)
+    if residual is not None:
+        mask_mod = masks.looked_up(row.contiguous(), limit + base, *residual, main, launch.key_slots, batch, len(heads))
+    else:
+        mask_mod = masks.comparison(row.contiguous() if origin is None else None, limit)
+    index = torch.cat(sections, 1) if sections else None
+    return Ready(lists.done(), mask_mod, section_index=index, section_heads=tuple(section_heads))
+
+
+def _slot_origin(launch: Launch, program: Program) -> int | None:
+    """The position of slot 0 where slots run with positions (the mask then compares the slot itself), else None."""
+    if program.layout.padded or launch.rows.label != "natural" or not launch.compare:
+        return None
+    return (program.layout.length - program.queries) // program.tile * program.tile
+
+
+EVERYTHING = BlockSource("True", "True", {})
+
+
+def _rows(state: State, launch: Launch) -> Ready:
     row, at = _positions(launch, state)
     heads, batch = launch.heads.heads, state.batch
     token = launch.rows.on("filled", state.device).expand(batch, -1)
@@ -248,68 +236,65 @@ def _rows(state: State, number: int, launch: Launch) -> None:
     index = torch.zeros((batch, len(heads), launch.capacity), dtype=torch.int64, device=state.device)
     count = torch.zeros((batch, len(heads)), dtype=torch.int64, device=state.device)
     for part in launch.parts:
-        values = state.part_values(launch, part)
-        chosen = values.of(part.chosen)[..., 0].expand(batch, len(part.heads), -1) & real[:, None]
+        chosen = state.part_values(launch, part).of(part.chosen)[..., 0].expand(batch, len(part.heads), -1) & real[:, None]
         slots, found = gathered(chosen, launch.capacity)
         _check(found <= launch.capacity, "gathered rows")
         here = state.const(tuple(place[h] for h in part.heads))
         index[:, here], count[:, here] = slots, found
     filled = torch.arange(launch.capacity, device=state.device) < count[..., None]
     position = row[:, None].expand(-1, len(heads), -1).gather(-1, index)
-    position = torch.where(filled.any(-1, keepdim=True), position, -1).int()
-    limit = at[:, None].expand(-1, len(heads), -1).contiguous().int()
-    row_low, row_high = _row_bounds(position, tile)
-    low, high = limit.unflatten(-1, (-1, tile)).amin(-1), limit.unflatten(-1, (-1, tile)).amax(-1)
-    some, every = row_high >= low[:, :, None], row_low >= high[:, :, None]
-    some = some & filled.unflatten(-1, (-1, tile)).any(-1)[..., None]
-    tables = [(some[:, i], every[:, i] & some[:, i]) for i in range(len(heads))]
-    lists = _lists(state, launch, tables, launch.keys.slots // tile, 0)
+    position = torch.where(filled, position, -1).int()
+    limit = at[:, None].expand(-1, len(heads), -1).contiguous()
+    lists = _Lists(state, launch)
+    everyone = tuple(range(len(heads)))
+    lists.add(everyone, EVERYTHING, position, limit, None, (0,) * len(heads))
     token_index = token[:, None].expand(-1, len(heads), -1).gather(-1, index)
-    state.ready[number] = Ready(
-        position, limit, lists, masks.comparison(position, limit), row_index=token_index, row_count=count
-    )
+    mask_mod = masks.comparison(position, limit)
+    return Ready(lists.done(), mask_mod, row_index=token_index, row_count=count)
 
 
-def _classes(state: State, number: int, launch: Launch) -> None:
-    tile = state.program.tile
+def _classes(state: State, launch: Launch) -> Ready:
     row, at = _positions(launch, state)
     heads, batch = launch.heads.heads, state.batch
     (part,) = launch.parts
     assert part.classes is not None
     values = state.part_values(launch, part)
-    order = []
-    for residue, position, side, dim in ((part.classes[0], row, launch.rows, 3), (part.classes[1], at, launch.keys, 2)):
-        real = (side.on("index", state.device) >= 0)[:, None].expand(batch, len(part.heads), -1)
-        key = values.of(residue).squeeze(dim).expand(real.shape).long() * (BIG << 1) + position[:, None]
-        slot = torch.where(real, key, torch.iinfo(torch.int64).max).argsort(-1)
-        # Empty slots come last; they repeat the last token, so that they widen no block's bounds.
-        last = (real.sum(-1, keepdim=True) - 1).clamp(min=0)
-        sorted_real = torch.arange(slot.shape[-1], device=state.device) <= last
-        slot = slot.gather(-1, torch.arange(slot.shape[-1], device=state.device).expand(slot.shape).minimum(last))
-        sorted_real = sorted_real & real.any(-1, keepdim=True)
-        token = side.on("filled", state.device).expand(batch, -1)[:, None].expand(real.shape).gather(-1, slot)
-        order.append((token, position[:, None].expand(real.shape).gather(-1, slot), sorted_real))
-    (row_index, row_at, row_real), (key_index, key_at, key_real) = order
+    (row_index, row_at, row_real), (key_index, key_at, key_real) = (
+        _by_residue(state, values.of(residue).squeeze(dim), position, side, len(part.heads))
+        for residue, position, side, dim in ((part.classes[0], row, launch.rows, 3), (part.classes[1], at, launch.keys, 2))
+    )
     row_at, key_at = torch.where(row_real, row_at, -1).int(), torch.where(key_real, key_at, BIG).int()
     there = state.part_values(launch, part, row_index, key_index)
-    some, every = block_bounds(part.mask, there)
-    row_low, row_high = _row_bounds(row_at, tile)
-    low, high = key_at.unflatten(-1, (-1, tile)).amin(-1), key_at.unflatten(-1, (-1, tile)).amax(-1)
-    some = some & (row_high >= low[:, :, None])
-    every = every & (row_low >= high[:, :, None]) & some
-    place = {h: i for i, h in enumerate(part.heads)}
-    tables = [(some[:, place[h]], every[:, place[h]]) if h >= 0 else (torch.empty(0),) * 2 for h in heads]
-    lists = _lists(state, launch, tables, launch.keys.slots // tile, 0)
-    pick = state.const(tuple(place.get(h, 0) for h in heads))
-    row_at, key_at, row_index, key_index = (t.index_select(1, pick) for t in (row_at, key_at, row_index, key_index))
-    there = state.part_values(launch, part, row_index, key_index)
-    there.found = {name: table.index_select(1, pick) for name, table in there.found.items()}
-    mask_mod = masks.looked_up(
-        row_at, key_at, part.mask, there, launch.keys.slots, launch.keys.slots, batch, len(heads)
-    )
-    state.ready[number] = Ready(
-        row_at, key_at, lists, mask_mod, row_index=row_index, row_count=row_real.sum(-1).index_select(1, pick), key_index=key_index
-    )
+    place = {h: i for i, h in enumerate(heads) if h >= 0}
+    lists = _Lists(state, launch)
+    lists.add(tuple(place[h] for h in part.heads), block_source(part.mask, there), row_at, key_at, None, (0,) * len(part.heads))
+    if part.heads != heads:  # empty heads repeat the first one's rows
+        pick = state.const(tuple(max(part.heads.index(h), 0) if h >= 0 else 0 for h in heads))
+        row_at, key_at, row_index, key_index, row_real = (
+            t.index_select(1, pick) for t in (row_at, key_at, row_index, key_index, row_real)
+        )
+        there = state.part_values(launch, part, row_index, key_index)
+        there.found = {name: table.index_select(1, pick) for name, table in there.found.items()}
+    slots = launch.keys.slots
+    mask_mod = masks.looked_up(row_at, key_at, part.mask, there, slots, slots, batch, len(heads))
+    return Ready(lists.done(), mask_mod, row_index=row_index, row_count=row_real.sum(-1), key_index=key_index)
+
+
+def _by_residue(
+    state: State, residue: Tensor, position: Tensor, side: Order, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots of one side sorted by (residue, position): tokens, positions and which are real, [B, H, S].
+
+    Empty slots come last and repeat the last token, so that they widen no block's bounds.
+    """
+    real = (side.on("index", state.device) >= 0)[:, None].expand(state.batch, heads, -1)
+    key = residue.expand(real.shape).long() * (BIG << 1) + position[:, None]
+    slot = torch.where(real, key, torch.iinfo(torch.int64).max).argsort(-1)
+    last = real.sum(-1, keepdim=True) - 1
+    number = torch.arange(slot.shape[-1], device=state.device).expand(slot.shape)
+    slot = slot.gather(-1, number.minimum(last.clamp(min=0)))
+    token = side.on("filled", state.device).expand(state.batch, -1)[:, None].expand(real.shape).gather(-1, slot)
+    return token, position[:, None].expand(real.shape).gather(-1, slot), number <= last
 
 
 # ---- attending ---------------------------------------------------------------------------------------------------------
@@ -319,29 +304,35 @@ def keys(state: State, number: int, t: Tensor) -> Tensor:
     """k or v [B, Hkv, N, D] in the slots of a launch: main section, then the gathered sections."""
     launch, ready = state.program.launches[number], state.ready[number]
     if ready.key_index is not None:
-        per_head = take_heads(t, tuple(max(h, 0) * t.shape[1] // state.program.heads for h in launch.heads.heads), state)
-        return per_head.gather(2, ready.key_index[..., None].expand(-1, -1, -1, t.shape[-1]))
+        kv = tuple(max(h, 0) * t.shape[1] // state.program.heads for h in launch.heads.heads)
+        return take_rows(take_heads(t, kv, state), ready.key_index)
     t = take_heads(t, launch.heads.kv_heads, state)
-    if not launch.keys.identity:
-        index = launch.keys.on("filled", state.device).expand(state.batch, -1)
-        main = t.gather(2, index[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[-1]))
-    else:
-        main = t
-    if ready.section_index is None:
-        return main
-    kv_heads, sections = len(launch.heads.kv_heads), launch.sections
+    kv_heads, main = t.shape[1], launch.keys.slots
+    if ready.section_index is None and launch.keys.identity:
+        return t
     out = t.new_empty((state.batch, kv_heads, launch.key_slots, t.shape[-1]))
-    out[:, :, : launch.keys.slots] = main
-    tail = out[:, :, launch.keys.slots :].unflatten(2, (sections, launch.section))
-    index = torch.zeros((state.batch, kv_heads, sections, launch.section), dtype=torch.int64, device=state.device)
-    group = state.program.heads // state.program.kv_heads
-    kv_place = {kv: i for i, kv in enumerate(launch.heads.kv_heads)}
-    at_kv = state.const(tuple(kv_place[h // group] for h in ready.section_heads))
-    at_slot = state.const(tuple(launch.section_slot[h] for h in ready.section_heads))
-    index[:, at_kv, at_slot] = ready.section_index
-    flat = index.flatten(2)[..., None].expand(-1, -1, -1, t.shape[-1])
-    tail.copy_(t.gather(2, flat).unflatten(2, (sections, launch.section)))
+    if launch.keys.identity:
+        out[:, :, :main].copy_(t)
+    else:
+        index = launch.keys.on("index", state.device)[:, None].expand(state.batch, kv_heads, -1)
+        take_rows(t, index, out[:, :, :main])
+    if ready.section_index is not None:
+        take_rows(t, _section_table(state, launch, ready), out[:, :, main:])
     return out
+
+
+def _section_table(state: State, launch: Launch, ready: Ready) -> Tensor:
+    """int64 [B, KV heads, sections x slots]: the token in each slot of the gathered sections, -1 for none."""
+    if ready.section_table is None:
+        assert ready.section_index is not None
+        shape = (state.batch, len(launch.heads.kv_heads), launch.sections, launch.section)
+        table = torch.full(shape, -1, dtype=torch.int64, device=state.device)
+        group = state.program.heads // state.program.kv_heads
+        at_kv = state.const(tuple(launch.heads.kv_heads.index(h // group) for h in ready.section_heads))
+        at_slot = state.const(tuple(launch.section_slot[h] for h in ready.section_heads))
+        table[:, at_kv, at_slot] = ready.section_index
+        ready.section_table = table.flatten(2)
+    return ready.section_table
 
 
 def queries(state: State, number: int, q: Tensor) -> Tensor:
@@ -349,11 +340,10 @@ def queries(state: State, number: int, q: Tensor) -> Tensor:
     launch, ready = state.program.launches[number], state.ready[number]
     q = take_heads(q, launch.heads.heads, state)
     if ready.row_index is not None:
-        return q.gather(2, ready.row_index[..., None].expand(-1, -1, -1, q.shape[-1]))
+        return take_rows(q, ready.row_index)
     if launch.rows.identity:
         return q
-    index = launch.rows.on("filled", state.device).expand(state.batch, -1)
-    return q.gather(2, index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[-1]))
+    return take_rows(q, launch.rows.on("index", state.device)[:, None].expand(state.batch, q.shape[1], -1))
 
 
 def place(state: State, number: int, out: Tensor, lse: Tensor | None, found: Tensor, sums: Tensor | None) -> None:

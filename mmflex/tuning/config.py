@@ -17,6 +17,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def per_layer(spec: Spec, layers: Iterable[int], heads: int) -> dict[int, tuple[
                 raise ValueError(f"layer {layer} has no attention to set: the model's attention layers are {shown}")
         return {layer: _heads(value, heads, f"layer {layer}") for layer, value in sorted(spec.items())}
     everywhere = _heads(spec, heads, "the spec")
-    return {layer: everywhere for layer in known}
+    return dict.fromkeys(known, everywhere)
 
 
 def _heads(value: Any, heads: int, where: str) -> tuple[Pattern, ...]:
@@ -105,7 +106,7 @@ def _heads(value: Any, heads: int, where: str) -> tuple[Pattern, ...]:
         if not isinstance(pattern, Pattern):
             raise TypeError(f"{where}, head {head} is {pattern!r}: a pattern is needed, such as AShape(128, 1024)")
     if len(patterns) != heads:
-        raise ValueError(f"{where} has {len(patterns)} patterns for {heads} query heads: give one pattern, or one per head")
+        raise ValueError(f"{where} has {len(patterns)} patterns for {heads} query heads: give one, or one per head")
     return patterns
 
 
@@ -128,7 +129,7 @@ def head_slice(patterns: Sequence[Pattern], heads_here: int, rank: int | None) -
     return tuple(patterns[rank * heads_here : (rank + 1) * heads_here])
 
 
-# ---- files --------------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------------------------
 
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
@@ -220,9 +221,7 @@ class _Document:
         unknown = sorted(set(data) - set(kinds) - {"schema", "version"})
         if unknown:
             raise self.fail(unknown[0], f"unknown field; the fields are schema, version, {', '.join(kinds)}")
-        table = [
-            self.at(f"patterns[{i}]", lambda entry=entry: ir.from_json(entry)) for i, entry in enumerate(data["patterns"])
-        ]
+        table = [self.at(f"patterns[{i}]", partial(ir.from_json, x)) for i, x in enumerate(data["patterns"])]
         heads = data["heads"]
         patterns: dict[int, tuple[Pattern, ...]] = {}
         for layer, entry in data["spec"].items():
@@ -245,7 +244,8 @@ class _Document:
         patterns = {}
         for layer, entry in enumerate(self.data):
             if set(entry) != {str(h) for h in range(heads)}:
-                raise self.fail(f"[{layer}]", f"heads are {sorted(entry)}: layer 0 has {heads}, so 0 to {heads - 1} is needed")
+                found = sorted(entry, key=lambda h: (len(h), h))
+                raise self.fail(f"[{layer}]", f"heads are {found}, but layer 0 has {heads} heads: 0 to {heads - 1}")
             patterns[layer] = tuple(self.minference_head(entry[str(h)], f'[{layer}]["{h}"]') for h in range(heads))
         provenance = {"format": "minference", "file": self.path.name}
         return self.at("", lambda: Config(model, len(self.data), heads, patterns, provenance))

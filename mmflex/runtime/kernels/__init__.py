@@ -1,0 +1,12 @@
+"""Triton kernels, each beside its launch code and its torch twin. On a device without Triton the twins run."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def use_triton(t: torch.Tensor) -> bool:
+    """Whether Triton kernels run on this tensor: CUDA, or the CPU under ``TRITON_INTERPRET=1`` (tests)."""
+    return t.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"

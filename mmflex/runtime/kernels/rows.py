@@ -1,0 +1,59 @@
+"""Moving rows of q, k, v and out between token order and slot order."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import use_triton
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+
+if triton is not None:
+
+    @triton.jit
+    def _take(
+        src, index, out, src_b, src_h, src_n, out_b, out_h, out_n, index_b, index_h, group, heads, slots, dim,
+        BLOCK: tl.constexpr, DIM: tl.constexpr,
+    ):  # fmt: skip
+        """A block of slots of one head."""
+        slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        head = tl.program_id(1) % heads
+        batch = (tl.program_id(1) // heads).to(tl.int64)
+        inside = slot < slots
+        row = tl.load(index + batch * index_b + head.to(tl.int64) * index_h + slot, mask=inside, other=-1).to(tl.int64)
+        d = tl.arange(0, DIM)
+        keep = inside[:, None] & (d < dim)[None]
+        source = src + batch * src_b + (head // group).to(tl.int64) * src_h + row[:, None] * src_n + d[None]
+        value = tl.load(source, mask=keep & (row >= 0)[:, None], other=0.0)
+        target = out + batch * out_b + head.to(tl.int64) * out_h + slot.to(tl.int64)[:, None] * out_n + d[None]
+        tl.store(target, value, mask=keep)
+
+
+def take_rows(src: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+    """``out[b, h, s] = src[b, h * Hs // H, index[b, h, s]]``, zero where the index is negative.
+
+    src [B, Hs, N, D], index int [B, H, S] (any strides but the last), out [B, H, S, D] (last dimension contiguous).
+    """
+    batch, heads, slots = index.shape
+    dim = src.shape[-1]
+    if out is None:
+        out = src.new_empty((batch, heads, slots, dim))
+    group = heads // src.shape[1]
+    if use_triton(src) and src.stride(-1) == 1 and out.stride(-1) == 1:
+        assert triton is not None
+        grid = (triton.cdiv(slots, 64), batch * heads)
+        _take[grid](
+            src, index, out, *src.stride()[:3], *out.stride()[:3], index.stride(0), index.stride(1), group, heads, slots,
+            dim, BLOCK=64, DIM=triton.next_power_of_2(dim),
+        )  # fmt: skip
+        return out
+    if group > 1:
+        src = src[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2)
+    at = index.long().clamp(min=0)[..., None].expand(-1, -1, -1, dim)
+    out.copy_(src.gather(2, at).masked_fill((index < 0)[..., None], 0))
+    return out

@@ -1,0 +1,30 @@
+"""Triton kernels against their torch twins. On a machine without CUDA they run under Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CASES = Path(__file__).with_name("kernel_cases.py")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs them on the device instead")
+def test_kernels_equal_their_twins_under_the_interpreter():
+    """In a process of its own: TRITON_INTERPRET must be set before Triton is imported."""
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, str(CASES)], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kernels agree" in done.stdout
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_equal_their_twins_on_the_device():
+    import kernel_cases
+
+    kernel_cases.main("cuda")
