@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 from mmflex.ir.pattern import View
-from mmflex.runtime.kernels.mass import SPAN, last_mass
+from mmflex.runtime.kernels import use_triton
+from mmflex.runtime.kernels.mass import SPAN, block_diagonals, last_mass
 from mmflex.runtime.kernels.rows import take_rows
+from mmflex.runtime.kernels.select import heaviest
+
+__all__ = ["LastMass", "LastQueries", "PooledScores", "comb_excess", "heaviest", "likely_strides"]
 
 _CHUNK = 1 << 27
 """Scores held at a time, in elements: bounds the memory of an estimate at any length."""
@@ -23,53 +27,41 @@ _CHUNK = 1 << 27
 
 @dataclass(frozen=True)
 class LastMass:
-    """Attention mass of the last queries, summed over them.
+    """Attention mass of the last queries, summed over them; float32.
 
     Attributes:
-        vertical: float32 [B, H, keys], per key.
-        diagonal: float32 [B, H, keys], per distance between query and key.
+        vertical: [B, H, keys], per key.
+        diagonal: [B, H, keys], per distance between query and key (None unless asked for).
+        block_diagonals: [B, H, tiles], what each block diagonal would hold (`mmflex.runtime.kernels.mass`).
         view: where it was measured.
     """
 
     vertical: Tensor
-    diagonal: Tensor
+    diagonal: Tensor | None
+    block_diagonals: Tensor
     view: View
-
-    def block_diagonals(self) -> Tensor:
-        """float32 [B, H, tiles]: mass that each block diagonal would hold, if what is seen at a distance held for
-        queries at every place in a tile. A distance ``j * tile + r`` lies on diagonal j for (tile - r) of the tile's
-        queries, and on j + 1 for the other r."""
-        tile, tiles = self.view.tile, self.view.tiles
-        mass = torch.nn.functional.pad(self.diagonal, (0, tiles * tile - self.diagonal.shape[-1]))
-        mass = mass.unflatten(-1, (tiles, tile))
-        later = torch.arange(tile, device=mass.device, dtype=mass.dtype) / tile
-        spill = (mass * later).sum(-1)
-        own = mass.sum(-1) - spill
-        own[..., 1:] += spill[..., :-1]
-        return own
 
 
 @dataclass(frozen=True)
 class LastQueries:
     """Estimator: softmax attention of the last ``last_q`` queries in scope over all keys before them (MInference,
-    section 3.2; per modality: MMInference, section 3.2)."""
+    section 3.2; per modality: MMInference, section 3.2); ``distances``: also the mass at every distance."""
 
     last_q: int = 64
-
-    diagonals: bool = True
+    distances: bool = False
 
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> LastMass:
-        """q [B, H, M, D], k [B, Hkv, N, D] -> `LastMass`. Non-finite scores count as no attention."""
+        """q [B, H, M, D], k [B, Hkv, N, D] -> `LastMass`. Scores that are not finite count as no attention."""
         last = _last(view, self.last_q)
         rows, limit, stand, position, keys = (None if a is None else _on(a, q.device) for a in last.arrays)
+        assert rows is not None and limit is not None and stand is not None and position is not None
         query = take_rows(q, rows[:, None].expand(q.shape[0], q.shape[1], -1))
-        limit, stand = limit.expand(len(q), -1), stand.expand(len(q), -1)
-        keys = None if keys is None else keys.expand(len(q), -1)
-        if not self.diagonals or last.spread <= SPAN - 128:
-            found = last_mass(query, k, scale, limit, position, stand, keys, view.size, self.diagonals)
-            if found is not None:
-                return LastMass(*found, view)
-        return LastMass(*_twin(query, k, scale, limit, position, last.stand, keys, view.size), view)
+        limit, stand = limit.expand(len(q), -1).contiguous(), stand.expand(len(q), -1).contiguous()
+        keys = None if keys is None else keys.expand(len(q), -1).contiguous()
+        if use_triton(q) and last.spread <= SPAN - 128 and view.tile >= 64:
+            return LastMass(*last_mass(query, k, scale, limit, position, stand, keys, view.size, view.tile, self.distances), view)
+        vertical, diagonal = _twin(query, k, scale, limit, position, last.stand, keys, view.size)
+        return LastMass(vertical, diagonal, block_diagonals(diagonal, view.tile), view)
 
 
 def _twin(
@@ -143,22 +135,6 @@ def _pool(x: Tensor, block: np.ndarray, blocks: int) -> Tensor:
     total.scatter_add_(2, index[:, None, :, None].expand(x.shape), x.float().nan_to_num(0.0))
     count = torch.zeros((len(index), blocks + 1), device=x.device).scatter_add_(1, index, torch.ones_like(index).float())
     return total[:, :, :-1] / count[:, None, :-1, None].clamp(min=1.0)
-
-
-def heaviest(mass: Tensor, budget: int, always: Tensor | None = None) -> Tensor:
-    """bool like ``mass`` [..., n]: the ``budget`` heaviest of the last dimension (all, if there are fewer).
-
-    ``always`` [..., n] come first and count towards the budget. Of equals, the lower index is kept.
-    """
-    budget = min(budget, mass.shape[-1])
-    if budget == 0:
-        return torch.zeros_like(mass, dtype=torch.bool)
-    if always is not None:
-        mass = mass.masked_fill(always, float("inf"))
-    least = mass.topk(budget, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    above, equal = mass > least, mass == least
-    room = budget - above.sum(-1, keepdim=True)
-    return above | (equal & (equal.cumsum(-1) <= room))
 
 
 @dataclass(frozen=True, eq=False)

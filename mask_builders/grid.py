@@ -58,7 +58,7 @@ class Grid(Pattern):
         return self.phase == "search" and (self.columns or self.rows)
 
     def estimator(self) -> LastQueries | None:
-        return LastQueries(self.last_q) if self.stride == "search" or self._searches_phase else None
+        return LastQueries(self.last_q, distances=self.slash) if self.stride == "search" or self._searches_phase else None
 
     def _stride(self, frame_stride: int | None) -> int:
         """The stride, where it does not depend on attention."""
@@ -79,11 +79,12 @@ class Grid(Pattern):
         count = view.layout.of(view.scope.key).sum(axis=1)
         end = torch.as_tensor(count, device=device)[:, None, None] - self.local - self.last_q
         vertical = estimate.vertical * ((place >= self.sink) & (place < end))
-        diagonal = estimate.diagonal * (place >= self.local)
+        diagonal = None if estimate.diagonal is None else estimate.diagonal * (place >= self.local)
         batch, heads, _ = vertical.shape
         if self.stride == "search":
-            mass = [m for m, on in ((vertical, self.columns or self.rows), (diagonal, self.slash)) if on]
-            tried = [likely_strides(m, self.shortest, self.longest, _TRIED) for m in mass or [vertical]]
+            mass = [vertical] if self.columns or self.rows or diagonal is None else []
+            mass += [] if diagonal is None else [diagonal]
+            tried = [likely_strides(m, self.shortest, self.longest, _TRIED) for m in mass]
             strides = torch.cat(tried, -1)
             widest = self.longest
         else:
@@ -92,7 +93,7 @@ class Grid(Pattern):
         score, phases = comb_excess(vertical, strides, widest).max(-1)
         if not (self.columns or self.rows):
             score = torch.zeros_like(score)
-        if self.slash:
+        if diagonal is not None:
             score = score + comb_excess(diagonal, strides, widest)[..., 0]
         best = score.argmax(-1, keepdim=True)
         return {"stride": strides.gather(-1, best)[..., 0], "phase": phases.gather(-1, best)[..., 0]}

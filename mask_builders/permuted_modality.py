@@ -56,7 +56,11 @@ class Boundary2D(Pattern):
     parts: Any
 
     def __post_init__(self) -> None:
-        parts = {(modality_id(a), modality_id(b)): _check(p) for (a, b), p in _items(self.parts)}
+        parts = {}
+        for pair, pattern in _items(self.parts):
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise ValueError(f"Boundary2D maps (query modality, key modality) pairs to patterns, got the key {pair!r}")
+            parts[modality_id(pair[0]), modality_id(pair[1])] = _check(pattern)
         object.__setattr__(self, "parts", tuple(sorted(parts.items())))
 
     def denote(self, t: Tokens) -> Boolean:

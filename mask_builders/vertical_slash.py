@@ -22,7 +22,7 @@ class VerticalSlash(Pattern):
     queries.
 
     Columns: the keys with the most mass; the first 30 keys always come first. Diagonals: whole block diagonals,
-    ``ceil(slash / tile)`` of them, by the mass that each would hold (`LastMass.block_diagonals`); those that hold the
+    ``ceil(slash / tile)`` of them, by the mass that each would hold (`estimate.LastMass`); those that hold the
     100 nearest distances always come first. What is forced counts towards the budget; a budget of 0 selects nothing;
     budgets beyond the sequence select all of it; of equals, the lower index wins.
     """
@@ -39,7 +39,7 @@ class VerticalSlash(Pattern):
         return LastQueries(self.last_q)
 
     def select(self, estimate: LastMass, view: View) -> Mapping[str, torch.Tensor]:
-        diagonals = estimate.block_diagonals()
+        diagonals = estimate.block_diagonals
         near = -(-(NEAR_DIAGONALS - 1) // view.tile)
         first = torch.arange(view.size, device=diagonals.device) < SINK_COLUMNS
         nearest = torch.arange(view.tiles, device=diagonals.device) <= near

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .compiler.plan import Launch
     from .runtime.attention import Plan
     from .tuning.config import Config
 
-__all__ = ["plot_config", "plot_estimate", "plot_heads", "plot_mask", "plot_orders", "plot_recall"]
+__all__ = ["plot_config", "plot_estimate", "plot_heads", "plot_mask", "plot_masks", "plot_orders", "plot_recall"]
 
 FULL, PARTIAL, SKIPPED, LATER = "#10305c", "#ef9b20", "#e6e9ee", "#ffffff"
 """Tones of blocks, from dark to light; LATER: keys after the query."""
@@ -141,26 +142,29 @@ def plot_mask(
     if level == "token":
         picture, names = _token_picture(plan, head, batch), ("attended to", "computed, masked", "skipped")
     else:
-        picture, names = _tones(raster.mask_raster(plan, head, batch)), ("full blocks", "partial blocks", "skipped")
+        found = raster.mask_raster(plan, head, batch, _pixels(ax))
+        picture, names = _tones(found), ("full blocks", "partial blocks", "skipped")
     ax.imshow(picture, extent=(0, n, n, n - m), aspect="equal" if m == n else "auto", interpolation="antialiased")
-    _token_axis(ax, n)
-    if m == n:
-        ax.set_yticks(ax.get_xticks())
-    ax.set_ylim(n, n - m)
-    ax.set_ylabel("query (token)")
-    ax.yaxis.set_major_formatter(_short)
+    _axes(ax, range(n), range(n - m, n))
+    ax.set(xlabel="key (token)", ylabel="query (token)")
     _bands(ax, plan.layout, batch % plan.layout.batch_size, n - m)
-    ax.set_title(_mask_title(plan, head, batch) if title is None else title, loc="left", pad=22)
+    ax.set_title(_mask_title(plan, head, batch) if title is None else title, loc="left", pad=22, fontsize=9.5)
     if legend:
         _tone_legend(ax, names)
     return figure
 
 
+def _pixels(ax: Axes) -> int:
+    """Device pixels along a square picture in these axes: one pixel of the raster for each."""
+    box = ax.get_window_extent()
+    return int(min(max(min(box.width, box.height), 200), raster.PIXELS))
+
+
 def _mask_title(plan: Plan, head: int, batch: int) -> str:
-    name = textwrap.shorten(f"head {head}: {pattern_of(plan, head)}", 74, placeholder=" …")
+    name = textwrap.shorten(f"head {head}: {pattern_of(plan, head)}", 60, placeholder=" …")
     full, partial = raster.head_counts(plan, head, batch)
-    blocks = f"{full:,} full + {partial:,} partial blocks of {plan.program.tile}" if full + partial else "dense kernel"
-    return f"{name}\n{plan.density.heads[batch, head]:.1%} of the causal pairs computed, {blocks}"
+    blocks = f"{full:,} full, {partial:,} partial" if full + partial else "dense kernel"
+    return f"{name}\n{plan.density.heads[batch, head]:.1%} of the causal pairs are in listed blocks: {blocks}"
 
 
 def _token_picture(plan: Plan, head: int, batch: int) -> np.ndarray:
@@ -176,7 +180,7 @@ def _tones(found: Raster) -> np.ndarray:
     """RGB of a raster. A pixel's tone is the share of its pairs that is computed, raised so that thin lines show."""
     full, partial, skipped, later = _rgb(FULL, PARTIAL, SKIPPED, LATER)
     share = found.share
-    depth = np.where(share > 0, np.maximum(share**0.6, 0.12), 0.0)[..., None]
+    depth = np.where(share > 0, np.maximum(share**0.4, 0.25), 0.0)[..., None]
     whole = (found.full / np.maximum(found.full + found.partial, 1e-9))[..., None]
     ground = np.where(found.later[..., None], later, skipped)
     return ground * (1 - depth) + (full * whole + partial * (1 - whole)) * depth
@@ -207,14 +211,38 @@ def _short(value: float, _: Any = None) -> str:
     return f"{value:,}"
 
 
-def _token_axis(ax: Axes, n: int) -> None:
-    """Four or so round ticks along the keys."""
-    step = 1 << max(0, (n // 4).bit_length() - 1) if n >= 1024 else None
-    if step:
-        ax.set_xticks(np.arange(0, n + 1, step if n / step < 7 else 2 * step))
-    ax.set_xlim(0, n)
-    ax.xaxis.set_major_formatter(_short)
-    ax.set_xlabel("key (token)")
+def _plain(value: float, _: Any = None) -> str:
+    return f"{value:g}"
+
+
+def _axes(ax: Axes, keys: range, rows: range) -> None:
+    """Limits of a picture, and a few ticks at round numbers along both sides."""
+    for axis, span in ((ax.xaxis, keys), (ax.yaxis, rows)):
+        step = 1 << max(0, (len(span) // 3).bit_length() - 1)
+        step = step if len(span) >= 512 else max(1, round(len(span) / 4, -1 if len(span) > 40 else 0))
+        first = -(-span.start // step) * step
+        axis.set_ticks(np.arange(first, span.stop + 1, step))
+        axis.set_major_formatter(_short)
+    ax.set_xlim(keys.start, keys.stop)
+    ax.set_ylim(rows.stop, rows.start)
+
+
+@_styled
+def plot_masks(plan: Plan, heads: Sequence[int], batch: int = 0, level: str = "auto", *, columns: int = 3) -> Figure:
+    """`plot_mask` of several heads side by side, under one legend."""
+    rows = -(-len(heads) // columns)
+    wide = min(columns, len(heads))
+    figure, host = _canvas(None, 4.9 * wide, 5.1 * rows)
+    host.remove()
+    for i, head in enumerate(heads):
+        ax = figure.add_subplot(rows, wide, i + 1)
+        full, partial = raster.head_counts(plan, head, batch)
+        name = textwrap.fill(f"head {head}: {pattern_of(plan, head)}", 56, max_lines=2, placeholder=" …")
+        title = f"{name}\n{plan.density.heads[batch, head]:.1%} of the causal pairs, {full:,} full, {partial:,} partial"
+        plot_mask(plan, head, batch, level, title=title, legend=i == 0, ax=ax)
+        ax.title.set_fontsize(8.5)
+    figure.tight_layout(h_pad=1.2, w_pad=1.5)
+    return figure
 
 
 # ---- modality bands -------------------------------------------------------------------------------------------------------
@@ -231,10 +259,12 @@ def _bands(ax: Axes, layout: TokenLayout, row: int, first_query: int) -> None:
     """Modalities along the top (keys) and the right (queries), with ticks at frames."""
     ids = np.where(layout.valid[row], layout.modality[row], -1)
     n = len(ids)
-    top = ax.inset_axes((0.0, 1.012, 1.0, 0.028), sharex=ax)
-    side = ax.inset_axes((1.012, 0.0, 0.028, 1.0), sharey=ax)
+    top = ax.inset_axes((0.0, 1.012, 1.0, 0.028))
+    side = ax.inset_axes((1.012, 0.0, 0.028, 1.0))
     _strip(top, ids, across=True)
     _strip(side, ids, across=False)
+    top.set_xlim(ax.get_xlim())
+    side.set_ylim(ax.get_ylim())
     frames = _frame_starts(layout, row)
     for strip, span, put in ((top, n, "x"), (side, n - first_query, "y")):
         strip.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
@@ -323,51 +353,49 @@ def plot_orders(plan: Plan, head: int, batch: int = 0, *, ax: Axes | None = None
     the section of gathered columns apart. Bands show which modality stands in a slot."""
     raster.check_head(plan, head, batch)
     launches = [(n, p) for n, p in raster.launches_of(plan, head) if plan.program.launches[n].kind != "dense"]
-    figure, host = _canvas(ax, 5.0 + 4.6 * max(1, len(launches)), 5.4)
+    panels = 1 + max(1, len(launches))
+    figure, host = _canvas(ax, 5.2 * panels, 5.9)
     if ax is None:
-        figure.subplots_adjust(left=0.06, right=0.98, bottom=0.12, top=0.84)
+        figure.subplots_adjust(left=0.32 / panels / 2, right=1 - 0.08 / panels, bottom=0.12, top=0.77)
     host.axis("off")
-    panels = max(1, len(launches)) + 1
-    gap = 0.055
+    gap = 0.28 / panels
     width = (1 - gap * (panels - 1)) / panels
     places = [host.inset_axes((i * (width + gap), 0.0, width, 1.0)) for i in range(panels)]
-    plot_mask(plan, head, batch, "block", title="token order", ax=places[0])
+    plot_mask(plan, head, batch, "block", title="token order\nevery computed pair at its tokens", ax=places[0])
     if not launches:
         places[1].axis("off")
         places[1].text(0.5, 0.5, "runs dense:\nno order is changed", ha="center", va="center")
     for panel, (number, place) in zip(places[1:], launches, strict=False):
         _launch_panel(panel, plan, head, number, place, batch)
-    host.set_title(_mask_title(plan, head, batch), loc="left", pad=30, fontsize=11)
+    host.set_title(_mask_title(plan, head, batch), loc="left", pad=66, fontsize=11)
     return figure
 
 
 def _launch_panel(ax: Axes, plan: Plan, head: int, number: int, place: int, batch: int) -> None:
     launch, tile = plan.program.launches[number], plan.program.tile
-    main, own = raster.launch_raster(plan, head, number, batch)
+    main, own = raster.launch_raster(plan, head, number, batch, _pixels(ax))
     slots = raster.slot_tokens(plan, number, place, batch)
     layout_row = batch % plan.layout.batch_size
     modality = np.append(plan.layout.modality[layout_row], -1)
     origin = plan.layout.length - plan.program.queries
-    of_rows = modality[np.where(slots.rows >= 0, slots.rows + origin, -1)]
+    of_rows = modality[np.where(slots.rows >= 0, slots.rows + origin, -1)]  # the last entry stands for nothing
     main_slots, own_slots = raster.section_slots(plan, head, number)
     ax.axis("off")
     share = 0.0 if own is None else min(0.4, max(0.12, len(own_slots or ()) / (main_slots.stop + len(own_slots or ()))))
-    parts = [(main, main_slots, 0.0, 1.0 - share - (0.04 if own else 0.0), f"{launch.keys.label} keys")]
+    parts = [(main, main_slots, 0.0, 1.0 - share - (0.04 if own else 0.0), _key_label(launch))]
     if own is not None and own_slots is not None:
-        parts.append((own, own_slots, 1.0 - share, share, f"{len(own_slots):,} slots:\ngathered columns"))
+        parts.append((own, own_slots, 1.0 - share, share, "gathered\ncolumns"))
     for i, (found, span, left, width, name) in enumerate(parts):
         box = ax.inset_axes((left, 0.0, width, 1.0))
-        box.imshow(
-            _tones(found), extent=(0, len(span), launch.row_slots, 0), aspect="auto", interpolation="antialiased"
-        )
-        box.set_xlabel(f"key slots\n{name}" if i == 0 else name)
-        box.xaxis.set_major_formatter(_short)
-        box.yaxis.set_major_formatter(_short)
-        box.locator_params(axis="x", nbins=4 if width > 0.5 else 1)
+        box.imshow(_tones(found), extent=(0, len(span), launch.row_slots, 0), aspect="auto", interpolation="nearest")
+        box.set_xlabel(name)
+        _axes(box, range(len(span)), range(launch.row_slots))
+        if i:
+            box.set_xticks([0, len(span)])
         top = box.inset_axes((0.0, 1.012, 1.0, 0.028), sharex=box)
-        _strip(top, modality[np.where(slots.keys[span.start : span.stop] >= 0, slots.keys[span.start : span.stop], -1)], True)
+        _strip(top, modality[slots.keys[span.start : span.stop]], True)
         if i == 0:
-            box.set_ylabel(f"query slots ({launch.rows.label})" if launch.kind == "main" else "query slots")
+            box.set_ylabel(_row_label(launch))
         else:
             box.tick_params(left=False, labelleft=False)
         strips = [top]
@@ -379,12 +407,21 @@ def _launch_panel(ax: Axes, plan: Plan, head: int, number: int, place: int, batc
             strip.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
             for spine in strip.spines.values():
                 spine.set_visible(False)
-        box.set_xlim(0, len(span))
-        box.set_ylim(launch.row_slots, 0)
-    full, partial = (int(round(sum(getattr(r, f).sum() for r in (main, own) if r is not None))) for f in ("full", "partial"))
+    full, partial = (round(sum(getattr(r, f).sum() for r in (main, own) if r is not None)) for f in ("full", "partial"))
     ax.set_title(
-        f"launch {number}: {launch.label}\n{full // tile**2:,} full, {partial // tile**2:,} partial blocks", loc="left", pad=10
+        f"launch {number}: {launch.label}\n{full // tile**2:,} full, {partial // tile**2:,} partial blocks",
+        loc="left", pad=22, fontsize=9.5,
     )
+
+
+def _key_label(launch: Launch) -> str:
+    return "key slot, by residue" if launch.kind == "classes" else f"key slot, {launch.keys.label} order"
+
+
+def _row_label(launch: Launch) -> str:
+    if launch.kind == "main":
+        return "query slot" + ("" if launch.rows.label == "natural" else f", {launch.rows.label}")
+    return "query slot, by residue" if launch.kind == "classes" else "gathered query slot"
 
 
 # ---- estimates ------------------------------------------------------------------------------------------------------------
@@ -419,8 +456,7 @@ def plot_estimate(plan: Plan, head: int, batch: int = 0, *, ax: Axes | None = No
             for key, table in plan.state.found.items()
             if key.split("@", 1)[1] == name
         }
-        scope = f" ({leaf.scope.query_name} queries)" if hasattr(leaf.scope, "query_name") else ""
-        where = f" on {leaf.scope}" if str(leaf.scope) else scope
+        where = f", {str(leaf.scope).replace('>', ' queries on ')} keys" if str(leaf.scope) else ""
         label = textwrap.shorten(f"head {head}: {leaf.pattern}{where}", 120, placeholder=" …")
         if isinstance(result, torch.Tensor):
             _pooled_panel(host, bottom, height, result[batch, place].cpu(), found, label)
@@ -440,7 +476,7 @@ def _mass_panels(
     total = max(float(vertical.sum()), 1e-30)
     stride = int(found["stride"]) if "stride" in found else None
     panels = 3 if stride else 2
-    gap = 0.06
+    gap = 0.075
     width = (1 - gap * (panels - 1)) / panels
     axes = [host.inset_axes((i * (width + gap), bottom, width, height)) for i in range(panels)]
     unit = f"mass of the last {last} queries (%)" if last else "attention mass (%)"
@@ -495,9 +531,12 @@ def _mass(ax: Axes, value: np.ndarray, label: str, unit: str, bins: int = 1200) 
     floor = max(float(np.quantile(positive, 0.02)) / 3 if len(positive) else 1e-6, float(top.max(initial=0)) * 1e-6)
     ax.fill_between(edges[:-1], np.maximum(top, floor), floor, step="post", color=FULL, linewidth=0)
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(_plain)
+    ax.yaxis.set_minor_formatter(_plain if float(top.max(initial=0)) < 8 * floor else lambda value, _: "")
     ax.set_ylim(floor, max(floor * 10, float(top.max(initial=0)) * 2))
     ax.set_xlim(0, n)
-    ax.locator_params(axis="x", nbins=5)
+    step = 1 << max(0, (n // 3).bit_length() - 1)
+    ax.set_xticks(np.arange(0, n + 1, step))
     ax.xaxis.set_major_formatter(_short)
     ax.set_xlabel(f"{label} (token{', heaviest of ' + str(-(-n // bins)) if n > bins else ''})")
     ax.set_ylabel(unit)
@@ -642,7 +681,7 @@ def _family_legend(ax: Axes, names: Sequence[str], known: Sequence[str], own: in
         letters, colour = look(name, known)
         handles.append(Patch(facecolor=colour, label=f"{letters}  {name} ({names.count(name)})"))
     if own:
-        handles.append(Patch(facecolor="#f4f4f4", edgecolor="#b8bec6", hatch="////", label=f"own attention ({own} layers)"))
+        handles.append(Patch(facecolor="#f4f4f4", edgecolor="#b8bec6", hatch="////", label=f"own attention ({own} layer{'s' * (own > 1)})"))
     height = max(1.0, ax.get_window_extent().height / ax.figure.dpi)
     ax.legend(
         handles=handles, loc="upper left", bbox_to_anchor=(0.0, -0.25 / height if not ax.get_xlabel() else -0.5 / height),
@@ -715,7 +754,8 @@ def plot_recall(
     ax.set_xscale("log")
     ax.set(xlabel="density (% of causal pairs computed)", ylabel="recall (% of attention kept)", ylim=(None, 102))
     ax.set_xlim(max(0.01, 70 * lowest), 130)
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for format_ticks in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        format_ticks(_plain)
     ax.grid(True, which="both", color="#d9dde2", linewidth=0.5)
     ax.set_title(f"{q.shape[1]} heads, {k.shape[2]:,} tokens", loc="left")
     ax.legend(loc="lower right")

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from .compiler.plan import Launch
     from .runtime.attention import Plan
+    from .runtime.steps import Ready
 
 PIXELS = 1000
 """Pixels along the longer side, at most."""
 
-LIMIT = 1 << 30
-"""Keys from this position on are seen by no query: padding, or computed in another section."""
+UNSEEN = 1 << 29
+"""Key slots with a limit past this are seen by no query: padding, or computed in another section."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,10 @@ def mask_raster(plan: Plan, head: int, batch: int = 0, pixels: int = PIXELS) -> 
         row_slot, key_slot = slots.rows, slots.keys
         row_bins = _bins(row_slot, row_pixel, rows, plan.program.tile)
         main = launch.keys.slots
-        still = np.arange(len(key_slot)) < main if slots.natural else np.zeros(len(key_slot), bool)
-        for part, moved in ((np.where(still, key_slot, -1), False), (np.where(still, -1, key_slot), True)):
+        still = np.arange(len(key_slot)) < (main if slots.natural else 0)
+        whole = np.full(len(key_slot), -1)
+        whole[:main] = launch.keys.index[batch % plan.layout.batch_size]
+        for part, moved in ((np.where(still, whole, -1), False), (np.where(still, -1, key_slot), True)):
             if not (part >= 0).any():
                 continue
             key_bins = _bins(part, key_pixel, keys, plan.program.tile)
@@ -99,17 +101,16 @@ def launch_raster(plan: Plan, head: int, number: int, batch: int = 0, pixels: in
         raise ValueError(f"head {head} has no block lists in launch {number}: those it has are in launches {sorted(places)}")
     place, tile = places[number], plan.program.tile
     main, own = section_slots(plan, head, number)
-    scale = min(1.0, pixels / max(launch.row_slots, main.stop))
 
-    def side(span: range, least: int) -> tuple[np.ndarray, int]:
+    def side(span: range) -> tuple[np.ndarray, int]:
         """The pixel of each slot (-1 outside the span)."""
-        n = max(1, min(len(span), max(least, round(len(span) * scale))))
+        n = max(1, min(len(span), pixels))
         pixel = np.full(max(launch.key_slots, launch.row_slots), -1)
         pixel[span.start : span.stop] = np.arange(len(span)) * n // len(span)
         return pixel, n
 
-    def raster(span: range) -> Raster:
-        (row_pixel, rows), (key_pixel, keys) = side(range(launch.row_slots), 1), side(span, 64)
+    def count(span: range) -> Raster:
+        (row_pixel, rows), (key_pixel, keys) = side(range(launch.row_slots)), side(span)
         slot = np.arange(launch.row_slots)
         row_bins = _bins(slot, row_pixel, rows, tile)
         slot = np.where(key_pixel[: launch.key_slots] >= 0, np.arange(launch.key_slots), -1)
@@ -119,7 +120,7 @@ def launch_raster(plan: Plan, head: int, number: int, batch: int = 0, pixels: in
         pairs = np.outer(*sizes).astype(float)
         return Raster(full, partial, pairs, np.zeros(pairs.shape, bool))
 
-    return raster(main), None if own is None else raster(own)
+    return count(main), None if own is None else count(own)
 
 
 # ---- what stands where --------------------------------------------------------------------------------------------------
@@ -141,10 +142,8 @@ def slot_tokens(plan: Plan, number: int, place: int, batch: int = 0) -> SlotToke
     layout_row = batch % plan.layout.batch_size
     if ready.row_index is not None:
         rows = ready.row_index[batch, place].cpu().numpy().astype(np.int64)
-        real = ready.row[batch, place].cpu().numpy() >= 0
         if ready.row_count is not None:
-            real &= np.arange(len(rows)) < int(ready.row_count[batch, place])
-        rows = np.where(real, rows, -1)
+            rows[int(ready.row_count[batch, place]) :] = -1
     else:
         rows = launch.rows.index[layout_row].astype(np.int64)
     keys = np.full(launch.key_slots, -1, np.int64)
@@ -157,9 +156,15 @@ def slot_tokens(plan: Plan, number: int, place: int, batch: int = 0) -> SlotToke
     if head in launch.section_slot and head in ready.section_heads and ready.section_index is not None:
         first = main + launch.section_slot[head] * launch.section
         keys[first : first + launch.section] = ready.section_index[batch, ready.section_heads.index(head)].cpu().numpy()
-    seen = ready.limit[batch, place].cpu().numpy() < LIMIT
+    seen = _limit(ready)[min(batch, len(_limit(ready)) - 1), place].cpu().numpy() < UNSEEN
     natural = ready.row_index is None and launch.rows.label == launch.keys.label == "natural"
     return SlotTokens(rows, np.where(seen, keys, -1), natural)
+
+
+def _limit(ready: Ready) -> torch.Tensor:
+    """int32 [B, H, key slots]: the position from which on a query sees the key, as the mask of partial blocks has it."""
+    names = ready.mask_mod.source.split("(", 1)[1].split(")", 1)[0].split(", ")
+    return ready.mask_mod.captures[names.index("limit")]
 
 
 def launches_of(plan: Plan, head: int) -> list[tuple[int, int]]:

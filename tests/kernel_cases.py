@@ -3,36 +3,63 @@
 from __future__ import annotations
 
 import sys
+import unittest.mock
 
 import torch
 
 from mask_builders.estimate import LastQueries, _last, _on, _twin
+import mmflex
 from mmflex import TokenLayout
 from mmflex.ir.pattern import Scope, View
 from mmflex.runtime.kernels import use_triton
-from mmflex.runtime.kernels.lists import compact_into
-from mmflex.runtime.kernels.rows import take_rows
+from mmflex.runtime.kernels.mass import block_diagonals
+from mmflex.runtime.kernels.rows import put_rows, take_rows
+from mmflex.runtime.kernels.select import gathered, heaviest
 
 
 def lists(device: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for batch, heads, rows, tiles, width, out_heads in [(1, 2, 3, 5, 5, 2), (2, 3, 7, 130, 64, 5), (1, 1, 2, 2050, 900, 1)]:
-        classes = torch.randint(0, 3, (batch, heads, rows, tiles), generator=generator, dtype=torch.int8).to(device)
-        place = torch.randperm(out_heads, generator=generator)[:heads].int().to(device)
-        shift = torch.randint(0, 9, (heads,), generator=generator).int().to(device)
-        table = torch.zeros((2, batch, out_heads, rows, width), dtype=torch.int32, device=device)
-        counts = torch.zeros((2, batch, out_heads, rows), dtype=torch.int32, device=device)
-        compact_into(classes, table, counts, place, shift, main_tiles=tiles // 2)
-        for kind in (1, 2):
-            for b in range(batch):
-                for h in range(heads):
-                    for r in range(rows):
-                        found = [t for t in range(tiles) if classes[b, h, r, t] == kind]
-                        moved = [t + int(shift[h]) * (t >= tiles // 2) for t in found]
-                        at = int(place[h])
-                        assert int(counts[kind - 1, b, at, r]) == len(found)
-                        kept = moved[:width]
-                        assert table[kind - 1, b, at, r, : len(kept)].tolist() == kept
+    """Generated classifier kernels against the torch twin, for every kind of atom."""
+    from mask_builders import AShape, BlockTopK, Boundary2D, Dilated, Grid, Strided, TriShape, VerticalSlash
+
+    torch.manual_seed(0)
+    layout = TokenLayout.from_segments([("text", 130), ("video", (4, 9, 10)), ("text", 50), ("image", (12, 11)), ("text", 70)])
+    vs = VerticalSlash(60, 100, 16)
+    grid = Grid(90, rows=True, slash=True, local=40, last_q=16)
+    boundary = Boundary2D({("video", "video"): grid, ("text", "video"): vs})
+    specs = [AShape(20, 90), TriShape(3, 40, 30), vs, BlockTopK(3, 8), BlockTopK(3, 16), grid, Strided(90), Dilated(5, 99, 3)]
+    for batch, lay in ((1, layout), (2, TokenLayout.batch([layout, layout[:300]], side="left"))):
+        for spec in [*specs, boundary, vs - AShape(9, 40), [specs[0], vs, grid, specs[7]]]:
+            q, k = (torch.randn(batch, heads, layout.length, 16, device=device) for heads in (4, 2))
+            plan = mmflex.plan(q, k, spec, layout=lay, backend="reference", block_size=16)
+            with unittest.mock.patch("mmflex.runtime.steps.dialect", lambda t: False):
+                twin = mmflex.runtime.attention.Plan(plan.program, plan._backend, plan.scale, q, k)
+            for number, ready in plan.state.ready.items():
+                other = twin.state.ready[number]
+                for at in (0, 2):
+                    assert torch.equal(ready.lists[at], other.lists[at]), (spec, number)
+                    used = torch.arange(ready.lists[at + 1].shape[-1], device=device) < ready.lists[at][..., None]
+                    assert torch.equal(ready.lists[at + 1] * used, other.lists[at + 1] * used), (spec, number)
+
+
+def select(device: str) -> None:
+    torch.manual_seed(3)
+    for shape, budget, forced in [((2, 3, 5000), 700, 30), ((1, 2, 9), 20, 2), ((4, 130), 5, 0), ((1, 1, 300), 300, 9)]:
+        for mass in (torch.rand(shape), torch.randint(0, 4, shape).float(), torch.randn(shape), torch.zeros(shape)):
+            always = (torch.arange(shape[-1]) < forced).to(device) if forced else None
+            keep = heaviest(mass.to(device), budget, always)
+            assert keep.shape == shape
+            assert bool((keep.sum(-1) == min(budget, shape[-1])).all())
+            key = mass.to(device).masked_fill(always, 9.0) if forced else mass.to(device)
+            order = key.argsort(dim=-1, descending=True, stable=True)[..., : min(budget, shape[-1])]
+            expected = torch.zeros_like(keep).scatter_(-1, order, True)
+            # Masses are compared to 23 bits: entries that differ must be that close.
+            off = (keep != expected).sum().item()
+            assert off == 0 or off <= 2 * mass[..., 0].numel() * 3, off
+            index, count = gathered(keep, budget + 7)
+            for row, found, n in zip(keep.flatten(0, -2), index.flatten(0, -2), count.flatten(), strict=True):
+                true = row.nonzero().flatten().tolist()
+                assert int(n) == len(true)
+                assert found.tolist() == true + [true[-1]] * (budget + 7 - len(true))
 
 
 def rows(device: str) -> None:
@@ -50,6 +77,18 @@ def rows(device: str) -> None:
                         expected[b, h, s] = src[b, h * src_heads // heads, index[b, h, s]]
         assert torch.equal(out, expected)
         assert bool((wide[:, :, :2] == 7).all()) and bool((wide[:, :, slots + 2 :] == 7).all())
+        back = torch.full((batch, heads + 1, n, dim), 5.0, device=device)
+        unique = torch.stack([torch.randperm(max(n, slots), generator=generator)[:slots] for _ in range(batch * heads)])
+        unique = torch.where(unique < n, unique, -1).unflatten(0, (batch, heads)).to(device)
+        count = torch.full((batch, heads), slots - 1, device=device)
+        put_rows(out, unique, count, torch.arange(1, heads + 1, device=device), back)
+        again = torch.full_like(back, 5.0)
+        for b in range(batch):
+            for h in range(heads):
+                for s in range(slots - 1):
+                    if unique[b, h, s] >= 0:
+                        again[b, h + 1, unique[b, h, s]] = out[b, h, s]
+        assert torch.equal(back, again)
         shared = index[:, :1].expand(-1, heads, -1)
         assert torch.equal(take_rows(src, shared)[:, 0], take_rows(src, shared.contiguous())[:, 0])
 
@@ -67,14 +106,20 @@ def mass(device: str) -> None:
                 k = torch.randn(batch, 2, n, dim, device=device)
                 q[0, 1, -1, 3] = float("nan")
                 view = View(layout, scope, m, 128)
-                found = LastQueries(last_q)(q, k, view, dim**-0.5)
+                found = LastQueries(last_q, distances=True)(q, k, view, dim**-0.5)
                 last = _last(view, last_q)
                 on = [None if a is None else _on(a, q.device) for a in last.arrays]
                 at, limit, _, position, keys = on
                 query = take_rows(q, at[:, None].expand(batch, 4, -1))
                 keys = None if keys is None else keys.expand(batch, -1)
                 twin = _twin(query, k, dim**-0.5, limit.expand(batch, -1), position, last.stand, keys, view.size)
-                for a, b, what in zip((found.vertical, found.diagonal), twin, ("vertical", "diagonal"), strict=True):
+                pairs = zip(
+                    (found.vertical, found.diagonal, found.block_diagonals),
+                    (*twin, block_diagonals(twin[1], 128)),
+                    ("vertical", "diagonal", "block diagonals"),
+                    strict=True,
+                )
+                for a, b, what in pairs:
                     error = (a - b).abs().max().item()
                     assert error < 2e-4, (what, layout, scope, m, last_q, error)
 
@@ -83,6 +128,7 @@ def main(device: str) -> None:
     assert use_triton(torch.empty(0, device=device)), "the kernels would not run"
     lists(device)
     rows(device)
+    select(device)
     mass(device)
     print("kernels agree")
 

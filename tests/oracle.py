@@ -344,7 +344,8 @@ def _table(count: torch.Tensor, index: torch.Tensor, tiles: int) -> np.ndarray:
 def _limit(mask_mod: Any) -> torch.Tensor:
     """int32 [B, H, KV]: the least row that sees each key slot, as the mask_mod captures it."""
     names = mask_mod.source.split("(", 1)[1].split(")", 1)[0].replace(" ", "").split(",")
-    return mask_mod.captures[names.index("limit")]
+    limit = mask_mod.captures[names.index("limit")]
+    return limit[None] if limit.dim() == 2 else limit
 
 
 def launch_cover(plan: mmflex.Plan) -> Iterator[Cover]:

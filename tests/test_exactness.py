@@ -14,10 +14,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import numpy as np
 import oracle
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
@@ -35,6 +39,8 @@ from mask_builders import (
     TriShape,
     VerticalSlash,
 )
+from mmflex.compiler import plan as compiler
+from mmflex.runtime import backends
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 NAMES = {0: "text", 1: "image", 2: "video", 3: "audio"}
@@ -190,6 +196,7 @@ def cases(draw: st.DrawFn, nested: int = 2, longest: int = 120) -> Case:
         dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])),
         scale=draw(st.sampled_from([None, None, 0.3])),
         seed=draw(st.integers(0, 10_000)),
+        lowering=draw(st.sampled_from(["chosen", "chosen", "without lse", 0, 1, 2, 3])),
     )
 
 
@@ -199,6 +206,31 @@ class Case(dict):
     def __repr__(self) -> str:
         shapes = {name: value for name, value in self.items() if name not in ("layout", "spec")}
         return f"{self['layout']} {[str(p) for p in self['spec']]} {shapes}"
+
+
+@contextmanager
+def lowered(how: str | int) -> Iterator[None]:
+    """Which of the ways to compute an expression is taken.
+
+    "chosen": the cheapest, as the cost model has it. "without lse": in one launch, with lists of full width, as for the
+    CPU kernel. A number: that one of the alternatives, with launches for free, so that rows are gathered and residue
+    classes get a launch of their own at any length. All of them must be exact, not only those that win.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if how == "without lse":
+            plain = replace(backends.BACKENDS["reference"], lse=False, full_width=True)
+            patch.setattr(backends, "resolve", lambda *_: plain)
+        elif isinstance(how, int):
+            every = compiler._lowerings
+
+            def one(*args: object) -> list:
+                options = every(*args)
+                return [options[how % len(options)]]
+
+            patch.setattr(compiler, "_lowerings", one)
+            patch.setattr(compiler.cost, "LAUNCH", -1e6)
+            patch.setattr(compiler, "INLINE_TILES", 0)
+        yield
 
 
 # ---- the proof ----
@@ -221,7 +253,8 @@ def prove(case: Case) -> mmflex.Plan:
     """All that the module's docstring promises, for one case."""
     q, k, v = tensors(case)
     spec, layout = case["spec"], case["layout"]
-    plan = mmflex.plan(q, k, spec, layout=layout, scale=case["scale"], backend="reference", block_size=case["tile"])
+    with lowered(case["lowering"]):
+        plan = mmflex.plan(q, k, spec, layout=layout, scale=case["scale"], backend="reference", block_size=case["tile"])
     mask = oracle.token_mask(plan, spec)
     found = plan.dense_mask().numpy()
     assert found.shape == mask.shape
@@ -253,6 +286,8 @@ def prove_lists(plan: mmflex.Plan, mask: np.ndarray) -> None:
     count = np.zeros(mask.shape, np.int64)
     replaced: dict[tuple[int, int], np.ndarray] = {}
     for launch in plan.program.launches:
+        SEEN[f"{launch.kind}, {launch.rows.label} x {launch.keys.label}, compare={launch.compare}"] += 1
+        SEEN["sections"] += launch.section > 0
         if launch.kind == "dense":
             for h in launch.heads.heads:
                 if h >= 0:

@@ -97,7 +97,9 @@ def test_a_sparse_spec_runs_and_differs(name: str, layouts: list[TokenLayout]) -
         check(layouts[-1], batch.columns, batch.inputs["attention_mask"])
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.kind == "vlm" and name in ACCELERATED])
+@pytest.mark.parametrize(
+    "name", [name for name, family in FAMILIES.items() if family.kind == "vlm" and name in ACCELERATED]
+)
 def test_beams(name: str, layouts: list[TokenLayout]) -> None:
     """Beam search repeats the prompts, not what was described."""
     family = FAMILIES[name]
@@ -111,5 +113,6 @@ def test_beams(name: str, layouts: list[TokenLayout]) -> None:
     with patched(model, Dense()):
         assert torch.equal(model.generate(**batch.inputs, **options), want)
     assert layouts
-    check(layouts[0], np.repeat(batch.columns, layouts[0].batch_size // 2, axis=1) if layouts[0].batch_size > 2 else batch.columns,
-          torch.repeat_interleave(batch.inputs["attention_mask"], layouts[0].batch_size // 2, dim=0))  # fmt: skip
+    times = layouts[0].batch_size // 2
+    mask = batch.inputs["attention_mask"].repeat_interleave(times, dim=0)
+    check(layouts[0], np.repeat(batch.columns, times, axis=1), mask)

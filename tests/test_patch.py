@@ -139,6 +139,11 @@ def test_specs_that_do_not_fit_leave_the_model_alone(spec: Any, error: type[Exce
     assert trace(model) == before
 
 
+def test_unknown_backends_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="unknown backend 'fast': use 'auto', 'flash'"):
+        patch(llama(), Dense(), backend="fast")
+
+
 def test_generate(calls: Calls) -> None:
     model, inputs = llama(), prompt(2, 200, "left")
     ways: list[tuple[dict[str, Any], list[tuple[int, int]]]] = [
@@ -578,6 +583,24 @@ def test_torch_compile(calls: Calls, first: str) -> None:
     unpatch(compiled)
     torch.testing.assert_close(compiled(**inputs).logits[valid], want, **CLOSE)
     assert len(calls) == 4
+
+
+def test_compiled_decoding_is_one_graph() -> None:
+    torch._dynamo.reset()
+    model, ids = llama(), prompt(1, 100)["input_ids"]
+
+    def tokens(step: Any) -> list[int]:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=128)
+        found = [model(ids, past_key_values=cache).logits[:, -1].argmax(-1)]
+        for _ in range(4):
+            found.append(step(found[-1][:, None], past_key_values=cache).logits[:, -1].argmax(-1))
+        return [int(token) for token in found]
+
+    want = tokens(model)
+    with patched(model, Dense()):
+        torch._dynamo.utils.counters.clear()
+        assert tokens(torch.compile(model, backend="eager", fullgraph=True)) == want
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_compiled_layer_that_must_run_dense(calls: Calls) -> None:

@@ -88,7 +88,7 @@ class Values:
             return name
 
         text = x.source(e, write)
-        value = eval(text, {"__builtins__": {}}, names)  # our own source: operators, integers and v0, v1, ...
+        value = eval(text, dict(names))  # our own source: operators, integers and v0, v1, ...
         return value if isinstance(value, Tensor) else torch.tensor(value, device=self.device)[None, None, None, None]
 
     def _test_tokens(self, atom: Boolean) -> Tensor:
@@ -139,18 +139,22 @@ class BlockSource:
 
     Attributes:
         some: holds on some pair (may be too wide). every: holds on every pair (may be too narrow).
-        names: what the source reads. Sources are equal for expressions of equal structure, so they are compiled once.
+        names: bounds that the source reads. tables: sets that it looks up, [B, H, n] or [B, H, n, m].
+        triton: the source is for a Triton kernel, not for torch. Sources are equal for expressions of equal structure.
     """
 
     some: str
     every: str
     names: dict[str, Tensor]
+    tables: dict[str, Tensor]
+    triton: bool = False
 
 
-def block_source(expr: Boolean, values: Values) -> BlockSource:
+def block_source(expr: Boolean, values: Values, triton: bool = False) -> BlockSource:
     """The block classifier of an expression, by bounds of f and g on each side's tiles."""
     tile = values.rows.tile
     names: dict[str, Tensor] = {}
+    tables: dict[str, Tensor] = {}
     held: dict[Any, tuple[str, str]] = {}
 
     def name(tensor: Tensor) -> str:
@@ -164,11 +168,18 @@ def block_source(expr: Boolean, values: Values) -> BlockSource:
             held[e] = name(low), name(high)
         return held[e]
 
-    def look_up(table: str, *at: str) -> str:
-        return f"{table}[b, h, {', '.join(at)}]"
-
-    def within(index: str, size: int) -> str:
-        return f"({index}).clamp(0, {size - 1})"
+    def look_up(table: Tensor, *at: str) -> str:
+        """An entry of a table, indices clamped into it."""
+        found = f"s{len(tables)}"
+        found = next((n for n, t in tables.items() if t is table), found)
+        tables[found] = table
+        if not triton:
+            sizes = [f"{found}.shape[{i - len(at)}]" for i in range(len(at))]
+            index = [f"({a}).clamp(0, {size} - 1)" for a, size in zip(at, sizes, strict=True)]
+            return f"{found}[b, h, {', '.join(index)}]"
+        index = [f"tl.minimum(tl.maximum({a}, 0), {found}_n{i} - 1)" for i, a in enumerate(at)]
+        value = f"tl.load({found} + {f' * {found}_n1 + '.join(index)})"
+        return f"({value} != 0)" if table.dtype == torch.bool else value
 
     def write(e: Boolean) -> tuple[str, str]:
         if e in (sympy.true, sympy.false):
@@ -179,7 +190,9 @@ def block_source(expr: Boolean, values: Values) -> BlockSource:
             return "(" + sign.join(p[0] for p in parts) + ")", "(" + sign.join(p[1] for p in parts) + ")"
         if isinstance(e, sympy.Not):
             some, every = write(e.args[0])
-            return f"(~{every})", f"(~{some})"
+            if some in ("True", "False"):
+                return str(every != "True"), str(some != "True")
+            return (f"(~{every})" if every != "False" else "True"), f"(~{some})"
         if len(x.sides(e)) < 2:
             low, high = both(e)
             return high, low
@@ -191,20 +204,16 @@ def block_source(expr: Boolean, values: Values) -> BlockSource:
         if isinstance(e, x.Touches):
             (a0, a1), (b0, b1), (k0, k1) = (both(arg) for arg in e.args[:3])
             below = values.below(x.set_name(e))
-            table, size = name(below), below.shape[-1]
-            high, low = within(f"{b1} - {k0} + 1", size), within(f"{a0} - {k1}", size)
-            some = f"({look_up(table, high)} > {look_up(table, low)})"
+            some = f"({look_up(below, f'{b1} - {k0} + 1')} > {look_up(below, f'{a0} - {k1}')})"
             return some, f"({some} & ({a0} == {a1}) & ({b0} == {b1}) & ({k0} == {k1}))"
         (a0, a1), (b0, b1) = (both(arg) for arg in e.args[:2])
         listed = values.found[x.set_name(e)]
-        table = name(listed)
-        n, m = listed.shape[-2:]
-        corners = [look_up(table, within(a, n), within(b, m)) for a in (a0, a1) for b in (b0, b1)]
+        corners = [look_up(listed, a, b) for a in (a0, a1) for b in (b0, b1)]
         close = f"(({a1} - {a0} <= 1) & ({b1} - {b0} <= 1))"
         return f"({' | '.join(corners)} | ~{close})", f"({' & '.join(corners)} & {close})"
 
     some, every = write(expr)
-    return BlockSource(some, every, names)
+    return BlockSource(some, every, names, tables, triton)
 
 
 def _compare(f: tuple[str, str], op: type[Relational], g: tuple[str, str]) -> tuple[str, str]:
@@ -218,44 +227,50 @@ def _compare(f: tuple[str, str], op: type[Relational], g: tuple[str, str]) -> tu
     return (some, every) if op is sympy.Eq else (f"(~{every})", f"(~{some})")
 
 
+@dataclass(frozen=True, eq=False)
+class Extremes:
+    """Least and greatest position of each query tile [B, 1|H, tiles] and limit of each key tile [B, H, tiles], of the
+    main section and (optionally) of the heads' own sections, int32."""
+
+    row_low: Tensor
+    row_high: Tensor
+    low: Tensor
+    high: Tensor
+    tail_low: Tensor | None = None
+    tail_high: Tensor | None = None
+
+    @classmethod
+    def of(cls, row: Tensor, limit: Tensor, tail: Tensor | None, tile: int) -> Extremes:
+        """From row [B, 1|H, Q], limit [B, H, main slots] and tail [B, H, section slots]."""
+        ends = [r for t in (row, limit, tail) if t is not None for r in _extremes(t, tile)]
+        return cls(*ends)
+
+
 @lru_cache(maxsize=256)
-def _classifier(some: str, every: str, names: tuple[str, ...], tail: bool, compiled: bool) -> Callable[..., Tensor]:
-    arguments = ["b", "h", "row_low", "row_high", "low", "high", *(["tail_low", "tail_high"] if tail else []), *names]
+def _classifier(some: str, every: str, names: tuple[str, ...]) -> Callable[..., Tensor]:
     lines = [
-        f"def classify({', '.join(arguments)}):",
+        f"def classify({', '.join(['b', 'h', 'row_low', 'row_high', 'low', 'high', *names])}):",
         f"    some = (row_high >= low) & {some}",
         f"    every = (row_low >= high) & {every}",
-        "    out = torch.where(some, torch.where(every, 2, 1), 0).to(torch.int8)",
+        "    return torch.where(some, torch.where(every, 2, 1), 0).to(torch.int8)",
     ]
-    if tail:
-        lines += [
-            "    more = torch.where(row_high >= tail_low, torch.where(row_low >= tail_high, 2, 1), 0).to(torch.int8)",
-            "    out = torch.cat([out, more], -1)",
-        ]
     namespace: dict[str, Any] = {"torch": torch}
-    exec(compile("\n".join([*lines, "    return out"]), "<mmflex classify>", "exec"), namespace)  # our own source
-    classify = namespace["classify"]
-    return torch.compile(classify, dynamic=True) if compiled else classify
+    exec(compile("\n".join(lines), "<mmflex classify>", "exec"), namespace)  # our own source
+    return namespace["classify"]
 
 
-def classify(
-    blocks: BlockSource, row: Tensor, limit: Tensor, tail: Tensor | None, tile: int, heads: slice = slice(None)
-) -> Tensor:
-    """int8 [B, H, query tiles, key tiles (+ section tiles)]: 0 empty, 1 partial, 2 full, for some of the heads.
-
-    ``row >= limit`` is part of the mask: row int32 [B, 1|H, Q], limit int32 [B, H, main slots], tail likewise of the
-    heads' own section. Compiled by Inductor on CUDA.
-    """
-    row, limit = row if row.shape[1] == 1 else row[:, heads], limit[:, heads]
-    low, high = (r[..., None] for r in _extremes(row, tile))
-    ends = [low, high, *(r[:, :, None] for r in _extremes(limit, tile))]
-    if tail is not None:
-        ends += [r[:, :, None] for r in _extremes(tail[:, heads], tile)]
-    names = {n: t if t.shape[1] == 1 else t[:, heads] for n, t in blocks.names.items()}
-    b = torch.arange(limit.shape[0], device=row.device)[:, None, None, None]
-    h = torch.arange(limit.shape[1], device=row.device)[None, :, None, None]
-    function = _classifier(blocks.some, blocks.every, tuple(names), tail is not None, row.is_cuda)
-    return function(b, h, *ends, *names.values())
+def classify(source: BlockSource, ends: Extremes) -> Tensor:
+    """int8 [B, H, query tiles, key tiles (+ section tiles)]: 0 empty, 1 partial, 2 full; ``row >= limit`` is part of
+    the mask. The torch twin of `mmflex.runtime.kernels.lists`."""
+    b = torch.arange(ends.low.shape[0], device=ends.low.device)[:, None, None, None]
+    h = torch.arange(ends.low.shape[1], device=ends.low.device)[None, :, None, None]
+    function = _classifier(source.some, source.every, (*source.names, *source.tables))
+    rows = ends.row_low[..., None], ends.row_high[..., None]
+    out = function(b, h, *rows, ends.low[:, :, None], ends.high[:, :, None], *source.names.values(), *source.tables.values())
+    if ends.tail_low is None or ends.tail_high is None:
+        return out
+    partial, full = rows[1] >= ends.tail_low[:, :, None], rows[0] >= ends.tail_high[:, :, None]
+    return torch.cat([out, torch.where(partial, torch.where(full, 2, 1), 0).to(torch.int8)], -1)
 
 
 def _extremes(t: Tensor, tile: int) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ class Tiles:
             names[f"v{len(names)}"] = order.attribute(leaf, self.layout)
             return f"v{len(names) - 1}"
 
-        value = np.asarray(eval(x.source(e, write), {"__builtins__": {}}, names))
+        value = np.asarray(eval(x.source(e, write), names))
         return np.broadcast_to(value, order.index.shape)
 
     def bounds(self, e: sympy.Basic) -> tuple[np.ndarray, np.ndarray]:
@@ -102,7 +102,7 @@ def count(expr: Boolean, token: sympy.Symbol, layout: TokenLayout) -> int:
             names[f"v{len(names)}"] = attribute(leaf, layout)
             return f"v{len(names) - 1}"
 
-        true = np.asarray(eval(x.source(expr, write), {"__builtins__": {}}, names))
+        true = np.asarray(eval(x.source(expr, write), names))
         return int((layout.valid & true).sum(axis=1).max(initial=0))
     if isinstance(expr, sympy.Eq) and isinstance(expr.lhs, sympy.Mod):
         stride = expr.lhs.args[1]

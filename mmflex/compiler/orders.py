@@ -1,7 +1,7 @@
 """Token orders: which token stands in which slot of a launch, so that wanted pairs lie in the same blocks.
 
 An order is host data (it follows from the layout) and is aligned: a tile of slots holds a tile of coordinates. Orders
-that depend on what selection found (gathered rows, residue classes) are built on the device, see `gathered`.
+that depend on what selection found (gathered rows, residue classes) are built on the device, see `mmflex.runtime.kernels.select`.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ class Order:
 
     def attribute(self, leaf: sympy.Basic, layout: TokenLayout) -> np.ndarray:
         """int32 [B, S]: an attribute of the tokens in the slots."""
+        if not layout.length:
+            return np.zeros_like(self.index)
         return np.take_along_axis(attribute(leaf, layout), self.filled + self.origin, axis=1)
 
 
@@ -168,16 +170,3 @@ _BUILDERS: dict[type, Callable[[sympy.Basic, TokenLayout], np.ndarray]] = {
     x.LastTile: _hull,
     x.Behind: _behind,
 }
-
-
-def gathered(chosen: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Indices of the true entries of ``chosen`` [..., n] in order: (int64 [..., capacity], counts [...]).
-
-    Slots past the count repeat the last index found (0 where there is none). The caller checks the counts.
-    """
-    place = chosen.cumsum(-1) - 1
-    count = place[..., -1] + 1
-    index = torch.zeros((*chosen.shape[:-1], capacity + 1), dtype=torch.int64, device=chosen.device)
-    token = torch.arange(chosen.shape[-1], device=chosen.device).expand(chosen.shape)
-    index.scatter_(-1, torch.where(chosen & (place < capacity), place, capacity), token)
-    return index[..., :-1].cummax(-1).values, count

@@ -182,13 +182,12 @@ def previous_implementation(config: Any) -> str | None:
     return entry.implementation if entry is not None and entry.config() is config else None
 
 
-def remember_previous(config: Any, implementation: str) -> str:
-    """Note one more patched model of a config (models may share one); returns its implementation before mmflex."""
+def remember_previous(config: Any, implementation: str) -> None:
+    """Note one more patched model of a config (models may share one), which had this implementation before."""
     entry = _previous.get(id(config))
     if entry is None or entry.config() is not config:
         entry = _previous[id(config)] = _Previous(weakref.ref(config), implementation)
     entry.users += 1
-    return entry.implementation
 
 
 def forget_previous(config: Any) -> bool:

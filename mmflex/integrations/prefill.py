@@ -187,7 +187,7 @@ def _run(
             layout = patch.prompt.layout(batch, padding, first, past, end)
             spec = head_slice(patch.spec[layer], heads, _tensor_parallel_rank(patch, heads, len(patch.spec[layer])))
     except LayoutUnknown as error:
-        patch.notice(f"{error}")
+        patch.notice(f"{error}", kind="layout")
         return None
     # Latent attention has narrower values than keys; zeros change neither scores nor sums.
     wide = max(width, value.shape[-1])

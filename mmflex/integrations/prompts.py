@@ -126,7 +126,7 @@ class Prompt:
                 return int(self.text[name].shape[1])
         return 0
 
-    # ---- hooks: they look at host data and so stand outside of compiled regions ------------------------------------
+    # ---- hooks: they look at host data, so they are outside of compiled graphs; decode steps skip them -------------
 
     @torch.compiler.disable
     def note(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
@@ -141,8 +141,12 @@ class Prompt:
             self.notes.clear()  # left over from a prompt that did not get to its language model
         self.notes.update(found)
 
-    @torch.compiler.disable
     def enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not _decodes(args, kwargs):
+            self._enter_root(module, args, kwargs)
+
+    @torch.compiler.disable
+    def _enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.running, self.depth = True, 0
         try:
             inputs = call_arguments(module.forward, args, kwargs)
@@ -154,12 +158,20 @@ class Prompt:
             self.seen = {name: inputs[name] for name in _TOKENS if inputs.get(name) is not None}
             self.seen.update(geometry(inputs))
 
-    @torch.compiler.disable
     def leave_root(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.running = False
+        if self.running:
+            self._leave_root()
 
     @torch.compiler.disable
+    def _leave_root(self) -> None:
+        self.running = False
+
     def enter_text(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not _decodes(args, kwargs):
+            self._enter_text(module, args, kwargs)
+
+    @torch.compiler.disable
+    def _enter_text(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.memo.clear()
         try:
             inputs = call_arguments(module.forward, args, kwargs)
@@ -167,11 +179,14 @@ class Prompt:
             return
         self.text = {name: inputs.get(name) for name in ("position_ids", "past_key_values", *_TOKENS)}
 
-    @torch.compiler.disable
     def leave_text(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.queries > 1:
-            self.notes.clear()
-            self.seen = {}
+        if self.text:
+            self._leave_text(output)
+
+    @torch.compiler.disable
+    def _leave_text(self, output: Any) -> None:
+        self.notes.clear()
+        self.seen = {}
         cache = getattr(output, "past_key_values", None)
         if self.whole is not None and cache is not None:
             self.history = (weakref.ref(cache), self.whole)
@@ -300,6 +315,14 @@ class Prompt:
         if isinstance(self.memo[key], LayoutUnknown):
             raise self.memo[key]
         return self.memo[key]
+
+
+def _decodes(args: Any, kwargs: Any) -> bool:
+    """Whether a forward is of a single token."""
+    for tokens in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), args[0] if args else None):
+        if isinstance(tokens, torch.Tensor):
+            return tokens.ndim > 1 and tokens.shape[1] == 1
+    return False
 
 
 def _rows(layout: TokenLayout, batch: int) -> TokenLayout:

@@ -31,10 +31,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmflex.runtime.backends import BACKENDS
 from mmflex.tuning.config import Config, Spec, per_layer
 
 from .long_prefill import RowChunks, chunk_rows
-from .masks import NAME, dense_function, describe, forget_previous, remember_previous
+from .masks import (
+    NAME,
+    dense_function,
+    describe,
+    forget_previous,
+    previous_implementation,
+    remember_previous,
+)
 from .prefill import attention_forward, live
 from .prompts import Prompt, token_layout
 
@@ -56,17 +64,21 @@ class Patch:
         self.config, self.owner, self.text_model, modules = _language_model(root)
         self.spec = _spec_for(spec, modules, int(self.config.num_attention_heads), int(self.config.num_hidden_layers))
         _refuse_at_patch(root, self.config, modules)
+        self.previous = previous_implementation(self.config) or self.config._attn_implementation or "eager"
+        self.modules = modules
+        slots = [_Slot(self, module, self.previous) for module in modules]
         self.noticed: set[str] = set()
         self.called = False
+        # from here on the model is changed
         self.chunks: list[RowChunks] = chunk_rows(self.text_model, mlp_chunk)
-        self.handle = self.text_model.register_forward_hook(self.check_called)  # before the prompt's, which forget it
+        # the prompt's hooks come after, because they forget the forward that is over
+        self.handle = self.text_model.register_forward_hook(self.check_called)
         self.prompt = Prompt(root, self.text_model, self.notice_embeds)
-        self.previous = remember_previous(self.config, self.config._attn_implementation or "eager")
-        self.modules = modules
+        remember_previous(self.config, self.previous)
         self.number = id(self)
         live[self.number] = self
-        for module in modules:
-            module._mmflex = _Slot(self, module, self.previous)  # type: ignore[assignment]
+        for module, slot in zip(modules, slots, strict=True):
+            vars(module)["_mmflex"] = slot
         _register()
         self.owner.set_attn_implementation({"": NAME})
         if self.config._attn_implementation != NAME:
@@ -87,10 +99,10 @@ class Patch:
             self.owner.set_attn_implementation({"": self.previous})
 
     @torch.compiler.disable
-    def notice(self, reason: str) -> None:
-        """Warn that a layer runs dense, once per reason."""
-        if reason not in self.noticed:
-            self.noticed.add(reason)
+    def notice(self, reason: str, kind: str = "") -> None:
+        """Warn that a layer runs dense, once per reason (or kind of reason)."""
+        if (kind or reason) not in self.noticed:
+            self.noticed.add(kind or reason)
             message = f"mmflex: {type(self.root).__name__} runs its previous attention ({self.previous}): {reason}"
             warnings.warn(message, DenseFallback, stacklevel=3)
 
@@ -103,9 +115,13 @@ class Patch:
                 stacklevel=2,
             )
 
-    @torch.compiler.disable
     def check_called(self, module: nn.Module, args: Any, output: Any) -> None:
         """After a prefill: the attention function must have been reached."""
+        if not self.called:
+            self._check_called()
+
+    @torch.compiler.disable
+    def _check_called(self) -> None:
         if not self.called and self.prompt.queries > 1:
             raise RuntimeError(
                 f"{type(self.text_model).__name__} ran without calling mmflex: its attention does not go through "
@@ -147,11 +163,14 @@ def patch(
         The model itself.
 
     Raises:
-        ValueError: already patched; a spec or config of another number of layers or heads (both are named).
+        ValueError: already patched; an unknown backend; a spec or config of another number of layers or heads (both
+            are named).
         TypeError: no transformers language model in ``model``.
         NotImplementedError: soft-capping, sinks or an own attention, with the way out.
     """
-    root = getattr(model, "_orig_mod", model)
+    root: nn.Module = getattr(model, "_orig_mod", model)
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
     if any("_mmflex_patch" in module.__dict__ for module in root.modules()):
         raise ValueError(f"{type(root).__name__} is already patched: call mmflex.unpatch(model) first")
     root.__dict__["_mmflex_patch"] = Patch(root, spec_or_config, backend, mlp_chunk)
@@ -160,7 +179,7 @@ def patch(
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Undo `patch`. Returns the model itself; ValueError if it is not patched."""
-    root = getattr(model, "_orig_mod", model)
+    root: nn.Module = getattr(model, "_orig_mod", model)
     if "_mmflex_patch" not in root.__dict__:
         raise ValueError(f"{type(root).__name__} is not patched: pass the model that was given to mmflex.patch")
     root.__dict__.pop("_mmflex_patch").remove()
@@ -184,7 +203,10 @@ def _language_model(root: nn.Module) -> tuple[Any, Any, nn.Module, list[nn.Modul
 
     The config is found from the attention modules: those of text know their ``layer_idx``, those of vision do not.
     """
-    from transformers import PreTrainedModel
+    try:
+        from transformers import PreTrainedModel
+    except ImportError as error:
+        raise ImportError("mmflex.patch needs transformers 5.17 or newer: pip install 'transformers>=5.17'") from error
 
     models = [m for m in root.modules() if isinstance(m, PreTrainedModel)]
     groups: dict[int, list[nn.Module]] = {}

@@ -199,6 +199,9 @@ class Pattern:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        taken = sorted({"pattern", "version"} & set(cls.__dict__.get("__annotations__", {})))
+        if taken:
+            raise TypeError(f"{cls.__name__} has a field {taken[0]!r}, which its JSON form needs for itself: rename it")
         Pattern.known[cls.__name__] = cls
 
     def estimator(self) -> Estimator | None:
@@ -294,11 +297,13 @@ class Difference(_Pair):
 class Restricted(Pattern):
     """A pattern for queries and keys of one modality (see `Pattern.on`)."""
 
-    pattern: Pattern
+    inner: Pattern
     query: int | None = None
     key: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.inner, Pattern):
+            raise TypeError(f"Restricted restricts a pattern, got {self.inner!r}")
         for modality in (self.query, self.key):
             if modality is not None:
                 modality_id(modality)
@@ -307,12 +312,12 @@ class Restricted(Pattern):
         for asked, held in ((self.query, t.scope.query), (self.key, t.scope.key)):
             if asked is not None and held is not None and asked != held:
                 return sympy.false
-        return among(x.q, self.query, t.layout) & among(x.k, self.key, t.layout) & self.pattern.denote(
+        return among(x.q, self.query, t.layout) & among(x.k, self.key, t.layout) & self.inner.denote(
             t.restrict(self.query, self.key)
         )
 
     def __str__(self) -> str:
-        return f"{self.pattern}.on({Scope(self.query, self.key)})"
+        return f"{self.inner}.on({Scope(self.query, self.key)})"
 
 
 def among(token: sympy.Symbol, modality: int | None, layout: TokenLayout) -> Boolean:
@@ -344,6 +349,8 @@ def from_json(data: Any) -> Pattern:
     """The pattern of its JSON form; unknown versions, fields and patterns are refused by name."""
     if not isinstance(data, Mapping) or "pattern" not in data:
         raise ValueError(f'a pattern is an object with a "pattern" field, got {data!r}')
+    if not isinstance(data["pattern"], str):
+        raise ValueError(f'the "pattern" field is the name of a pattern, got {data["pattern"]!r}')
     version = data.get("version")
     if version != VERSION:
         raise ValueError(f"{data['pattern']} has version {version!r}; this mmflex reads version {VERSION}")

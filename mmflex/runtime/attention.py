@@ -130,6 +130,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayo
             raise ValueError(f"the layout has {layout.length} tokens but k {n}: slice it, layout[:{n}], or pad it")
         if layout.batch_size not in (1, q.shape[0]):
             raise ValueError(f"the layout has {layout.batch_size} prompts but q {q.shape[0]}: give one each, or one for all")
+    if not isinstance(spec, (Pattern, Sequence)) or isinstance(spec, str):
+        raise TypeError(f"spec is {spec!r}: give a pattern (see mask_builders), or a sequence of one per query head")
     patterns = (spec,) * heads if isinstance(spec, Pattern) else tuple(spec)
     for p in patterns:
         if not isinstance(p, Pattern):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,25 +123,40 @@ def attend(
     """One launch: q [B, H, Q, D], k and v [B, Hkv, KV, D] in slot order -> out like q, lse float32 [B, H, Q] if asked."""
     if backend.name == "reference":
         return reference.attend(q, k, v, mask_mod, lists, tile, scale)
-    dim = q.shape[-1]
-    need = _head_dim(backend, dim)
-    if need != dim:  # zeros add nothing to a score
-        q, k, v = (torch.nn.functional.pad(t, (0, need - dim)) for t in (q, k, v))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*return_lse.*")
-        out, sums = _kernel(mask_mod.source, backend.name, tile, scale, lse)(q, k, v, *lists, *mask_mod.captures)
-    return out[..., :dim], sums
+    width = v.shape[-1]
+    if any(t.shape[-1] != _head_dim(t.shape[-1]) for t in (q, v)):  # zeros add nothing to a score
+        q, k, v = (torch.nn.functional.pad(t, (0, _head_dim(t.shape[-1]) - t.shape[-1])) for t in (q, k, v))
+    kernel = _kernel(mask_mod.source, backend.name, tile, scale, lse, _bucket(backend, q, k, v, lists))
+    out, sums = kernel(q, k, v, *lists, *mask_mod.captures)
+    return out[..., :width], sums
 
 
-def _head_dim(backend: Backend, dim: int) -> int:
+def _bucket(backend: Backend, *tensors: Any) -> Any:
+    """What a kernel is compiled for: static shapes. Flash is compiled with dynamic lengths and loses no speed by it."""
+    q, k, v, lists = tensors
+    shapes = (q.shape, k.shape, v.shape, lists[1].shape, q.stride(), k.stride(), v.stride())
+    return (q.dtype, q.device, *(shapes if backend.name != "flash" else (q.shape[:2], k.shape[1], q.shape[3], v.shape[3])))
+
+
+def _head_dim(dim: int) -> int:
     """The head dimension that the kernels take: powers of two for FlexAttention, at least 16."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
+compiles = 0
+"""Kernels compiled so far in this process: one per mask_mod source, backend and length bucket."""
+
+
 @lru_cache(maxsize=256)
-def _kernel(source: str, backend: str, tile: int, scale: float, lse: bool) -> Callable[..., Any]:
-    """The compiled kernel of a mask_mod; static shapes, one compile per length bucket."""
+def _kernel(source: str, backend: str, tile: int, scale: float, lse: bool, bucket: Any) -> Callable[..., Any]:
+    """The compiled kernel of a mask_mod for a bucket of shapes."""
+    global compiles
+    compiles += 1
     options: dict[str, Any] = {"BACKEND": backend.upper()} if backend in ("flash", "triton") else {}
+    dtype, device, head_dim = bucket[0], bucket[1], bucket[2][3] if backend != "flash" else 0
+    if backend == "triton" and dtype != torch.float32 and head_dim == 128 and tile == 128:
+        if torch.cuda.get_device_capability(device) == (9, 0):  # measured best on H200, see benchmarks/NOTES.md
+            options |= {"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 3, "num_warps": 8}
     make = _maker(source)
 
     def run(
@@ -161,7 +177,10 @@ def _kernel(source: str, backend: str, tile: int, scale: float, lse: bool) -> Ca
         out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, kernel_options=options, **extra)
         return (out[0], out[1].lse) if lse else (out, None)
 
-    return torch.compile(run, dynamic=False, fullgraph=True)
+    # Dynamo counts recompiles per code object: each kernel gets its own, so that no limit is ever met.
+    code = run.__code__.replace(co_name=f"mmflex_attend_{compiles}", co_firstlineno=compiles)
+    own = types.FunctionType(code, run.__globals__, code.co_name, run.__defaults__, run.__closure__)
+    return torch.compile(own, dynamic=None if backend == "flash" else False, fullgraph=True)
 
 
 def block_mask(mask_mod: MaskMod, lists: Lists, tile: int, queries: int, keys: int) -> BlockMask:

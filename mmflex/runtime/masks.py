@@ -53,9 +53,13 @@ def _write(names: list[str], body: str) -> str:
 def comparison(row: Tensor | None, limit: Tensor) -> MaskMod:
     """``row[b, q] >= limit[b, h, kv]``; row int32 [B, Q] (or [B, H, Q]; None: the slot number itself), limit int32
     [B, H, KV]."""
+    if limit.shape[0] == 1:  # one index less to compute
+        limit, at = limit[0], "limit[h, kv]"
+    else:
+        at = "limit[b, h, kv]"
     if row is None:
-        return MaskMod(_write(["limit"], "q >= limit[b, h, kv]"), (limit,))
-    return MaskMod(_write(["row", "limit"], f"{_at(row)} >= limit[b, h, kv]"), (row, limit))
+        return MaskMod(_write(["limit"], f"q >= {at}"), (limit,))
+    return MaskMod(_write(["row", "limit"], f"{_at(row)} >= {at}"), (row, limit))
 
 
 def _at(row: Tensor) -> str:

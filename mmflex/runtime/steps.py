@@ -10,18 +10,15 @@ import sympy
 import torch
 from torch import Tensor
 
-from ..compiler.blocks import BlockSource, Values, block_source, classify, side_attribute
-from ..compiler.orders import BIG, Order, gathered
+from ..compiler.blocks import BlockSource, Extremes, Values, block_source, side_attribute
+from ..compiler.orders import BIG, Order
 from ..compiler.plan import HeadMap, Launch, Part, Program, names_of
 from ..ir import expr as x
 from ..ir.pattern import View
 from . import backends, masks
-from .kernels.lists import compact_into
-from .kernels.rows import take_rows
-
-
-MOST_CLASSES = 1 << 30
-"""Block classes held at a time (bytes): heads are classified in turns beyond it."""
+from .kernels.lists import dialect, list_blocks
+from .kernels.rows import put_rows, take_rows
+from .kernels.select import gathered
 
 
 @dataclass(eq=False)
@@ -56,11 +53,11 @@ class State:
     estimates: dict[Any, tuple[Any, dict[int, int]]] = field(default_factory=dict)
     ready: dict[int, Ready] = field(default_factory=dict)
 
-    def const(self, values: tuple[int, ...]) -> Tensor:
+    def const(self, values: tuple[int, ...], dtype: torch.dtype = torch.int64) -> Tensor:
         """An index tensor on the device, copied there once per program."""
-        key = ("const", values, self.device)
+        key = ("const", values, dtype, self.device)
         if key not in self.program.memo:
-            self.program.memo[key] = torch.tensor(values, dtype=torch.int64).to(self.device)
+            self.program.memo[key] = torch.tensor(values, dtype=dtype).to(self.device)
         return self.program.memo[key]
 
     def values(
@@ -127,6 +124,9 @@ def _positions(launch: Launch, state: State) -> tuple[Tensor, Tensor]:
     if key not in memo:
         layout = state.program.layout
         row = side_attribute(x.q, layout, launch.rows, None, state.device)[:, 0]
+        # Empty slots repeat a neighbour, so that they spoil no block's bounds; a tile of nothing else lists nothing.
+        real = (launch.rows.on("index", state.device) >= 0).unflatten(-1, (-1, launch.rows.tile)).any(-1)
+        row = torch.where(real.repeat_interleave(launch.rows.tile, -1), row, -1)
         at = side_attribute(x.k, layout, launch.keys, None, state.device)[:, 0]
         at = torch.where(launch.keys.on("index", state.device) >= 0, at, BIG).int()
         memo[key] = (row.contiguous(), at.contiguous())
@@ -150,17 +150,17 @@ class _Lists:
         self.counts = torch.zeros(shape, dtype=torch.int32, device=state.device)
 
     def add(
-        self, place: tuple[int, ...], source: BlockSource, row: Tensor, limit: Tensor, tail: Tensor | None, shift: tuple[int, ...]
+        self, place: tuple[int, ...], part: Part, values: Values | None, row: Tensor, limit: Tensor, tail: Tensor | None = None
     ) -> None:
-        """Lists the blocks of some heads; row [B, 1|H, Q], limit and tail [B, H, ...]."""
-        main_tiles = limit.shape[-1] // self.tile
-        per_head = self.table.shape[3] * (main_tiles + (0 if tail is None else tail.shape[-1] // self.tile))
-        step = max(1, MOST_CLASSES // max(1, per_head * limit.shape[0]))
-        for first in range(0, len(place), step):
-            heads = slice(first, first + step)
-            classes = classify(source, row, limit, tail, self.tile, heads)
-            at, moved = (self.state.const(t[heads]).int() for t in (place, shift))
-            compact_into(classes, self.table, self.counts, at, moved, main_tiles)
+        """Lists the blocks of some heads; row [B, 1|H, Q], limit and tail [B, H, ...]; values None: all pairs."""
+        triton = dialect(row)
+        empty = BlockSource("True", "True", {}, {}, triton)
+        source = empty if values is None else block_source(part.mask, values, triton)
+        sections = self.launch.section // self.tile
+        slot = self.launch.section_slot
+        shift = tuple(slot.get(h, 0) * sections for h in part.heads) if values is not None else (0,) * len(place)
+        at, moved = self.state.const(place, torch.int32), self.state.const(shift, torch.int32)
+        list_blocks(source, Extremes.of(row, limit, tail, self.tile), self.table, self.counts, at, moved)
 
     def done(self) -> backends.Lists:
         if self.launch.width < self.launch.key_slots // self.tile:
@@ -201,15 +201,14 @@ def _main(state: State, launch: Launch) -> Ready:
                 index = launch.keys.on("filled", state.device).expand(batch, -1)[:, None].expand(own.shape).gather(-1, index)
             sections.append(index)
             section_heads.extend(part.heads)
-            for i, h in enumerate(part.heads):
-                first = main + slot_of[h] * launch.section
-                limit[:, place[h], first : first + launch.section] = tail[:, i] - base
+            slots = state.const(tuple(slot_of[h] for h in part.heads))
+            limit[..., main:].unflatten(-1, (-1, launch.section))[:, state.const(here), slots] = tail - base
         limit[:, state.const(here), :main] = own - base
-        shift = tuple(slot_of.get(h, 0) * (launch.section // tile) for h in part.heads)
-        lists.add(here, block_source(part.mask, values), row[:, None], own, tail, shift)
+        lists.add(here, part, values, row[:, None], own, tail)
         if not launch.compare:
             residual = (part.mask, values)
     if residual is not None:
+        _spread(residual[1], launch.parts[0].heads, heads, state)
         mask_mod = masks.looked_up(row.contiguous(), limit + base, *residual, main, launch.key_slots, batch, len(heads))
     else:
         mask_mod = masks.comparison(row.contiguous() if origin is None else None, limit)
@@ -217,14 +216,19 @@ def _main(state: State, launch: Launch) -> Ready:
     return Ready(lists.done(), mask_mod, section_index=index, section_heads=tuple(section_heads))
 
 
+def _spread(values: Values, own: tuple[int, ...], heads: tuple[int, ...], state: State) -> None:
+    """Gives the values of a part's heads to the heads of its launch; empty heads repeat the first one's."""
+    if own != heads:
+        pick = state.const(tuple(own.index(h) if h >= 0 else 0 for h in heads))
+        values.found = {name: table.index_select(1, pick) for name, table in values.found.items()}
+        values.memo = {}
+
+
 def _slot_origin(launch: Launch, program: Program) -> int | None:
     """The position of slot 0 where slots run with positions (the mask then compares the slot itself), else None."""
     if program.layout.padded or launch.rows.label != "natural" or not launch.compare:
         return None
     return (program.layout.length - program.queries) // program.tile * program.tile
-
-
-EVERYTHING = BlockSource("True", "True", {})
 
 
 def _rows(state: State, launch: Launch) -> Ready:
@@ -246,8 +250,7 @@ def _rows(state: State, launch: Launch) -> Ready:
     position = torch.where(filled, position, -1).int()
     limit = at[:, None].expand(-1, len(heads), -1).contiguous()
     lists = _Lists(state, launch)
-    everyone = tuple(range(len(heads)))
-    lists.add(everyone, EVERYTHING, position, limit, None, (0,) * len(heads))
+    lists.add(tuple(range(len(heads))), launch.parts[0], None, position, limit)
     token_index = token[:, None].expand(-1, len(heads), -1).gather(-1, index)
     mask_mod = masks.comparison(position, limit)
     return Ready(lists.done(), mask_mod, row_index=token_index, row_count=count)
@@ -267,14 +270,14 @@ def _classes(state: State, launch: Launch) -> Ready:
     there = state.part_values(launch, part, row_index, key_index)
     place = {h: i for i, h in enumerate(heads) if h >= 0}
     lists = _Lists(state, launch)
-    lists.add(tuple(place[h] for h in part.heads), block_source(part.mask, there), row_at, key_at, None, (0,) * len(part.heads))
+    lists.add(tuple(place[h] for h in part.heads), part, there, row_at, key_at)
     if part.heads != heads:  # empty heads repeat the first one's rows
-        pick = state.const(tuple(max(part.heads.index(h), 0) if h >= 0 else 0 for h in heads))
+        pick = state.const(tuple(part.heads.index(h) if h >= 0 else 0 for h in heads))
         row_at, key_at, row_index, key_index, row_real = (
             t.index_select(1, pick) for t in (row_at, key_at, row_index, key_index, row_real)
         )
         there = state.part_values(launch, part, row_index, key_index)
-        there.found = {name: table.index_select(1, pick) for name, table in there.found.items()}
+        _spread(there, part.heads, heads, state)
     slots = launch.keys.slots
     mask_mod = masks.looked_up(row_at, key_at, part.mask, there, slots, slots, batch, len(heads))
     return Ready(lists.done(), mask_mod, row_index=row_index, row_count=row_real.sum(-1), key_index=key_index)
@@ -363,11 +366,9 @@ def place(state: State, number: int, out: Tensor, lse: Tensor | None, found: Ten
     if launch.kind == "rows":
         assert ready is not None and ready.row_index is not None and ready.row_count is not None
         index, count = ready.row_index[:, state.const(keep)], ready.row_count[:, state.const(keep)]
-        # Slots past the count repeat the last row's index and get its value; without any row, what is there already.
-        slot = torch.arange(launch.capacity, device=state.device).clamp(max=(count[..., None] - 1).clamp(min=0))
-        _scatter(out, here, index, found.gather(2, _wide(slot, found)), count)
+        put_rows(found, index, count, here, out)
         if lse is not None and sums is not None:
-            _scatter(lse, here, index, sums.gather(2, slot), count)
+            put_rows(sums[..., None], index, count, here, lse[..., None])
         return
     if launch.kind == "classes":
         assert ready is not None and ready.row_index is not None and ready.row_count is not None
@@ -388,23 +389,13 @@ def place(state: State, number: int, out: Tensor, lse: Tensor | None, found: Ten
         out.index_copy_(1, here, mixed.to(out.dtype))
         lse.index_copy_(1, here, total)
         return
-    inverse = launch.rows.on("inverse", state.device).expand(state.batch, -1)[:, None].expand(-1, len(heads), -1)
-    there = inverse >= 0
-    new = found.gather(2, _wide(inverse.clamp(min=0), found))
-    out.index_copy_(1, here, torch.where(there[..., None], new, out.index_select(1, here)))
+    index = launch.rows.on("index", state.device)[:, None].expand(state.batch, len(heads), -1)
+    count = torch.full((state.batch, len(heads)), launch.row_slots, device=state.device)
+    put_rows(found, index, count, here, out)
     if lse is not None and sums is not None:
-        lse.index_copy_(1, here, torch.where(there, sums.gather(2, inverse.clamp(min=0)), lse.index_select(1, here)))
+        put_rows(sums[..., None], index, count, here, lse[..., None])
 
 
 def _wide(index: Tensor, t: Tensor) -> Tensor:
     """An index [B, H, S] over the rows of t [B, H, R, D]."""
     return index[..., None].expand(-1, -1, -1, t.shape[-1])
-
-
-def _scatter(out: Tensor, heads: Tensor, index: Tensor, value: Tensor, count: Tensor) -> None:
-    """Writes value [B, H, R, ...] to rows ``index`` [B, H, R] of the heads of out, unless count [B, H] is 0."""
-    part = out.index_select(1, heads)
-    at = index if value.dim() == 3 else _wide(index, value)
-    some = (count > 0)[..., None] if value.dim() == 3 else (count > 0)[..., None, None]
-    part.scatter_(2, at, torch.where(some, value, part.gather(2, at)))
-    out.index_copy_(1, heads, part)

@@ -218,6 +218,9 @@ class _Document:
                 raise self.fail(name, "missing")
             if not isinstance(data[name], kind) or isinstance(data[name], bool):
                 raise self.fail(name, f"got {data[name]!r}, {kind.__name__} is needed")
+        for name in ("layers", "heads"):
+            if data[name] < 1:
+                raise self.fail(name, f"got {data[name]}, 1 or more is needed")
         unknown = sorted(set(data) - set(kinds) - {"schema", "version"})
         if unknown:
             raise self.fail(unknown[0], f"unknown field; the fields are schema, version, {', '.join(kinds)}")

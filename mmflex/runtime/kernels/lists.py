@@ -1,11 +1,15 @@
-"""Compaction of block classes into FlexAttention's index tables."""
+"""Block lists: every block of a launch classified and listed in one kernel, written from the mask expression."""
 
 from __future__ import annotations
+
+import linecache
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...compiler.blocks import compact
+from ...compiler.blocks import BlockSource, Extremes, classify, compact
 from . import use_triton
 
 try:
@@ -14,57 +18,134 @@ try:
 except ImportError:  # CPU builds of torch come without Triton; the twin runs there
     triton = None
 
+_HEADER = "table, counts, place, shift, row_low, row_high, low, high, tail_low, tail_high"
+_NUMBERS = "heads, heads_out, rows, main_tiles, tail_tiles, width, row_b, row_h"
 
-if triton is not None:
+_KERNEL = """
+def kernel({arguments}, BLOCK: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    # One query tile of one head: its partial and full key tiles, ascending, into table[0] and table[1].
+    row = tl.program_id(0)
+    head = tl.program_id(1) % heads
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    own = batch * heads + head
+    out = (batch * heads_out + tl.load(place + head)) * rows + row
+    half = (tl.num_programs(1).to(tl.int64) // heads) * heads_out * rows
+    at_row = batch * row_b + head * row_h + row
+    least, most = tl.load(row_low + at_row), tl.load(row_high + at_row)
+{scalars}
+    partial, full = 0, 0
+    for chunk in range(MAIN):
+        at = chunk * BLOCK + tl.arange(0, BLOCK)
+        real = at < main_tiles
+        some = real & (most >= tl.load(low + own * main_tiles + at, mask=real, other=1 << 30))
+        every = least >= tl.load(high + own * main_tiles + at, mask=real, other=1 << 30)
+{vectors}
+        some = some & {some}
+        every = every & some & {every}
+        kind = some & (every == 0)
+        slot = partial + tl.cumsum(kind.to(tl.int32), 0) - 1
+        tl.store(table + out * width + slot, at, mask=kind & (slot < width))
+        partial += tl.sum(kind.to(tl.int32), 0)
+        slot = full + tl.cumsum(every.to(tl.int32), 0) - 1
+        tl.store(table + (half + out) * width + slot, at, mask=every & (slot < width))
+        full += tl.sum(every.to(tl.int32), 0)
+    moved = tl.load(shift + head) + main_tiles
+    for chunk in range(TAIL):
+        at = chunk * BLOCK + tl.arange(0, BLOCK)
+        real = at < tail_tiles
+        some = real & (most >= tl.load(tail_low + own * tail_tiles + at, mask=real, other=1 << 30))
+        every = some & (least >= tl.load(tail_high + own * tail_tiles + at, mask=real, other=1 << 30))
+        kind = some & (every == 0)
+        slot = partial + tl.cumsum(kind.to(tl.int32), 0) - 1
+        tl.store(table + out * width + slot, at + moved, mask=kind & (slot < width))
+        partial += tl.sum(kind.to(tl.int32), 0)
+        slot = full + tl.cumsum(every.to(tl.int32), 0) - 1
+        tl.store(table + (half + out) * width + slot, at + moved, mask=every & (slot < width))
+        full += tl.sum(every.to(tl.int32), 0)
+    tl.store(counts + out, partial)
+    tl.store(counts + half + out, full)
+"""
 
-    @triton.jit
-    def _compact(
-        classes, table, counts, place, shift, rows, width, tiles, main_tiles, heads_in, heads_out,
-        BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    ):  # fmt: skip
-        """One query tile of one head: its partial (1) and full (2) tiles, ascending, into table[kind]."""
-        row = tl.program_id(0).to(tl.int64)
-        tile = row % rows
-        head = (row // rows) % heads_in
-        batch = row // rows // heads_in
-        out = (batch * heads_out + tl.load(place + head)) * rows + tile
-        moved = tl.load(shift + head)
-        all_rows = (tl.num_programs(0).to(tl.int64) // heads_in) * heads_out
-        partial, full = 0, 0
-        for chunk in range(CHUNKS):
-            at = chunk * BLOCK + tl.arange(0, BLOCK)
-            kind = tl.load(classes + row * tiles + at, mask=at < tiles, other=0)
-            number = tl.where(at >= main_tiles, at + moved, at)
-            is_partial, is_full = (kind == 1).to(tl.int32), (kind == 2).to(tl.int32)
-            slot = partial + tl.cumsum(is_partial, 0) - 1
-            tl.store(table + out * width + slot, number, mask=(kind == 1) & (slot < width))
-            slot = full + tl.cumsum(is_full, 0) - 1
-            tl.store(table + (all_rows + out) * width + slot, number, mask=(kind == 2) & (slot < width))
-            partial += tl.sum(is_partial, 0)
-            full += tl.sum(is_full, 0)
-        tl.store(counts + out, partial)
-        tl.store(counts + all_rows + out, full)
+
+@lru_cache(maxsize=256)
+def _kernel(some: str, every: str, names: tuple[tuple[str, str, bool], ...], tables: tuple[tuple[str, int], ...]) -> Any:
+    """The kernel of a classifier. names: (name, "row" | "key" | "one", boolean); tables: (name, dimensions)."""
+    arguments = [_HEADER, _NUMBERS]
+    scalars, vectors = [], []
+    for name, side, boolean in names:
+        arguments.append(f"{name}_p, {name}_b, {name}_h")
+        base = f"{name}_p + batch * {name}_b + head * {name}_h"
+        cast = " != 0" if boolean else ""
+        if side == "key":
+            vectors.append(f"        {name} = tl.load({base} + at, mask=real, other=0){cast}")
+        else:
+            scalars.append(f"    {name} = tl.load({base}{' + row' if side == 'row' else ''}){cast}")
+    for name, dims in tables:
+        arguments.append(", ".join([f"{name}_p", *(f"{name}_n{i}" for i in range(dims))]))
+        size = " * ".join(f"{name}_n{i}" for i in range(dims))
+        scalars.append(f"    {name} = {name}_p + own * {size}")
+    constant = {"True": "real", "False": "(at < 0)"}
+    text = _KERNEL.format(
+        arguments=", ".join(arguments),
+        scalars="\n".join(scalars),
+        vectors="\n".join(vectors),
+        some=constant.get(some, some),
+        every=constant.get(every, every),
+    )
+    filename = f"<mmflex lists {hash(text):x}>"
+    # Triton reads a kernel's source through linecache, where generated code may stand.
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    namespace: dict[str, Any] = {"tl": tl}
+    exec(compile(text, filename, "exec"), namespace)  # our own source, from a sympy expression
+    return triton.jit(namespace["kernel"])
 
 
-def compact_into(
-    classes: Tensor, table: Tensor, counts: Tensor, place: Tensor, shift: Tensor, main_tiles: int
+def list_blocks(
+    source: BlockSource, ends: Extremes, table: Tensor, counts: Tensor, place: Tensor, shift: Tensor
 ) -> None:
-    """Lists the partial (1) and full (2) tiles of classes int8 [B, h, Q, T] into ``table`` int32 [2, B, H, Q, W] and
-    ``counts`` int32 [2, B, H, Q], at heads ``place`` int32 [h]. Tiles from ``main_tiles`` on are numbered ``shift`` int32
-    [h] higher. Entries past a count keep what they hold; counts may pass W, which the caller checks.
+    """Lists the partial and full tiles of h heads into ``table`` int32 [2, B, H, Q, W] and ``counts`` int32
+    [2, B, H, Q], at heads ``place`` int32 [h]. Section tiles are numbered after the main ones, ``shift`` int32 [h]
+    higher. Entries past a count keep what they hold; counts may pass W, which the caller checks.
     """
-    batch, heads, rows, tiles = classes.shape
-    width = table.shape[-1]
-    if use_triton(classes):
-        assert triton is not None
-        block = min(1024, triton.next_power_of_2(tiles))
-        _compact[(batch * heads * rows,)](
-            classes, table, counts, place, shift, rows, width, tiles, main_tiles, heads, table.shape[2],
-            BLOCK=block, CHUNKS=triton.cdiv(tiles, block),
-        )  # fmt: skip
+    main, width = ends.low.shape[-1], table.shape[-1]
+    if not source.triton:
+        classes = classify(source, ends)
+        for kind in (1, 2):
+            count, index = compact(classes == kind, width)
+            table[kind - 1][:, place.long()] = torch.where(index >= main, index + shift[:, None, None], index)
+            counts[kind - 1][:, place.long()] = count
         return
-    for kind in (1, 2):
-        count, index = compact(classes == kind, width)
-        index = torch.where(index >= main_tiles, index + shift[:, None, None], index)
-        table[kind - 1][:, place.long()] = index
-        counts[kind - 1][:, place.long()] = count
+    assert triton is not None
+    batch, heads, _ = ends.low.shape
+    rows = table.shape[3]
+    names, values = [], []
+    for name, t in source.names.items():
+        side = "row" if t.shape[2] > 1 else "key" if t.shape[3] > 1 else "one"
+        # A single tile on a side looks like a constant, and is one.
+        names.append((name, side, t.dtype == torch.bool))
+        t = t.contiguous()
+        step = t.shape[2] * t.shape[3]
+        values += [t, step * t.shape[1] if t.shape[0] > 1 else 0, step if t.shape[1] > 1 else 0]
+    tables = []
+    for name, t in source.tables.items():
+        t = t.expand(batch, heads, *t.shape[2:]).contiguous()
+        tables.append((name, t.dim() - 2))
+        values += [t, *t.shape[2:]]
+    low, high, row_low, row_high = (t.contiguous() for t in (ends.low, ends.high, ends.row_low, ends.row_high))
+    tail_low, tail_high, tail = low, high, 0
+    if ends.tail_low is not None and ends.tail_high is not None:
+        tail_low, tail_high, tail = ends.tail_low.contiguous(), ends.tail_high.contiguous(), ends.tail_low.shape[-1]
+    row_h = rows if row_low.shape[1] > 1 else 0
+    row_b = row_low.shape[1] * rows if row_low.shape[0] > 1 else 0
+    block = min(1024, triton.next_power_of_2(max(main, 16)))
+    kernel = _kernel(source.some, source.every, tuple(names), tuple(tables))
+    kernel[(rows, batch * heads)](
+        table, counts, place, shift, row_low, row_high, low, high, tail_low, tail_high,
+        heads, table.shape[2], rows, main, tail, width, row_b, row_h, *values,
+        BLOCK=block, MAIN=triton.cdiv(main, block), TAIL=triton.cdiv(tail, block),
+    )  # fmt: skip
+
+
+def dialect(t: Tensor) -> bool:
+    """Whether classifiers of launches on this device are to be written for Triton."""
+    return triton is not None and use_triton(t)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import use_triton
-
 try:
     import triton
     import triton.language as tl
@@ -63,8 +61,9 @@ if triton is not None:
 
     @triton.jit
     def _mass(
-        q, k, limit, position, lse, stand, index, vertical, diagonal, dim, k_b, k_h, k_n, p_b, scale, n, size, heads, group,
-        L: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, GATHERED: tl.constexpr, DIAGONAL: tl.constexpr,
+        q, k, limit, position, lse, stand, index, vertical, diagonal, diagonals, tiles, dim, k_b, k_h, k_n, p_b, scale, n, size, heads, group,
+        L: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
+        GATHERED: tl.constexpr, NEAR: tl.constexpr, DIAGONAL: tl.constexpr,
     ):  # fmt: skip
         """Second sweep: masses of one block of keys in scope, for one head."""
         head = tl.program_id(0) % heads
@@ -82,10 +81,19 @@ if triton is not None:
         sums = tl.load(lse + base * L + row)
         mass = tl.exp(score - tl.where(sums == float("-inf"), 0.0, sums)[:, None])
         tl.store(vertical + base * size + place, tl.sum(mass, 0), mask=place < size)
+        at = tl.load(stand + batch * L + row)  # -1: the row stands before every key, its mass is 0
+        least = tl.min(tl.where(at < 0, 1 << 30, at), 0)
+        first = least - start - (K - 1)  # the least distance of this block
+        if NEAR:
+            away = at[:, None] - place[None]
+            spill = (away % T).to(tl.float32) / T
+            base_tile = first // T
+            for j in tl.static_range(S // T + 2):
+                here = tl.where(away // T == base_tile + j, 1.0 - spill, 0.0) + tl.where(away // T == base_tile + j - 1, spill, 0.0)
+                part = tl.sum(tl.sum(tl.where(away >= 0, mass * here, 0.0), 1), 0)
+                inside = (base_tile + j >= 0) & (base_tile + j < tiles) & (part > 0)
+                tl.atomic_add(diagonals + base * tiles + base_tile + j, part, mask=inside)
         if DIAGONAL:
-            at = tl.load(stand + batch * L + row)  # -1: the row stands before every key, its mass is 0
-            least = tl.min(tl.where(at < 0, 1 << 30, at), 0)
-            first = least - start - (K - 1)  # the least distance of this block
             distance = first + tl.arange(0, S)
             source = at[:, None] - distance[None] - start
             inside = (source >= 0) & (source < K) & (at >= 0)[:, None]
@@ -94,23 +102,32 @@ if triton is not None:
             tl.atomic_add(diagonal + base * size + distance, part, mask=(distance >= 0) & (distance < size) & (part > 0))
 
 
+def block_diagonals(diagonal: Tensor, tile: int) -> Tensor:
+    """float32 [..., tiles]: mass that each block diagonal would hold, if what is seen at a distance held for queries at
+    every place in a tile. Of a distance ``j * tile + r``, (tile - r) of the tile's queries see it on block diagonal j
+    and the other r on j + 1."""
+    tiles = -(-diagonal.shape[-1] // tile)
+    mass = torch.nn.functional.pad(diagonal, (0, tiles * tile - diagonal.shape[-1])).unflatten(-1, (tiles, tile))
+    spill = (mass * (torch.arange(tile, device=mass.device, dtype=mass.dtype) / tile)).sum(-1)
+    own = mass.sum(-1) - spill
+    own[..., 1:] += spill[..., :-1]
+    return own
+
+
 def last_mass(
     q: Tensor, k: Tensor, scale: float, limit: Tensor, position: Tensor, stand: Tensor, index: Tensor | None, size: int,
-    diagonals: bool,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """Softmax mass of L queries, summed: (per key in scope, per distance), float32 [B, H, size] each.
+    tile: int, distances: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """Softmax mass of L queries, summed: per key in scope [B, H, size], per distance (if ``distances``) [B, H, size], per
+    block diagonal (`block_diagonals`) [B, H, ceil(size / tile)]; float32.
 
     Args:
         q: [B, H, L, D], L a power of two of at least 16. k: [B, Hkv, N, D].
         limit: int32 [B, L], the position up to which each query sees (-1: none). position: int32 [B|1, N], of the keys.
-        stand: int32 [B, L], where each query stands in keys in scope (-1: before the first).
+        stand: int32 [B, L], where each query stands in keys in scope (-1: before the first); all within ``SPAN - 128``
+            keys of each other. tile: at least 64.
         index: int32 [B, size], tokens in scope (-1: none), or None for the first ``size`` tokens.
-        diagonals: whether to measure distances; the queries must then stand within ``SPAN - 128`` keys of each other.
-
-    Returns None where the kernel does not run (then use the twin, `mask_builders.estimate`).
     """
-    if not use_triton(q):
-        return None
     assert triton is not None
     batch, heads, rows, dim = q.shape
     n, group = k.shape[2], heads // k.shape[1]
@@ -126,11 +143,14 @@ def last_mass(
         BLOCKS=_BLOCKS, **shape,
     )  # fmt: skip
     lse = torch.logsumexp(top + total.log(), 2)
+    tiles = triton.cdiv(size, tile)
     vertical = torch.empty((batch, heads, size), device=q.device)
-    diagonal = torch.zeros_like(vertical)
+    diagonals = torch.zeros((batch, heads, tiles), device=q.device)
+    diagonal = torch.zeros_like(vertical) if distances else None
     _mass[(batch * heads, triton.cdiv(size, _KEYS))](
-        q, k, limit, position, lse, stand, position if index is None else index, vertical, diagonal, dim,
+        q, k, limit, position, lse, stand, position if index is None else index, vertical,
+        vertical if diagonal is None else diagonal, diagonals, tiles, dim,
         k.stride(0), k.stride(1), k.stride(2), p_b, scale, n, size, heads, group,
-        S=SPAN, GATHERED=index is not None, DIAGONAL=diagonals, **shape,
+        S=SPAN, T=tile, GATHERED=index is not None, NEAR=True, DIAGONAL=distances, **shape,
     )  # fmt: skip
-    return vertical, diagonal
+    return vertical, diagonal, diagonals

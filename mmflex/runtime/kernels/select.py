@@ -1,0 +1,131 @@
+"""Selection without sorting: the heaviest entries of a row, and the indices of the chosen ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import use_triton
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+if triton is not None:
+
+    @triton.jit
+    def _heaviest(mass, always, keep, n, budget, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, FORCED: tl.constexpr):
+        """One row: the ``budget`` greatest, lower indices first among equals. Radix selection, 8 bits a pass."""
+        row = tl.program_id(0).to(tl.int64)
+        bins = tl.arange(0, 256)
+        prefix, left = 0, budget
+        for digit in tl.static_range(4):
+            shift = 24 - 8 * digit
+            histogram = tl.zeros([256], tl.int32)
+            for chunk in range(CHUNKS):
+                at = chunk * BLOCK + tl.arange(0, BLOCK)
+                key = _key(mass, always, row, at, n, FORCED)
+                same = (at < n) & ((key >> shift >> 8) == prefix)
+                histogram += tl.histogram((key >> shift) & 255, 256, mask=same)
+            # The digit of the least kept: the highest d with at least `left` entries of digit d or more.
+            above = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)  # entries with a greater digit
+            chosen = tl.max(tl.where(above + histogram >= left, bins, 0), 0)
+            left -= tl.sum(tl.where(bins == chosen, above, 0), 0)
+            prefix = prefix * 256 + chosen
+        taken = 0
+        for chunk in range(CHUNKS):
+            at = chunk * BLOCK + tl.arange(0, BLOCK)
+            key = _key(mass, always, row, at, n, FORCED)
+            equal = ((at < n) & (key == prefix)).to(tl.int32)
+            place = taken + tl.cumsum(equal, 0)
+            tl.store(keep + row * n + at, (key > prefix) | ((equal != 0) & (place <= left)), mask=at < n)
+            taken += tl.sum(equal, 0)
+
+    @triton.jit
+    def _key(mass, always, row, at, n, FORCED: tl.constexpr):
+        """Masses as integers of the same order, from 0 on; what is forced comes above all."""
+        value = tl.load(mass + row * n + at, mask=at < n, other=0.0)
+        bits = value.to(tl.int32, bitcast=True)
+        # Half of the order is enough: float bits without the last one, so that keys stay positive.
+        key = tl.where(bits < 0, (~bits) >> 1, (bits >> 1) + (1 << 30))
+        key = tl.where(value != value, 0, key)
+        if FORCED:
+            key = tl.where(tl.load(always + at, mask=at < n, other=0) != 0, 0x7FFFFFFF, key)
+        return key
+
+    @triton.jit
+    def _indices(chosen, index, count, n, capacity, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+        """One row: indices of the true entries, ascending; the rest repeats the last."""
+        row = tl.program_id(0).to(tl.int64)
+        found, last = 0, 0
+        for chunk in range(CHUNKS):
+            at = chunk * BLOCK + tl.arange(0, BLOCK)
+            true = tl.load(chosen + row * n + at, mask=at < n, other=0) != 0
+            slot = found + tl.cumsum(true.to(tl.int32), 0) - 1
+            tl.store(index + row * capacity + slot, at.to(tl.int64), mask=true & (slot < capacity))
+            last = tl.maximum(last, tl.max(tl.where(true & (slot < capacity), at, 0), 0))
+            found += tl.sum(true.to(tl.int32), 0)
+        tl.store(count + row, found)
+        for chunk in range(CHUNKS):
+            slot = chunk * BLOCK + tl.arange(0, BLOCK)
+            rest = (slot >= found) & (slot < capacity)
+            tl.store(index + row * capacity + slot, tl.zeros([BLOCK], tl.int64) + last, mask=rest)
+
+
+def _key_twin(mass: Tensor) -> Tensor:
+    bits = mass.float().contiguous().view(torch.int32)
+    key = torch.where(bits < 0, (~bits) >> 1, (bits >> 1) + (1 << 30))
+    return torch.where(mass.isnan(), 0, key)
+
+
+def heaviest(mass: Tensor, budget: int, always: Tensor | None = None) -> Tensor:
+    """bool like ``mass`` float32 [..., n]: the ``budget`` heaviest of the last dimension (all, if there are fewer).
+
+    ``always`` bool [n] (or like mass) come first and count towards the budget. Masses are compared to 23 significant
+    bits; of equals, the lower index is kept.
+    """
+    n = mass.shape[-1]
+    budget = min(budget, n)
+    if budget == 0:
+        return torch.zeros_like(mass, dtype=torch.bool)
+    if use_triton(mass) and (always is None or always.dim() == 1):
+        assert triton is not None
+        mass = mass.float().contiguous()
+        keep = torch.empty(mass.shape, dtype=torch.bool, device=mass.device)
+        forced = keep if always is None else always.contiguous()
+        block = min(4096, max(256, triton.next_power_of_2(n)))
+        _heaviest[(mass.numel() // n,)](
+            mass, forced, keep, n, budget, BLOCK=block, CHUNKS=triton.cdiv(n, block), FORCED=always is not None, num_warps=8
+        )
+        return keep
+    key = _key_twin(mass)
+    if always is not None:
+        key = key.masked_fill(always, 0x7FFFFFFF)
+    least = key.topk(budget, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = key > least, key == least
+    room = budget - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1) <= room))
+
+
+def gathered(chosen: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Indices of the true entries of ``chosen`` [..., n] in order: (int64 [..., capacity], counts int64 [...]).
+
+    Slots past the count repeat the last index found (0 where there is none). The caller checks the counts.
+    """
+    n = chosen.shape[-1]
+    if use_triton(chosen):
+        assert triton is not None
+        chosen = chosen.contiguous()
+        index = torch.empty((*chosen.shape[:-1], capacity), dtype=torch.int64, device=chosen.device)
+        count = torch.empty(chosen.shape[:-1], dtype=torch.int64, device=chosen.device)
+        block = min(4096, max(256, triton.next_power_of_2(n)))
+        chunks = triton.cdiv(max(n, capacity), block)
+        _indices[(count.numel(),)](chosen, index, count, n, capacity, BLOCK=block, CHUNKS=chunks, num_warps=8)
+        return index, count
+    place = chosen.cumsum(-1) - 1
+    index = torch.zeros((*chosen.shape[:-1], capacity + 1), dtype=torch.int64, device=chosen.device)
+    token = torch.arange(n, device=chosen.device).expand(chosen.shape)
+    index.scatter_(-1, torch.where(chosen & (place < capacity), place, capacity), token)
+    return index[..., :-1].cummax(-1).values, place[..., -1] + 1

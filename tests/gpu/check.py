@@ -1,0 +1,162 @@
+"""Exactness on a CUDA device: ``python -m tests.gpu.check [--long]``. Prints one line a case, and a verdict.
+
+Short inputs are compared with float64 softmax attention under `Plan.dense_mask()`. Long ones (``--long``: 128k and 1M
+tokens, 28 query heads) on sampled rows, whose masks are built from the expressions' sets alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import mmflex
+from mask_builders import (
+    AShape,
+    BlockTopK,
+    Boundary2D,
+    Dense,
+    Dilated,
+    Grid,
+    QBoundary,
+    Strided,
+    StridedFixed,
+    TriShape,
+    VerticalSlash,
+)
+from mmflex.runtime.reference import softmax_attention
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
+
+
+def cases() -> list[tuple[str, object]]:
+    vs = VerticalSlash(200, 512)
+    grid = Grid(192, local=256, shortest=64)
+    return [
+        ("dense", Dense()),
+        ("a-shape", AShape(100, 600)),
+        ("tri-shape", TriShape(100, 300, 200)),
+        ("vertical-slash", vs),
+        ("block top-k", BlockTopK(6)),
+        ("block top-k 64", BlockTopK(10, 64)),
+        ("grid", grid),
+        ("grid rows", Grid(192, rows=True, local=256)),
+        ("grid slash", Grid(192, columns=False, slash=True, local=256)),
+        ("grid all, searched", Grid("search", rows=True, slash=True, local=256)),
+        ("fixed", StridedFixed(192)),
+        ("strided", Strided(192)),
+        ("dilated", Dilated(128, 600, 2)),
+        ("q-boundary", QBoundary({"video": Grid("frame", local=256), "text": vs})),
+        ("2d-boundary", Boundary2D({("video", "video"): grid, ("text", "video"): vs, ("text", "text"): AShape(64, 200)})),
+        ("union", AShape(64, 300) | vs),
+        ("difference", vs - AShape(64, 300)),
+        ("mixed", [vs, grid, Dense(), AShape(100, 600)] * 2),
+    ]
+
+
+def short(backend: str, dtype: torch.dtype, only: str = "") -> list[dict]:
+    """Every case at a few thousand tokens, plain, padded, and with fewer queries than keys."""
+    torch.manual_seed(0)
+    layout = mmflex.TokenLayout.from_segments(
+        [("text", 100), ("video", (10, 12, 16), {"timestamps": 5}), ("text", 300), ("image", (20, 30)), ("text", 157)]
+    )
+    n = layout.length
+    inputs = [
+        ("plain", layout, n, 1),
+        ("chunk", layout, 1000, 1),
+        ("padded", mmflex.TokenLayout.batch([layout, layout[:2000]], side="left"), n, 2),
+    ]
+    out = []
+    for kind, lay, m, batch in inputs:
+        q = torch.randn(batch, 8, m, 64, device="cuda", dtype=dtype)
+        k, v = (torch.randn(batch, 2, n, 64, device="cuda", dtype=dtype) for _ in range(2))
+        for name, spec in cases():
+            if only and only not in name:
+                continue
+            if kind != "plain" and name not in ("vertical-slash", "grid all, searched", "q-boundary", "2d-boundary", "mixed"):
+                continue
+            plan = None
+            try:
+                plan = mmflex.plan(q, k, spec, layout=lay, backend=backend)
+                found, mask = plan.attend(q, k, v), plan.dense_mask()
+                expected, _ = softmax_attention(q.double(), k.double(), v.double(), mask, 64**-0.5)
+                error = ((found - expected).norm() / expected.norm()).item()
+                verdict = "ok" if error <= TOLERANCE[dtype] else "WRONG"
+            except Exception as problem:
+                error, verdict = float("nan"), f"{type(problem).__name__}: {problem}"[:300]
+            launches = [] if plan is None else [launch.label + ("" if launch.compare else " (looked up)") for launch in plan.program.launches]
+            out.append({"case": name, "input": kind, "backend": backend, "error": error, "verdict": verdict, "launches": launches})
+            print(f"{backend:9} {kind:7} {name:20} {error:.1e} {verdict} {launches}", flush=True)
+    return out
+
+
+def long(backend: str, n: int, heads: int = 28, kv_heads: int = 4, dim: int = 128) -> list[dict]:
+    """Sampled rows at length n: their masks come from the slots of no launch, only from the plan's sets."""
+    out = []
+    layout = mmflex.TokenLayout.text(n)
+    for name, spec in (("vertical-slash", VerticalSlash(1000, 2048)), ("grid", Grid(256, rows=True))):
+        torch.manual_seed(0)
+        q = torch.randn(1, heads, n, dim, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.randn(1, kv_heads, n, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        plan = mmflex.plan(q, k, spec, layout=layout, backend=backend)
+        found = plan.attend(q, k, v)
+        rows = torch.tensor([0, 1, 129, n // 3, n // 2 + 77, n - 1], device="cuda")
+        position = torch.arange(n, device="cuda")
+        sets = {key.split("@")[0]: value for key, value in plan.state.found.items()}
+        error, norm = 0.0, 0.0
+        for h in range(0, heads, 9):
+            at, key = rows[:, None], position[None]
+            if name == "grid":
+                phase = sets["phase"][0, h]
+                mask = (key < 128) | (at // 128 - key // 128 <= 8) | (key % 256 == phase) | (at % 256 == phase)
+            else:
+                mask = sets["columns"][0, h][key] | sets["diagonals"][0, h][(at // 128 - key // 128).clamp(min=0)]
+            mask = mask & (key <= at)
+            kv = h * kv_heads // heads
+            expected, _ = softmax_attention(
+                q[:, h : h + 1, rows].double(), k[:, kv : kv + 1].double(), v[:, kv : kv + 1].double(), mask[None, None], dim**-0.5
+            )
+            error += (found[:, h : h + 1, rows] - expected).square().sum().item()
+            norm += expected.square().sum().item()
+        relative = (error / norm) ** 0.5
+        verdict = "ok" if relative <= TOLERANCE[torch.bfloat16] else "WRONG"
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        out.append({"case": name, "tokens": n, "backend": backend, "error": relative, "verdict": verdict, "peak_gib": peak})
+        print(f"{backend:9} {n:8} {name:20} {relative:.1e} {verdict} peak {peak:.1f} GiB", flush=True)
+        del q, k, v, plan, found
+        torch.cuda.empty_cache()
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backends", default="triton,flash")
+    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--long", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    results = []
+    for backend in args.backends.split(","):
+        for dtype in args.dtypes.split(","):
+            kind = getattr(torch, dtype)
+            if (reason := mmflex.why_not(backend, "cuda", 64, kind)) is not None:
+                print(f"{backend} {dtype}: not run, {reason}")
+                continue
+            results += short(backend, kind, args.only)
+            if args.long and kind == torch.bfloat16:
+                results += long(backend, 131072) + long(backend, 1 << 20)
+    bad = [r for r in results if r["verdict"] != "ok"]
+    print(f"{len(results) - len(bad)} passed, {len(bad)} failed")
+    if args.json:
+        facts = {"torch": torch.__version__, "device": torch.cuda.get_device_name(), "results": results}
+        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
