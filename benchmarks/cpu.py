@@ -2,9 +2,9 @@
 
     python -m benchmarks.cpu            # 16k tokens, bf16, 4 query / 2 KV heads of 64, 2 threads, vertical-slash
 
-Both run in turns on the same tensors, so that a slow spell of the machine meets both; the table gives medians. The first
-call of mmflex, which compiles the kernel, is timed on its own. ``planted`` inputs have columns and diagonals that every
-query wants, as trained heads do; ``random`` ones have no structure.
+Both run in turns on the same tensors, so that a slow spell of the machine meets both; the table gives medians. The
+first call of mmflex, which compiles the kernel, is timed on its own. ``planted`` inputs have columns and diagonals
+that every query wants, as trained heads do; ``random`` ones have no structure.
 """
 
 from __future__ import annotations
@@ -124,7 +124,12 @@ def main() -> None:
     with torch.no_grad():
         rows = [measure(kind, args) for kind in ("planted", "random")]
     settings = {name: value for name, value in vars(args).items() if name != "output"}
-    machine = {"torch": torch.__version__, "mmflex": mmflex.__version__, "python": platform.python_version(), **_device()}
+    machine = {
+        "torch": torch.__version__,
+        "mmflex": mmflex.__version__,
+        "python": platform.python_version(),
+        **_device(),
+    }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"settings": settings, "machine": machine, "rows": rows}, indent=2) + "\n")
     show(rows, settings, machine)
@@ -135,19 +140,30 @@ def _device() -> dict[str, str]:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        lines = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        lines = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         name = lines[0] if lines else name
     return {"device": name, "capability": torch.backends.cpu.get_cpu_capability()}
 
 
 def show(rows: list[dict[str, Any]], settings: dict[str, Any], machine: dict[str, Any]) -> None:
     """The table."""
-    title = (
-        f"{settings['tokens']} tokens, {settings['heads']} query / {settings['kv_heads']} KV heads of {settings['dim']}, "
-        f"{settings['dtype']}, {settings['threads']} threads; VerticalSlash({settings['vertical']}, {settings['slash']})"
-    )
+    title = "{tokens} tokens, {heads} query / {kv_heads} KV heads of {dim}, {dtype}, {threads} threads"
+    title = (title + ", VerticalSlash({vertical}, {slash})").format(**settings)
     table = Table(title=title, caption=f"torch {machine['torch']}, {machine['device']}")
-    names = ("input", "density", "SDPA", "mmflex", "of it planning", "attending", "speed-up", "ideal", "first call", "error")
+    names = (
+        "input",
+        "density",
+        "SDPA",
+        "mmflex",
+        "of it planning",
+        "attending",
+        "speed-up",
+        "ideal",
+        "first call",
+        "error",
+    )
     for name in names:
         table.add_column(name, justify="left" if name == "input" else "right")
     for row in rows:

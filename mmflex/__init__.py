@@ -1,9 +1,66 @@
 """mmflex: a block-mask compiler for attention on PyTorch FlexAttention."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .ir.layout import Segment, TokenLayout
 from .ir.pattern import Pattern, Tokens, View
 from .runtime.attention import Plan, attention, plan
 from .runtime.backends import why_not
 
+if TYPE_CHECKING:
+    from .integrations.layouts import layout_for
+    from .integrations.long_prefill import last_token_logits
+    from .integrations.transformers import DenseFallback, patch, patched, token_layout, unpatch
+    from .tuning.config import Config, load_config, load_minference_config, save_config
+
 __version__ = "0.1.0"
-__all__ = ["Pattern", "Plan", "Segment", "TokenLayout", "Tokens", "View", "attention", "plan", "why_not"]
+__all__ = [
+    "Config",
+    "DenseFallback",
+    "Pattern",
+    "Plan",
+    "Segment",
+    "TokenLayout",
+    "Tokens",
+    "View",
+    "attention",
+    "last_token_logits",
+    "layout_for",
+    "load_config",
+    "load_minference_config",
+    "patch",
+    "patched",
+    "plan",
+    "save_config",
+    "token_layout",
+    "unpatch",
+    "why_not",
+]
+
+# Loaded when first asked for, so that `import mmflex` stays light.
+_LAZY = {
+    "Config": "tuning.config",
+    "DenseFallback": "integrations.transformers",
+    "last_token_logits": "integrations.long_prefill",
+    "layout_for": "integrations.layouts",
+    "load_config": "tuning.config",
+    "load_minference_config": "tuning.config",
+    "patch": "integrations.transformers",
+    "patched": "integrations.transformers",
+    "save_config": "tuning.config",
+    "token_layout": "integrations.transformers",
+    "unpatch": "integrations.transformers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -35,14 +35,14 @@ def _fail(message: str) -> typer.Exit:
     return typer.Exit(1)
 
 
-# ---- demo ---------------------------------------------------------------------------------------------------------------
+# ---- demo -----------------------------------------------------------------------------------------------------------
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the picture of the masks goes (PNG, SVG, PDF).")] = Path(
-        "mmflex_demo.png"
-    ),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Where the picture of the masks goes (PNG, SVG, PDF).")
+    ] = Path("mmflex_demo.png"),
     device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'auto': a GPU if there is one.")] = "auto",
     backend: Annotated[str, typer.Option(help="Kernels: 'auto', 'cpu', 'triton', 'flash' or 'reference'.")] = "auto",
     frames: Annotated[int, typer.Option(hidden=True)] = 512,
@@ -52,9 +52,9 @@ def demo(
 ) -> None:
     """See it work: a small Qwen2.5-VL reads a video of 16 thousand tokens, dense and sparse, side by side.
 
-    Builds the real model class with random weights, draws a video of moving shapes (nothing is downloaded), and prefills
-    it with PyTorch's attention and through [bold]mmflex.patch[/]. Prints times with planning counted, what each pattern
-    computes, how far the outputs are apart and why the plan is what it is. Under two minutes on two CPU cores.
+    Builds the real model class with random weights, draws a video of moving shapes (nothing is downloaded), and
+    prefills it with PyTorch's attention and through [bold]mmflex.patch[/]. Prints times with planning counted, what
+    each pattern computes, how far the outputs are apart and why the plan is what it is. Under two minutes on two cores.
     """
     if importlib.util.find_spec("transformers") is None:
         raise _fail("the demo needs transformers: pip install 'mmflex\\[transformers,plot]'")
@@ -67,19 +67,23 @@ def demo(
         raise _fail(str(error)) from error
 
 
-# ---- show ---------------------------------------------------------------------------------------------------------------
+# ---- show -----------------------------------------------------------------------------------------------------------
 
 
 @app.command()
 def show(
-    config: Annotated[Path, typer.Argument(help="A config: JSON from mmflex.save_config, or one of MInference's files.")],
+    config: Annotated[
+        Path, typer.Argument(help="A config: JSON from mmflex.save_config, or one of MInference's files.")
+    ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Draw it to this file (PNG, SVG, PDF).")] = None,
-    layer: Annotated[int | None, typer.Option("--layer", help="Only this layer: the whole pattern of each head.")] = None,
+    layer: Annotated[
+        int | None, typer.Option("--layer", help="Only this layer: the whole pattern of each head.")
+    ] = None,
 ) -> None:
     """Show which pattern each head of a model has.
 
-    Prints a small picture: a line per layer, a letter per head. With [bold]-o picture.png[/] it is drawn to a file, with
-    [bold]--layer 3[/] every head of that layer is listed with all its numbers.
+    Prints a small picture: a line per layer, a letter per head. With [bold]-o picture.png[/] it is drawn to a file,
+    with [bold]--layer 3[/] every head of that layer is listed with all its numbers.
     """
     from .tuning.config import load_config, load_minference_config
 
@@ -156,7 +160,9 @@ def print_config(config: Config, console: Console) -> None:
     if len(config.patterns) < config.layers:
         console.print(f"    · the model's own attention, {config.layers - len(config.patterns)} layers")
     if config.provenance:
-        console.print("from: " + ", ".join(f"{k} {v}" for k, v in config.provenance.items()), style="dim", soft_wrap=True)
+        console.print(
+            "from: " + ", ".join(f"{k} {v}" for k, v in config.provenance.items()), style="dim", soft_wrap=True
+        )
 
 
 def _ink(colour: str) -> str:
@@ -172,7 +178,7 @@ def _letters(known: list[str]) -> dict[str, str]:
     return {name: FAMILIES[name][0] if name in FAMILIES else next(spare, "?") for name in known}
 
 
-# ---- families -------------------------------------------------------------------------------------------------------------
+# ---- families -------------------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -211,13 +217,15 @@ def family_rows(layouts: Any) -> list[tuple[str, str, str]]:
     return rows
 
 
-# ---- bench ----------------------------------------------------------------------------------------------------------------
+# ---- bench ----------------------------------------------------------------------------------------------------------
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
-    which: Annotated[str, typer.Argument(help="'auto', or a module of benchmarks/: cpu, attention, prefill, ...")] = "auto",
+    which: Annotated[
+        str, typer.Argument(help="'auto', or a module of benchmarks/: cpu, attention, prefill, ...")
+    ] = "auto",
 ) -> None:
     """Measure it here: attention against PyTorch's, planning counted.
 
@@ -229,7 +237,9 @@ def bench(
         import torch
 
         which = "attention" if torch.cuda.is_available() else "cpu"
-    root = next((p for p in (Path.cwd(), Path(__file__).parents[1]) if (p / "benchmarks" / "__init__.py").exists()), None)
+    root = next(
+        (p for p in (Path.cwd(), Path(__file__).parents[1]) if (p / "benchmarks" / "__init__.py").exists()), None
+    )
     if root is None:
         raise _fail("there is no benchmarks folder here: run it from a checkout of mmflex")
     if not (root / "benchmarks" / f"{which}.py").exists():

@@ -47,11 +47,12 @@ class Settings:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-# ---- the input ----------------------------------------------------------------------------------------------------------
+# ---- the input ------------------------------------------------------------------------------------------------------
 
 
 def moving_shapes(frames: int, size: int, seed: int = 0) -> np.ndarray:
-    """uint8 ``[frames, size, size, 3]``: a disc, a square and a triangle that bounce over a slowly turning background."""
+    """uint8 ``[frames, size, size, 3]``: a disc, a square and a triangle bouncing over a slowly turning ground,
+    and a watermark in the corner."""
     from PIL import Image, ImageDraw
 
     generator = np.random.default_rng(seed)
@@ -74,6 +75,9 @@ def moving_shapes(frames: int, size: int, seed: int = 0) -> np.ndarray:
                 draw.rectangle(corners, fill=colour)
             else:
                 draw.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=colour)
+        corner = size // 8
+        draw.rectangle([0, 0, corner, corner], fill=(250, 250, 250))
+        draw.ellipse([corner // 4, corner // 4, corner - corner // 4, corner - corner // 4], fill=(20, 20, 20))
         out[t] = np.asarray(picture)
     return out
 
@@ -103,7 +107,9 @@ def process(video: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, str]:
     for first in range(0, len(video), 32):
         found = processor(images=list(video[first : first + 32]), return_tensors="np")
         _, height, width = found["image_grid_thw"][0]
-        patches = found["pixel_values"].reshape(-1, 2, height * width, 3, 1, 14 * 14)  # [pairs, 2, patches, RGB, 1, pixels]
+        patches = found["pixel_values"].reshape(
+            -1, 2, height * width, 3, 1, 14 * 14
+        )  # [pairs, 2, patches, RGB, 1, pixels]
         pairs.append(np.concatenate([patches[:, 0], patches[:, 1]], 3).reshape(-1, 3 * 2 * 14 * 14))
     grid = torch.tensor([[len(video) // 2, int(height), int(width)]])
     return torch.from_numpy(np.concatenate(pairs)), grid, "Qwen2VLImageProcessorPil"
@@ -125,7 +131,7 @@ def prompt(pixels: torch.Tensor, grid: torch.Tensor, seed: int) -> dict[str, tor
     }
 
 
-# ---- the model ----------------------------------------------------------------------------------------------------------
+# ---- the model ------------------------------------------------------------------------------------------------------
 
 
 def build(settings: Settings) -> Any:
@@ -160,30 +166,39 @@ def build(settings: Settings) -> Any:
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
     )
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    _shape_heads(model, spec_for(settings.heads), settings.kv_heads)
-    return model.to(settings.on(), torch.bfloat16)
+    return Qwen2_5_VLForConditionalGeneration(config).eval().to(settings.on(), torch.bfloat16)
 
 
-def _shape_heads(model: Any, spec: Sequence[Any], kv_heads: int) -> None:
-    """Biases that give random heads the looks of trained ones: windows to `AShape` heads, columns to all others.
+def shape_heads(model: Any, spec: Sequence[Any], inputs: dict[str, torch.Tensor], corner: torch.Tensor) -> None:
+    """Sets query and key biases so that random heads look at what trained ones do, each as its pattern has it.
 
     Rotary features turn with the distance, the fast ones of time quickly and the slow ones of width hardly at all. A
-    bias on both sides of the first makes a window; one on the queries along the second makes every query seek the same
-    keys, whichever have most of it.
+    bias on both sides of the first makes a window (`AShape`). One on the queries along the second makes all queries seek
+    the same keys: those of the watermark (`Grid`), or a few hundred others (`VerticalSlash`). Keys are looked up in one
+    forward of ``inputs``, whose tokens at the watermark are ``corner``, bool [N].
     """
     fast, slow = [*range(8), *range(32, 40)], [*range(24, 32), *range(56, 64)]
-    group = len(spec) // kv_heads
+    layers = model.model.language_model.layers
+    found: list[torch.Tensor] = []
+    hooks = [layer.self_attn.k_proj.register_forward_hook(lambda *call: found.append(call[2][0])) for layer in layers]
+    model(**inputs, use_cache=False)
+    for hook in hooks:
+        hook.remove()
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for layer in model.model.language_model.layers:
-            query = layer.self_attn.q_proj.bias.view(len(spec), -1)
-            key = layer.self_attn.k_proj.bias.view(kv_heads, -1)
-            for head, pattern in enumerate(spec):
-                if type(pattern).__name__ == "AShape":
-                    query[head, fast] = key[head // group, fast] = 3.0
-                else:
-                    query[head, slow] = 12.0 * torch.randn(len(slow), generator=generator)
+    for layer, projected in zip(layers, found, strict=True):
+        query = layer.self_attn.q_proj.bias.data.view(len(spec), -1)
+        key = layer.self_attn.k_proj.bias.data.view(-1, query.shape[1])
+        keys = projected.float().unflatten(-1, key.shape)[..., slow]  # [N, KV heads, features]
+        for head, pattern in enumerate(spec):
+            kv = head * len(key) // len(spec)
+            if type(pattern).__name__ == "AShape":
+                query[head, fast] = key[kv, fast] = 3.0
+            elif type(pattern).__name__ == "Grid":
+                contrast = keys[corner, kv].mean(0) - keys[~corner, kv].mean(0)
+                query[head, slow] = (contrast * 14 * 8 / contrast.square().sum()).to(query)  # they score 14 more
+            else:
+                sought = torch.randn(len(slow), generator=generator).to(keys)
+                query[head, slow] = (sought * 4 * 8 / (keys[:, kv] @ sought).std()).to(query)  # scores deviate by 4
 
 
 def spec_for(heads: int) -> list[Any]:
@@ -194,7 +209,7 @@ def spec_for(heads: int) -> list[Any]:
     return sorted((kinds[h % 3] for h in range(heads)), key=kinds.index)
 
 
-# ---- the comparison -------------------------------------------------------------------------------------------------------
+# ---- the comparison -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -210,9 +225,11 @@ class Result:
     first_s: float
     dense_spec_difference: float
     sparse_difference: float
+    mean_difference: float
     largest_logit: float
     same_next_token: bool
     plan: Any
+    kept: np.ndarray
     picture: Path | None
 
 
@@ -248,6 +265,7 @@ def _run(settings: Settings, console: Console, picture: Path | None, device: tor
     from mask_builders import Dense
     from mmflex.integrations.layouts import layout_for
     from mmflex.integrations.transformers import patched
+    from mmflex.plot import attention_recall
     from mmflex.runtime.attention import plan as make_plan
 
     def step(label: str, work: Callable[[], Any]) -> Any:
@@ -263,6 +281,10 @@ def _run(settings: Settings, console: Console, picture: Path | None, device: tor
     inputs = {name: t.to(device) for name, t in prompt(pixels.to(torch.bfloat16), grid, settings.seed).items()}
     layout = layout_for(model.config, inputs)
     tokens, spec = layout.length, spec_for(settings.heads)
+    model.set_attn_implementation("sdpa")
+    clip = _clip(inputs, grid, settings.seed)
+    corner = torch.from_numpy(layout_for(model.config, clip).cell[0] == 0).to(device)
+    step("giving its heads something to look for", lambda: shape_heads(model, spec, clip, corner))
     console.print(f"    {tokens:,} tokens ({layout.summary()}), video_grid_thw {grid.tolist()[0]}, by {how}")
 
     language = _Clock(model.model.language_model, device)
@@ -279,7 +301,6 @@ def _run(settings: Settings, console: Console, picture: Path | None, device: tor
         whole, inner = zip(*(seconds for seconds, _ in found), strict=True)
         return (statistics.median(whole), statistics.median(inner)), found[-1][1]
 
-    model.set_attn_implementation("sdpa")
     if device.type == "cuda":
         step("warming up", prefill)
     dense_s, expected = step(f"prefill with SDPA, {settings.runs} times", lambda: repeat(settings.runs))
@@ -294,6 +315,7 @@ def _run(settings: Settings, console: Console, picture: Path | None, device: tor
     plan = make_plan(q, k, patterns, **options)
     _wait(device)
     plan_s = (time.perf_counter() - start) * len(calls)
+    kept = step("measuring how much attention the masks keep", lambda: attention_recall(q, k, plan, rows=128))
     result = Result(
         tokens,
         dense_s,
@@ -302,9 +324,11 @@ def _run(settings: Settings, console: Console, picture: Path | None, device: tor
         first_s,
         _difference(dense_logits, expected),
         _difference(logits, expected),
+        float((logits.float() - expected.float()).abs().mean()),
         float(expected.abs().max()),
         bool((logits[0, -1].argmax() == expected[0, -1].argmax()).item()),
         plan,
+        kept,
         picture,
     )
     if picture is not None:
@@ -339,26 +363,31 @@ def report(result: Result, layer: int, console: Console) -> None:
     table.add_column("")
     table.add_column("SDPA", justify="right")
     table.add_column("mmflex", justify="right")
-    for label, dense, sparse in zip(("whole prefill", "  language model"), result.dense_s, result.mmflex_s, strict=True):
+    for label, dense, sparse in zip(
+        ("whole prefill", "  language model"), result.dense_s, result.mmflex_s, strict=True
+    ):
         table.add_row(label, f"{dense:.2f} s", f"{sparse:.2f} s ({dense / sparse:.1f}x)")
     table.add_row("  planning (counted above)", "", f"{result.plan_s:.2f} s")
     table.add_row("first time (compiles kernels)", "", f"{result.first_s:.1f} s")
     table.add_row("max logit difference, Dense()", "", f"{result.dense_spec_difference:.2g}")
     table.add_row("max logit difference, sparse", "", f"{result.sparse_difference:.2g}")
+    table.add_row("  mean", "", f"{result.mean_difference:.2g}")
     table.add_row("  largest logit", f"{result.largest_logit:.2g}", "")
     table.add_row("next token", "", "the same" if result.same_next_token else "another")
     console.print(table)
-    densities = Table(title=f"share of the causal pairs computed: {plan.density.total:.1%}")
+    densities = Table(title=f"layer {layer}: {plan.density.total:.1%} of the causal pairs computed")
     densities.add_column("heads")
     densities.add_column("pattern")
     densities.add_column("density", justify="right")
+    densities.add_column("attention kept", justify="right")
     for group in plan.program.groups:
         share = plan.density.heads[:, list(group.heads)].mean()
-        densities.add_row(_ranges(group.heads), str(group.pattern), f"{share:.1%}")
+        kept = result.kept[:, list(group.heads)].mean()
+        densities.add_row(_ranges(group.heads), str(group.pattern), f"{share:.1%}", f"{kept:.1%}")
     console.print(densities)
     console.print(
-        "[dim]Weights are random here, so attention is spread out and the sparse difference says little; "
-        "trained heads are what the patterns are made for.[/]"
+        "[dim]Weights are random; biases give each head a window, a watermark or some hundred keys to look for, "
+        "as trained heads have.[/]"
     )
     if result.picture:
         console.print(f"masks of a head of each pattern: [bold]{result.picture}[/]")
@@ -372,6 +401,14 @@ def _ranges(heads: Sequence[int]) -> str:
     if list(heads) == list(range(heads[0], heads[-1] + 1)) and len(heads) > 1:
         return f"{heads[0]}-{heads[-1]}"
     return ", ".join(map(str, heads))
+
+
+def _clip(inputs: dict[str, torch.Tensor], grid: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    """The inputs with the first 32 frames only."""
+    short = grid.clone()
+    short[0, 0] = min(16, int(grid[0, 0]))
+    found = prompt(inputs["pixel_values_videos"][: int(short.prod())], short, seed)
+    return {name: t.to(inputs["input_ids"].device) for name, t in found.items()}
 
 
 class _Clock:

@@ -9,6 +9,7 @@ well as in colour, so they hold in grey and for colour-blind eyes; figures made 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +57,7 @@ FAMILIES = {
 TOKEN_LEVEL = 1 << 20
 """Up to this many pairs of a query and a key ``level="auto"`` draws tokens."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "axes.facecolor": "white",
@@ -102,12 +103,13 @@ def _canvas(ax: Axes | None, width: float, height: float) -> tuple[Any, Axes]:
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(width, height), dpi=120)
-    if "inline" in matplotlib.get_backend().lower():
-        plt.close(figure)  # a notebook shows the returned figure, and not a second time by itself
+    backend = matplotlib.get_backend().lower()
+    if "inline" in backend or backend in ("agg", "svg", "pdf"):
+        plt.close(figure)  # a notebook shows the returned figure, and not a second time by itself; nothing piles up
     return figure, figure.add_subplot()
 
 
-# ---- masks --------------------------------------------------------------------------------------------------------------
+# ---- masks ----------------------------------------------------------------------------------------------------------
 
 
 @_styled
@@ -123,8 +125,8 @@ def plot_mask(
 ) -> Figure:
     """What one head computes, in token order: queries down, keys to the right.
 
-    Where the plan moved tokens (gathered columns or rows, modality-major or residue-major orders) every computed pair is
-    drawn at the tokens it joins; `plot_orders` shows the blocks as the kernel has them.
+    Where the plan moved tokens (gathered columns or rows, modality-major or residue-major orders) every computed pair
+    is drawn at the tokens it joins; `plot_orders` shows the blocks as the kernel has them.
 
     Args:
         level: "token": pairs that are attended to, pairs that are computed but masked, and pairs that are skipped, for
@@ -150,7 +152,7 @@ def plot_mask(
     _bands(ax, plan.layout, batch % plan.layout.batch_size, n - m)
     ax.set_title(_mask_title(plan, head, batch) if title is None else title, loc="left", pad=22, fontsize=9.5)
     if legend:
-        _tone_legend(ax, names)
+        _mask_legend(ax, names, plan.layout, batch % plan.layout.batch_size)
     return figure
 
 
@@ -192,14 +194,18 @@ def _rgb(*colours: str) -> np.ndarray:
     return np.array([to_rgb(colour) for colour in colours])
 
 
-def _tone_legend(ax: Axes, names: Sequence[str], where: str = "upper right") -> None:
+def _mask_legend(ax: Axes, tones: Sequence[str], layout: TokenLayout, row: int) -> None:
+    """Tones and modalities, in the corner that causality leaves empty."""
     from matplotlib.patches import Patch
 
-    handles = [
-        Patch(facecolor=colour, edgecolor="#4a4f55", linewidth=0.4, label=name)
-        for colour, name in zip((FULL, PARTIAL, SKIPPED), names, strict=True)
-    ]
-    ax.legend(handles=handles, loc=where, handlelength=1.1, handleheight=1.1, borderaxespad=0.8)
+    ids = [*layout.modalities, *([-1] if not layout.valid[row].all() else [])]
+    entries = list(zip((FULL, PARTIAL, SKIPPED), tones, strict=True))
+    entries += [(MODALITY_COLOURS[m], MODALITY_NAMES.get(m, "padding") + " (bands)") for m in ids]
+    handles = [Patch(facecolor=colour, edgecolor="#4a4f55", linewidth=0.4, label=name) for colour, name in entries]
+    ax.legend(
+        handles=handles, loc="upper right", handlelength=1.1, handleheight=1.1, borderaxespad=0.8, fontsize=8,
+        labelspacing=0.4,
+    )  # fmt: skip
 
 
 def _short(value: float, _: Any = None) -> str:
@@ -219,7 +225,8 @@ def _axes(ax: Axes, keys: range, rows: range) -> None:
     """Limits of a picture, and a few ticks at round numbers along both sides."""
     for axis, span in ((ax.xaxis, keys), (ax.yaxis, rows)):
         step = 1 << max(0, (len(span) // 3).bit_length() - 1)
-        step = step if len(span) >= 512 else max(1, round(len(span) / 4, -1 if len(span) > 40 else 0))
+        if len(span) < 512:
+            step = max(1, round(len(span) / 40) * 10 if len(span) > 40 else len(span) // 4)
         first = -(-span.start // step) * step
         axis.set_ticks(np.arange(first, span.stop + 1, step))
         axis.set_major_formatter(_short)
@@ -228,24 +235,39 @@ def _axes(ax: Axes, keys: range, rows: range) -> None:
 
 
 @_styled
-def plot_masks(plan: Plan, heads: Sequence[int], batch: int = 0, level: str = "auto", *, columns: int = 3) -> Figure:
-    """`plot_mask` of several heads side by side, under one legend."""
-    rows = -(-len(heads) // columns)
-    wide = min(columns, len(heads))
-    figure, host = _canvas(None, 4.9 * wide, 5.1 * rows)
+def plot_masks(
+    plan: Plan,
+    heads: Sequence[int],
+    batch: int = 0,
+    level: str = "auto",
+    *,
+    titles: Sequence[str] | None = None,
+    columns: int = 3,
+) -> Figure:
+    """`plot_mask` of several heads side by side, under one legend; ``titles`` instead of patterns and densities."""
+    if titles is not None and len(titles) != len(heads):
+        raise ValueError(f"there are {len(titles)} titles for {len(heads)} heads: give one for each")
+    wide = max(1, min(columns, len(heads)))
+    rows = -(-len(heads) // wide)
+    figure, host = _canvas(None, 4.6 * wide, 5.15 * rows)
     host.remove()
     for i, head in enumerate(heads):
         ax = figure.add_subplot(rows, wide, i + 1)
-        full, partial = raster.head_counts(plan, head, batch)
-        name = textwrap.fill(f"head {head}: {pattern_of(plan, head)}", 56, max_lines=2, placeholder=" …")
-        title = f"{name}\n{plan.density.heads[batch, head]:.1%} of the causal pairs, {full:,} full, {partial:,} partial"
+        if titles is None:
+            name = textwrap.fill(f"head {head}: {pattern_of(plan, head)}", 56, max_lines=2, placeholder=" …")
+            title = f"{name}\n{plan.density.heads[batch, head]:.1%} of the causal pairs"
+        else:
+            title = titles[i]
         plot_mask(plan, head, batch, level, title=title, legend=i == 0, ax=ax)
-        ax.title.set_fontsize(8.5)
-    figure.tight_layout(h_pad=1.2, w_pad=1.5)
+        if i % wide:
+            ax.set_ylabel("")
+        if i < len(heads) - wide:
+            ax.set_xlabel("")
+    figure.tight_layout(h_pad=3.4, w_pad=1.6)
     return figure
 
 
-# ---- modality bands -------------------------------------------------------------------------------------------------------
+# ---- modality bands -------------------------------------------------------------------------------------------------
 
 
 def _runs(values: np.ndarray) -> list[tuple[int, int, int]]:
@@ -281,7 +303,6 @@ def _bands(ax: Axes, layout: TokenLayout, row: int, first_query: int) -> None:
         top.xaxis.tick_top()
         top.set_xticks([at for at, _ in named], [f"{'frame ' if i == 0 else ''}{f}" for i, (_, f) in enumerate(named)])
         top.tick_params(axis="x", top=True, labeltop=True, length=2, pad=1, labelsize=6.5)
-    _name_bands(ax, ids)
 
 
 def _strip(ax: Axes, ids: np.ndarray, across: bool) -> None:
@@ -317,40 +338,13 @@ def _spaced(frames: list[tuple[int, int]], n: int, most: int = 7) -> list[tuple[
     return out
 
 
-def _name_bands(ax: Axes, ids: np.ndarray) -> None:
-    """Names of modalities along the right band, where a run is long enough, and a legend-like key for the others."""
-    n = len(ids)
-    low, high = sorted(ax.get_ylim())
-    named: set[int] = set()
-    for first, last, modality in sorted(_runs(ids), key=lambda run: run[0] - run[1]):
-        first, last = max(first, int(low)), min(last, int(high))
-        name = MODALITY_NAMES.get(modality, "padding")
-        if last - first > 0.1 * (high - low) and modality not in named:
-            named.add(modality)
-            ax.text(
-                1.05, 1 - ((first + last) / 2 - low) / (high - low), name, rotation=270, fontsize=7.5, va="center",
-                ha="left", transform=ax.transAxes,
-            )  # fmt: skip
-    rest = [m for m in dict.fromkeys(ids.tolist()) if m not in named]
-    if rest and n:
-        from matplotlib.patches import Patch
-
-        handles = [Patch(facecolor=MODALITY_COLOURS[m], edgecolor="#4a4f55", linewidth=0.4) for m in rest]
-        names = [MODALITY_NAMES.get(m, "padding") for m in rest]
-        key = ax.legend(
-            handles, names, loc="upper right", bbox_to_anchor=(1.0, -0.09), fontsize=7.5, handlelength=1.0, ncols=len(rest),
-            frameon=False, borderaxespad=0,
-        )  # fmt: skip
-        ax.add_artist(key)
-
-
-# ---- orders -------------------------------------------------------------------------------------------------------------
+# ---- orders ---------------------------------------------------------------------------------------------------------
 
 
 @_styled
 def plot_orders(plan: Plan, head: int, batch: int = 0, *, ax: Axes | None = None) -> Figure:
-    """One head before and after its permutation: in token order on the left, then every launch as its kernel has it, with
-    the section of gathered columns apart. Bands show which modality stands in a slot."""
+    """One head before and after its permutation: in token order on the left, then every launch as its kernel has it,
+    with the section of gathered columns apart. Bands show which modality stands in a slot."""
     raster.check_head(plan, head, batch)
     launches = [(n, p) for n, p in raster.launches_of(plan, head) if plan.program.launches[n].kind != "dense"]
     panels = 1 + max(1, len(launches))
@@ -410,7 +404,9 @@ def _launch_panel(ax: Axes, plan: Plan, head: int, number: int, place: int, batc
     full, partial = (round(sum(getattr(r, f).sum() for r in (main, own) if r is not None)) for f in ("full", "partial"))
     ax.set_title(
         f"launch {number}: {launch.label}\n{full // tile**2:,} full, {partial // tile**2:,} partial blocks",
-        loc="left", pad=22, fontsize=9.5,
+        loc="left",
+        pad=22,
+        fontsize=9.5,
     )
 
 
@@ -424,7 +420,7 @@ def _row_label(launch: Launch) -> str:
     return "query slot, by residue" if launch.kind == "classes" else "gathered query slot"
 
 
-# ---- estimates ------------------------------------------------------------------------------------------------------------
+# ---- estimates ------------------------------------------------------------------------------------------------------
 
 
 @_styled
@@ -436,11 +432,14 @@ def plot_estimate(plan: Plan, head: int, batch: int = 0, *, ax: Axes | None = No
         ValueError: the head's pattern estimates nothing (windows and sinks, or everything given as numbers).
     """
     raster.check_head(plan, head, batch)
-    leaves = [(name, leaf) for name, leaf in plan.program.leaves.items() if head in leaf.heads and _estimate(plan, leaf)]
+    leaves = [
+        (name, leaf) for name, leaf in plan.program.leaves.items() if head in leaf.heads and _estimate(plan, leaf)
+    ]
     if not leaves:
         ran = f" ({plan.note})" if plan.note else ""
         raise ValueError(
-            f"head {head} estimates nothing: {pattern_of(plan, head)}{ran}; try a pattern that selects, such as VerticalSlash"
+            f"head {head} estimates nothing: {pattern_of(plan, head)}{ran}; "
+            "try a pattern that selects, such as VerticalSlash"
         )
     figure, host = _canvas(ax, 11.0, 0.9 + 2.5 * len(leaves))
     if ax is None:
@@ -461,7 +460,9 @@ def plot_estimate(plan: Plan, head: int, batch: int = 0, *, ax: Axes | None = No
         if isinstance(result, torch.Tensor):
             _pooled_panel(host, bottom, height, result[batch, place].cpu(), found, label)
         else:
-            _mass_panels(host, bottom, height, result, batch, place, found, label, int(getattr(leaf.pattern, "last_q", 0)))
+            _mass_panels(
+                host, bottom, height, result, batch, place, found, label, int(getattr(leaf.pattern, "last_q", 0))
+            )
     return figure
 
 
@@ -470,7 +471,15 @@ def _estimate(plan: Plan, leaf: Any) -> Any:
 
 
 def _mass_panels(
-    host: Axes, bottom: float, height: float, mass: Any, batch: int, place: int, found: Mapping[str, Any], label: str, last: int
+    host: Axes,
+    bottom: float,
+    height: float,
+    mass: Any,
+    batch: int,
+    place: int,
+    found: Mapping[str, Any],
+    label: str,
+    last: int,
 ) -> None:
     vertical, diagonal = (t[batch, place].float().cpu().numpy() for t in (mass.vertical, mass.diagonal))
     total = max(float(vertical.sum()), 1e-30)
@@ -491,7 +500,9 @@ def _mass_panels(
         kept = np.arange(int(found["phase"]), len(vertical), stride)
         _rug(axes[0], kept)
         share = vertical[kept].sum() / total
-        axes[0].set_title(f"per key: phase {int(found['phase'])} mod {stride}, {share:.1%} of it", loc="left", fontsize=8.5)
+        axes[0].set_title(
+            f"per key: phase {int(found['phase'])} mod {stride}, {share:.1%} of it", loc="left", fontsize=8.5
+        )
     _mass(axes[1], 100 * diagonal / total, "distance from query to key", "mass (%)")
     if "diagonals" in found:
         tile = mass.view.tile
@@ -508,7 +519,9 @@ def _mass_panels(
         phase = int(found["phase"])
         fold = np.bincount(np.arange(len(vertical)) % stride, vertical, minlength=stride) * 100 / total
         axes[2].fill_between(np.arange(stride), fold, step="mid", color=FULL, linewidth=0)
-        axes[2].plot([phase], [fold[phase]], marker="v", color=PARTIAL, markeredgecolor="black", markersize=8, clip_on=False)
+        axes[2].plot(
+            [phase], [fold[phase]], marker="v", color=PARTIAL, markeredgecolor="black", markersize=8, clip_on=False
+        )
         axes[2].set(xlabel=f"phase (key mod {stride})", ylabel="mass (%)", xlim=(0, stride), ylim=(0, None))
         axes[2].set_title(f"per phase of stride {stride}: {phase} selected", loc="left", fontsize=8.5)
     axes[0].annotate(label, (0, 1), (0, 20), xycoords="axes fraction", textcoords="offset points", fontsize=10)
@@ -568,13 +581,14 @@ def _pooled_panel(
     axes[0].annotate(label, (0, 1), (0, 20), xycoords="axes fraction", textcoords="offset points", fontsize=10)
 
 
-# ---- heads ----------------------------------------------------------------------------------------------------------------
+# ---- heads ----------------------------------------------------------------------------------------------------------
 
 
 def family(pattern: Pattern) -> str:
     """A pattern's family: its class, that of what a restriction restricts, or the families that a composition joins."""
     if isinstance(pattern, Restricted):
-        return family(pattern.pattern)
+        inner = (getattr(pattern, field.name) for field in dataclasses.fields(pattern))
+        return family(next(value for value in inner if isinstance(value, Pattern)))
     if isinstance(pattern, _Pair):
         left, right = family(pattern.left), family(pattern.right)
         return left if left == right else f"{left} {pattern.sign} {right}"
@@ -598,7 +612,7 @@ def pattern_of(plan: Plan, head: int) -> Pattern:
 
 @_styled
 def plot_heads(plan: Plan, batch: int = 0, *, ax: Axes | None = None) -> Figure:
-    """The heads of a plan: family in colour and letter, density (computed over causal pairs) as text; a row per KV head."""
+    """The heads of a plan: family as colour and letter, density (computed over causal pairs); a row per KV head."""
     raster.check_head(plan, 0, batch)
     heads, kv_heads = plan.program.heads, plan.program.kv_heads
     wide = heads // kv_heads
@@ -641,8 +655,8 @@ def plot_config(config: Config, *, ax: Axes | None = None) -> Figure:
             letters, colour = look(name, known)
             _cell(ax, head, layer, colour)
             ax.text(
-                head + 0.5, layer + 0.52, letters, fontsize=6.5 if len(letters) == 1 else 4.5, color=_ink(colour), ha="center",
-                va="center",
+                head + 0.5, layer + 0.52, letters, fontsize=6.5 if len(letters) == 1 else 4.5, color=_ink(colour),
+                ha="center", va="center",
             )  # fmt: skip
     for side, count, label in (("x", config.heads, "head"), ("y", config.layers, "layer")):
         step = 1 if count <= 16 else 4
@@ -681,19 +695,26 @@ def _family_legend(ax: Axes, names: Sequence[str], known: Sequence[str], own: in
         letters, colour = look(name, known)
         handles.append(Patch(facecolor=colour, label=f"{letters}  {name} ({names.count(name)})"))
     if own:
-        handles.append(Patch(facecolor="#f4f4f4", edgecolor="#b8bec6", hatch="////", label=f"own attention ({own} layer{'s' * (own > 1)})"))
+        handles.append(
+            Patch(
+                facecolor="#f4f4f4",
+                edgecolor="#b8bec6",
+                hatch="////",
+                label=f"own attention ({own} layer{'s' * (own > 1)})",
+            )
+        )
     height = max(1.0, ax.get_window_extent().height / ax.figure.dpi)
     ax.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(0.0, -0.25 / height if not ax.get_xlabel() else -0.5 / height),
+        handles=handles, loc="upper left", bbox_to_anchor=(0.0, -(0.5 if ax.get_xlabel() else 0.25) / height),
         ncols=min(3, len(handles)), borderaxespad=0, handlelength=1.1, handleheight=1.1,
     )  # fmt: skip
 
 
-# ---- recall ---------------------------------------------------------------------------------------------------------------
+# ---- recall ---------------------------------------------------------------------------------------------------------
 
 
 def attention_recall(q: torch.Tensor, k: torch.Tensor, plan: Plan, rows: int = 256) -> np.ndarray:
-    """float [B, Hq]: the share of softmax attention that a plan keeps, over evenly spaced queries (the last included)."""
+    """float [B, Hq]: the share of softmax attention that a plan keeps, over evenly spaced queries (and the last)."""
     m, n = q.shape[2], k.shape[2]
     at = torch.linspace(0, m - 1, min(rows, m)).round().long().unique()
     kept = raster.allowed_rows(plan, at)
@@ -723,8 +744,8 @@ def plot_recall(
     """Recall against density of several patterns on the same q ``[B, Hq, M, D]`` and k ``[B, Hkv, N, D]``.
 
     Args:
-        patterns: ``{"vertical-slash": [VerticalSlash(100, 512), VerticalSlash(1000, 2048)], ...}``, a curve for each; or a
-            list of patterns, a curve for each family.
+        patterns: ``{"vertical-slash": [VerticalSlash(100, 512), VerticalSlash(1000, 2048)], ...}``, a curve for each;
+            or a list of patterns, a curve for each family.
         rows: queries at which recall is measured, evenly spaced.
     """
     from .runtime.attention import plan as make_plan

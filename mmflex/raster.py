@@ -20,13 +20,9 @@ import torch
 
 if TYPE_CHECKING:
     from .runtime.attention import Plan
-    from .runtime.steps import Ready
 
 PIXELS = 1000
 """Pixels along the longer side, at most."""
-
-UNSEEN = 1 << 29
-"""Key slots with a limit past this are seen by no query: padding, or computed in another section."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Raster:
         return np.clip((self.full + self.partial) / np.maximum(self.pairs, 1), 0.0, 1.0)
 
 
-# ---- views ------------------------------------------------------------------------------------------------------------
+# ---- views ----------------------------------------------------------------------------------------------------------
 
 
 def mask_raster(plan: Plan, head: int, batch: int = 0, pixels: int = PIXELS) -> Raster:
@@ -80,9 +76,7 @@ def mask_raster(plan: Plan, head: int, batch: int = 0, pixels: int = PIXELS) -> 
         row_bins = _bins(row_slot, row_pixel, rows, plan.program.tile)
         main = launch.keys.slots
         still = np.arange(len(key_slot)) < (main if slots.natural else 0)
-        whole = np.full(len(key_slot), -1)
-        whole[:main] = launch.keys.index[batch % plan.layout.batch_size]
-        for part, moved in ((np.where(still, whole, -1), False), (np.where(still, -1, key_slot), True)):
+        for part, moved in ((np.where(still, key_slot, -1), False), (np.where(still, -1, key_slot), True)):
             if not (part >= 0).any():
                 continue
             key_bins = _bins(part, key_pixel, keys, plan.program.tile)
@@ -92,13 +86,17 @@ def mask_raster(plan: Plan, head: int, batch: int = 0, pixels: int = PIXELS) -> 
     return Raster(full, partial, pairs, later)
 
 
-def launch_raster(plan: Plan, head: int, number: int, batch: int = 0, pixels: int = PIXELS) -> tuple[Raster, Raster | None]:
+def launch_raster(
+    plan: Plan, head: int, number: int, batch: int = 0, pixels: int = PIXELS
+) -> tuple[Raster, Raster | None]:
     """A head's blocks in one launch, in its order: (the main section, the head's own section of columns or None)."""
     check_head(plan, head, batch)
     launch = plan.program.launches[number]
     places = dict(launches_of(plan, head))
     if number not in places or launch.kind == "dense":
-        raise ValueError(f"head {head} has no block lists in launch {number}: those it has are in launches {sorted(places)}")
+        raise ValueError(
+            f"head {head} has no block lists in launch {number}: those it has are in launches {sorted(places)}"
+        )
     place, tile = places[number], plan.program.tile
     main, own = section_slots(plan, head, number)
 
@@ -123,13 +121,13 @@ def launch_raster(plan: Plan, head: int, number: int, batch: int = 0, pixels: in
     return count(main), None if own is None else count(own)
 
 
-# ---- what stands where --------------------------------------------------------------------------------------------------
+# ---- what stands where ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SlotTokens:
-    """int64 ``rows [S]`` (queries, from 0) and ``keys [S']`` (tokens): what stands in each slot, -1 for nothing that is
-    seen. ``natural``: the main section and the rows are in token order."""
+    """int64 ``rows [S]`` (queries, from 0) and ``keys [S']`` (tokens): what stands in each slot, -1 for nothing.
+    ``natural``: the main section and the rows are in token order."""
 
     rows: np.ndarray
     keys: np.ndarray
@@ -149,22 +147,24 @@ def slot_tokens(plan: Plan, number: int, place: int, batch: int = 0) -> SlotToke
     keys = np.full(launch.key_slots, -1, np.int64)
     main = launch.keys.slots
     if ready.key_index is not None:
-        keys[:main] = ready.key_index[batch, place].cpu().numpy()
+        keys[:main] = _first(ready.key_index[batch, place].cpu().numpy())
     else:
         keys[:main] = launch.keys.index[layout_row]
     head = launch.heads.heads[place]
     if head in launch.section_slot and head in ready.section_heads and ready.section_index is not None:
         first = main + launch.section_slot[head] * launch.section
-        keys[first : first + launch.section] = ready.section_index[batch, ready.section_heads.index(head)].cpu().numpy()
-    seen = _limit(ready)[min(batch, len(_limit(ready)) - 1), place].cpu().numpy() < UNSEEN
+        columns = ready.section_index[batch, ready.section_heads.index(head)].cpu().numpy()
+        keys[first : first + launch.section] = _first(columns)
     natural = ready.row_index is None and launch.rows.label == launch.keys.label == "natural"
-    return SlotTokens(rows, np.where(seen, keys, -1), natural)
+    return SlotTokens(rows, keys, natural)
 
 
-def _limit(ready: Ready) -> torch.Tensor:
-    """int32 [B, H, key slots]: the position from which on a query sees the key, as the mask of partial blocks has it."""
-    names = ready.mask_mod.source.split("(", 1)[1].split(")", 1)[0].split(", ")
-    return ready.mask_mod.captures[names.index("limit")]
+def _first(tokens: np.ndarray) -> np.ndarray:
+    """The tokens with repetitions made -1: empty slots repeat a token."""
+    out = np.full(len(tokens), -1, np.int64)
+    at = np.unique(tokens, return_index=True)[1]
+    out[at] = tokens[at]
+    return out
 
 
 def launches_of(plan: Plan, head: int) -> list[tuple[int, int]]:
@@ -214,7 +214,7 @@ def _lists(plan: Plan, number: int, place: int, batch: int) -> list[tuple[np.nda
     return [(tables[0], tables[1]), (tables[2], tables[3])]
 
 
-# ---- counting -----------------------------------------------------------------------------------------------------------
+# ---- counting -------------------------------------------------------------------------------------------------------
 
 
 def _bins(token: np.ndarray, pixel: np.ndarray, pixels: int, tile: int) -> torch.Tensor:
@@ -247,13 +247,13 @@ def _csr(start: torch.Tensor, column: torch.Tensor, value: torch.Tensor, size: t
         return torch.sparse_csr_tensor(start, column, value, size)
 
 
-# ---- single rows --------------------------------------------------------------------------------------------------------
+# ---- single rows ----------------------------------------------------------------------------------------------------
 
 
 def allowed_rows(plan: Plan, rows: torch.Tensor) -> torch.Tensor:
     """bool ``[B, Hq, R, N]``: which keys these queries (int64 ``[R]``, counted from the first query) attend to.
 
-    Read from the block lists and the mask of partial blocks, as the kernel does; `Plan.dense_mask` reads the expressions.
+    From the block lists and the mask of partial blocks, as the kernel has them; `Plan.dense_mask` is from expressions.
     """
     program, state, layout = plan.program, plan.state, plan.layout
     rows = rows.cpu()
@@ -272,7 +272,7 @@ def allowed_rows(plan: Plan, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _add_rows(out: torch.Tensor, plan: Plan, number: int, place: int, batch: int, rows: torch.Tensor) -> None:
-    launch, ready, tile = plan.program.launches[number], plan.state.ready[number], plan.program.tile
+    ready, tile = plan.state.ready[number], plan.program.tile
     slots = slot_tokens(plan, number, place, batch)
     where = np.full(plan.program.queries, -1, np.int64)
     real = np.flatnonzero(slots.rows >= 0)

@@ -115,7 +115,7 @@ class Meaning:
         if isinstance(pattern, Difference):
             return self.pairs(pattern.left, scope) & ~self.pairs(pattern.right, scope)
         if isinstance(pattern, Restricted):
-            return self._restricted(pattern.pattern, pattern.query, pattern.key, scope)
+            return self._restricted(pattern.inner, pattern.query, pattern.key, scope)
         if isinstance(pattern, QBoundary):
             parts, out = dict(pattern.parts), np.zeros((n, n), bool)
             for m in self.prompt.present:

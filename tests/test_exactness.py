@@ -328,19 +328,19 @@ def prove_lists(plan: mmflex.Plan, mask: np.ndarray) -> None:
     )
 
 
-@run_settings(150)
+@run_settings(180)
 @given(cases(nested=0))
 def test_every_family_on_any_layout(case: Case) -> None:
     prove(case)
 
 
-@run_settings(150)
+@run_settings(220)
 @given(cases(nested=2))
 def test_compositions_restrictions_and_boundaries(case: Case) -> None:
     prove(case)
 
 
-@run_settings(25)
+@run_settings(40)
 @given(cases(nested=1, longest=700), st.integers(300, 700))
 def test_longer_prompts(case: Case, length: int) -> None:
     """Lengths up to 700: several tiles per modality, sections and residue orders of more than one."""
@@ -353,3 +353,19 @@ def test_longer_prompts(case: Case, length: int) -> None:
         }
         case["layout"] = mmflex.TokenLayout.from_modality_ids(ids.pop("modality"), **ids)
     prove(case)
+
+
+def test_few_blocks_are_listed_in_vain() -> None:
+    """Looseness over all cases above: listed blocks that compute no pair (none where a mask is one comparison).
+
+    Small tiles on short prompts with many compositions are the worst case for interval analysis.
+    """
+    if SEEN["cases"] < 300:
+        pytest.skip(f"only {SEEN['cases']} cases ran in this process")
+    share = SEEN["loose"] / SEEN["listed"]
+    print(f"{SEEN['cases']} cases, {SEEN['loose']} of {SEEN['listed']} listed blocks ({share:.1%}) compute nothing")
+    assert share <= 0.10
+    kinds = {name.split(",")[0] for name in SEEN if "compare" in name}
+    assert kinds == {"main", "rows", "classes", "dense"}, "every kind of launch was proved"
+    assert any("modality-major" in name for name in SEEN), "modality-major keys were proved"
+    assert SEEN["sections"] > 30

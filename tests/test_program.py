@@ -454,3 +454,15 @@ def test_spec_order_does_not_matter() -> None:
         q[:, order], k[:, order], [spec[i] for i in order], layout=layout, backend="reference", block_size=16
     ).attend(q[:, order], k[:, order], v[:, order])
     assert torch.allclose(moved, out[:, order], atol=1e-6)
+
+
+@pytest.mark.parametrize("ratio", [2, 4])
+def test_looked_up_masks_with_unequally_many_heads_per_kv_head(ratio: int) -> None:
+    """A launch whose KV heads serve different numbers of heads is filled up: every head reads its own sets and numbers."""
+    q, k, v = make(2 * ratio, 2, 80)
+    small = BlockTopK(2, 8)
+    spec = tuple([AShape(11, 11)] + [small] * (2 * ratio - 1))
+    plan = mmflex.plan(q, k, spec, backend="reference", block_size=16)
+    assert any(-1 in launch.heads.heads for launch in plan.program.launches)
+    wanted, _ = oracle.softmax(q, k, v, oracle.token_mask(plan, spec))
+    assert oracle.error(plan.attend(q, k, v), wanted) <= 2e-6

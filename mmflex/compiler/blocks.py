@@ -78,18 +78,23 @@ class Values:
 
     def of(self, e: sympy.Basic) -> Tensor:
         """Any expression, value by value."""
-        names: dict[str, Tensor] = {}
-
-        def write(leaf: sympy.Basic) -> str:
-            if isinstance(leaf, sympy.Integer):
-                return str(int(leaf))
-            name = f"v{len(names)}"
-            names[name] = self._test_tokens(leaf) if isinstance(leaf, x.SETS) else self.leaf(leaf)
-            return name
-
-        text = x.source(e, write)
-        value = eval(text, dict(names))  # our own source: operators, integers and v0, v1, ...
+        code, reads = _compiled(e)
+        names = {n: self._test_tokens(leaf) if isinstance(leaf, x.SETS) else self.leaf(leaf) for n, leaf in reads}
+        value = eval(code, names)
         return value if isinstance(value, Tensor) else torch.tensor(value, device=self.device)[None, None, None, None]
+
+    def bounds(self, e: sympy.Basic) -> tuple[Tensor, Tensor]:
+        """Least and greatest value of an expression of one side on each tile; kept with the order where they follow from
+        the layout."""
+        side = x.q if x.q in e.free_symbols else x.k
+        order, index = (self.rows, self.row_index) if side == x.q else (self.keys, self.key_index)
+        if index is not None or x.selected(e):
+            return bounds(self.of(e), self.rows.tile)
+        memo = order.__dict__.setdefault("_bounds", {})
+        key = (e, self.device)
+        if key not in memo:
+            memo[key] = bounds(self.of(e), self.rows.tile)
+        return memo[key]
 
     def _test_tokens(self, atom: Boolean) -> Tensor:
         if isinstance(atom, x.Member):
@@ -98,6 +103,20 @@ class Values:
             first, last, key = (self.of(a) for a in atom.args[:3])
             return self.test(atom, first - key, last - key)
         return self.test(atom, self.of(atom.args[0]), self.of(atom.args[1]))
+
+
+@lru_cache(maxsize=4096)
+def _compiled(e: sympy.Basic) -> tuple[Any, tuple[tuple[str, sympy.Basic], ...]]:
+    """(code, what it reads by name) of an expression."""
+    reads: dict[sympy.Basic, str] = {}
+
+    def write(leaf: sympy.Basic) -> str:
+        if isinstance(leaf, sympy.Integer):
+            return str(int(leaf))
+        return reads.setdefault(leaf, f"v{len(reads)}")
+
+    code = compile(x.source(e, write), "<mmflex expression>", "eval")  # our own source, from a sympy expression
+    return code, tuple((name, leaf) for leaf, name in reads.items())
 
 
 def side_attribute(
@@ -152,34 +171,47 @@ class BlockSource:
 
 def block_source(expr: Boolean, values: Values, triton: bool = False) -> BlockSource:
     """The block classifier of an expression, by bounds of f and g on each side's tiles."""
-    tile = values.rows.tile
+    recipe = _recipe(expr, triton)
     names: dict[str, Tensor] = {}
-    tables: dict[str, Tensor] = {}
-    held: dict[Any, tuple[str, str]] = {}
+    for i, e in enumerate(recipe.sides):
+        names[f"t{2 * i}"], names[f"t{2 * i + 1}"] = values.bounds(e)
+    tables = {
+        f"s{i}": values.below(name) if below else values.found[name] for i, (name, below) in enumerate(recipe.tables)
+    }
+    return BlockSource(recipe.some, recipe.every, names, tables, triton)
 
-    def name(tensor: Tensor) -> str:
-        names[f"t{len(names)}"] = tensor
-        return f"t{len(names) - 1}"
+
+@dataclass(frozen=True, eq=False)
+class _Recipe:
+    """A classifier's source, the expressions whose bounds it reads (t0, t1: of the first, ...), and its tables."""
+
+    some: str
+    every: str
+    sides: tuple[sympy.Basic, ...]
+    tables: tuple[tuple[str, bool], ...]
+
+
+@lru_cache(maxsize=1024)
+def _recipe(expr: Boolean, triton: bool) -> _Recipe:
+    held: dict[sympy.Basic, int] = {}
+    tables: dict[tuple[str, bool], int] = {}
 
     def both(e: sympy.Basic) -> tuple[str, str]:
         """Names of the least and greatest value on each tile."""
-        if e not in held:
-            low, high = bounds(values.of(e), tile)
-            held[e] = name(low), name(high)
-        return held[e]
+        number = held.setdefault(e, len(held))
+        return f"t{2 * number}", f"t{2 * number + 1}"
 
-    def look_up(table: Tensor, *at: str) -> str:
-        """An entry of a table, indices clamped into it."""
-        found = f"s{len(tables)}"
-        found = next((n for n, t in tables.items() if t is table), found)
-        tables[found] = table
+    def look_up(atom: Boolean, *at: str) -> str:
+        """An entry of a set's table, indices clamped into it."""
+        below = isinstance(atom, x.Touches)
+        table = f"s{tables.setdefault((x.set_name(atom), below), len(tables))}"
         if not triton:
-            sizes = [f"{found}.shape[{i - len(at)}]" for i in range(len(at))]
+            sizes = [f"{table}.shape[{i - len(at)}]" for i in range(len(at))]
             index = [f"({a}).clamp(0, {size} - 1)" for a, size in zip(at, sizes, strict=True)]
-            return f"{found}[b, h, {', '.join(index)}]"
-        index = [f"tl.minimum(tl.maximum({a}, 0), {found}_n{i} - 1)" for i, a in enumerate(at)]
-        value = f"tl.load({found} + {f' * {found}_n1 + '.join(index)})"
-        return f"({value} != 0)" if table.dtype == torch.bool else value
+            return f"{table}[b, h, {', '.join(index)}]"
+        index = [f"tl.minimum(tl.maximum({a}, 0), {table}_n{i} - 1)" for i, a in enumerate(at)]
+        value = f"tl.load({table} + {f' * {table}_n1 + '.join(index)})"
+        return value if below else f"({value} != 0)"
 
     def write(e: Boolean) -> tuple[str, str]:
         if e in (sympy.true, sympy.false):
@@ -190,9 +222,8 @@ def block_source(expr: Boolean, values: Values, triton: bool = False) -> BlockSo
             return "(" + sign.join(p[0] for p in parts) + ")", "(" + sign.join(p[1] for p in parts) + ")"
         if isinstance(e, sympy.Not):
             some, every = write(e.args[0])
-            if some in ("True", "False"):
-                return str(every != "True"), str(some != "True")
-            return (f"(~{every})" if every != "False" else "True"), f"(~{some})"
+            flip = {"True": "False", "False": "True"}
+            return flip.get(every, f"(~{every})"), flip.get(some, f"(~{some})")
         if len(x.sides(e)) < 2:
             low, high = both(e)
             return high, low
@@ -203,17 +234,15 @@ def block_source(expr: Boolean, values: Values, triton: bool = False) -> BlockSo
             return _compare(both(parts[0]), parts[1], both(parts[2]))
         if isinstance(e, x.Touches):
             (a0, a1), (b0, b1), (k0, k1) = (both(arg) for arg in e.args[:3])
-            below = values.below(x.set_name(e))
-            some = f"({look_up(below, f'{b1} - {k0} + 1')} > {look_up(below, f'{a0} - {k1}')})"
+            some = f"({look_up(e, f'{b1} - {k0} + 1')} > {look_up(e, f'{a0} - {k1}')})"
             return some, f"({some} & ({a0} == {a1}) & ({b0} == {b1}) & ({k0} == {k1}))"
         (a0, a1), (b0, b1) = (both(arg) for arg in e.args[:2])
-        listed = values.found[x.set_name(e)]
-        corners = [look_up(listed, a, b) for a in (a0, a1) for b in (b0, b1)]
+        corners = [look_up(e, a, b) for a in (a0, a1) for b in (b0, b1)]
         close = f"(({a1} - {a0} <= 1) & ({b1} - {b0} <= 1))"
         return f"({' | '.join(corners)} | ~{close})", f"({' & '.join(corners)} & {close})"
 
     some, every = write(expr)
-    return BlockSource(some, every, names, tables, triton)
+    return _Recipe(some, every, tuple(held), tuple(tables))
 
 
 def _compare(f: tuple[str, str], op: type[Relational], g: tuple[str, str]) -> tuple[str, str]:

@@ -4,6 +4,7 @@ the budgets alone. The same numbers bound the width of the index tables and choo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import sympy
@@ -61,7 +62,9 @@ class Tiles:
 
     def bounds(self, e: sympy.Basic) -> tuple[np.ndarray, np.ndarray]:
         """Least and greatest per tile, [B, tiles]."""
-        tiled = self.value(e).reshape(len(self.rows.index if x.q in e.free_symbols else self.keys.index), -1, self.rows.tile)
+        tiled = self.value(e).reshape(
+            len(self.rows.index if x.q in e.free_symbols else self.keys.index), -1, self.rows.tile
+        )
         return tiled.min(-1), tiled.max(-1)
 
     def constant(self, e: sympy.Basic) -> bool:
@@ -135,9 +138,7 @@ def ranges(expr: Boolean, tiles: Tiles) -> list[Range]:
         out = span()
         for arg in expr.args:
             other = ranges(arg, tiles)
-            out = [
-                (np.maximum(a, d), np.minimum(b, e), np.minimum(c, f)) for a, b, c in out for d, e, f in other
-            ]
+            out = [(np.maximum(a, d), np.minimum(b, e), np.minimum(c, f)) for a, b, c in out for d, e, f in other]
         return out
     if isinstance(expr, sympy.Not):
         return span()
@@ -146,7 +147,7 @@ def ranges(expr: Boolean, tiles: Tiles) -> list[Range]:
     if x.sides(expr) == {x.k}:
         if x.selected(expr):
             return span(most=count(expr, x.k, tiles.layout))
-        some = tiles.bounds(expr)[1].astype(bool)
+        some = tiles.bounds(expr)[1] != 0
         first, final = some.argmax(1)[:, None], last - some[:, ::-1].argmax(1)[:, None]
         return span(first, np.where(some.any(1)[:, None], final, -1), some.sum(1)[:, None])
     if isinstance(expr, Relational):
@@ -182,7 +183,7 @@ def _relation(expr: Relational, tiles: Tiles, span: object) -> list[Range]:
     op = parts[1]
     low, high = np.zeros_like(f0), np.full_like(f0, tiles.key_tiles - 1)
     if (np.diff(g0, axis=1) >= 0).all() and op in (sympy.GreaterThan, sympy.StrictGreaterThan, sympy.Eq):
-        side = "left" if op is sympy.StrictGreaterThan else "right"
+        side: Literal["left", "right"] = "left" if op is sympy.StrictGreaterThan else "right"
         high = np.stack([np.searchsorted(g0[b], f1[b], side) - 1 for b in range(batch)])
     if (np.diff(g1, axis=1) >= 0).all() and op in (sympy.LessThan, sympy.StrictLessThan, sympy.Eq):
         side = "right" if op is sympy.StrictLessThan else "left"

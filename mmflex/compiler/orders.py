@@ -1,7 +1,8 @@
 """Token orders: which token stands in which slot of a launch, so that wanted pairs lie in the same blocks.
 
 An order is host data (it follows from the layout) and is aligned: a tile of slots holds a tile of coordinates. Orders
-that depend on what selection found (gathered rows, residue classes) are built on the device, see `mmflex.runtime.kernels.select`.
+that depend on what selection found (gathered rows, residue classes) are built on the device: see
+`mmflex.runtime.kernels.select`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Order:
 
     @cached_property
     def filled(self) -> np.ndarray:
-        """The index with empty slots given the nearest token before (or after), so that they widen no block's bounds."""
+        """The index, empty slots given the nearest token before (or after), so that they widen no block's bounds."""
         slot = np.where(self.index >= 0, np.arange(self.slots), -1)
         back = np.maximum.accumulate(slot, axis=1)
         first = np.where((self.index >= 0).any(axis=1), (self.index >= 0).argmax(axis=1), 0)[:, None]
@@ -82,7 +83,7 @@ class Order:
 
     def attribute(self, leaf: sympy.Basic, layout: TokenLayout) -> np.ndarray:
         """int32 [B, S]: an attribute of the tokens in the slots."""
-        if not layout.length:
+        if not self.tokens:
             return np.zeros_like(self.index)
         return np.take_along_axis(attribute(leaf, layout), self.filled + self.origin, axis=1)
 

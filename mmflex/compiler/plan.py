@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import networkx as nx
@@ -106,7 +107,7 @@ class Launch:
         where = "" if self.rows.label == self.keys.label == "natural" else f", {self.rows.label} x {self.keys.label} keys"
         return names[self.kind] + where
 
-    @property
+    @cached_property
     def section_slot(self) -> dict[int, int]:
         """Head -> which of its KV head's sections is its own."""
         slot: dict[int, int] = {}
@@ -117,7 +118,7 @@ class Launch:
             slot.update({h: i for i, h in enumerate(own)})
         return slot
 
-    @property
+    @cached_property
     def sections(self) -> int:
         """Sections of each KV head."""
         return 1 + max(self.section_slot.values(), default=-1)
@@ -220,6 +221,7 @@ def build(
     return program
 
 
+@lru_cache(maxsize=4096)
 def names_of(expr: sympy.Basic) -> frozenset[str]:
     """Sets and numbers that an expression reads."""
     return frozenset({x.set_name(a) for a in expr.atoms(*x.SETS)} | {str(n) for n in expr.atoms(x.Number)})

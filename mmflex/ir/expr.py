@@ -4,13 +4,14 @@ One expression is the whole truth about a head's mask. The compiler derives from
 the dense oracle, the predicted cost and the text that `explain()` prints, so that they cannot disagree.
 
 Leaves: the symbols ``q`` and ``k`` (positions), attributes of either (`Rank`, `Modality`, `Frame`, `Cell`, `SegmentOf`,
-`FirstTile`, `LastTile`), integers, and what selection finds for a head: `Number` and the sets of `Member`, `Touches` and
-`Listed`. Causality and padding are not written: every expression is meant under ``q >= k``.
+`FirstTile`, `LastTile`), integers, and what selection finds for a head: `Number` and the sets of `Member`, `Touches`
+and `Listed`. Causality and padding are not written: every expression is meant under ``q >= k``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -78,8 +79,8 @@ class Rank(_Attribute):
 
 
 class FirstTile(_Attribute):
-    """``FirstTile(q, rows, keys, tile)``: the lowest key tile, counted in keys of modality ``keys``, at which a query of
-    q's own tile stands; tiles of queries are counted in tokens of modality ``rows``. Constant over a tile of queries."""
+    """``FirstTile(q, rows, keys, tile)``: the lowest key tile, counted in keys of modality ``keys``, at which a query
+    of q's own tile stands; tiles of queries are counted in tokens of modality ``rows``. Constant over a query tile."""
 
     label = "first_tile"
 
@@ -198,11 +199,13 @@ def atoms(expr: Boolean) -> Iterator[Boolean]:
             yield from atoms(arg)
 
 
+@lru_cache(maxsize=4096)
 def sides(expr: sympy.Basic) -> frozenset[sympy.Symbol]:
     """Which of q and k an expression reads."""
     return frozenset(expr.free_symbols & {q, k})
 
 
+@lru_cache(maxsize=4096)
 def selected(expr: sympy.Basic) -> bool:
     """Whether an expression reads anything that selection finds (else it follows from the layout alone)."""
     return bool(expr.atoms(Number) or expr.atoms(*SETS))
@@ -281,6 +284,8 @@ def source(expr: sympy.Basic, leaf: Callable[[sympy.Basic], str]) -> str:
             return "(" + " | ".join(write(a) for a in e.args) + ")"
         if isinstance(e, sympy.Not):
             return f"(~{write(e.args[0])})"
-        raise TypeError(f"a mask expression cannot hold {type(e).__name__} ({e}): use + - * mod // comparisons and & | ~")
+        raise TypeError(
+            f"a mask expression cannot hold {type(e).__name__} ({e}): use + - * mod // comparisons and & | ~"
+        )
 
     return write(expr)

@@ -29,7 +29,9 @@ def modality_id(modality: str | int) -> int:
         return MODALITIES[modality]
     if isinstance(modality, int) and not isinstance(modality, bool) and modality in MODALITY_NAMES:
         return modality
-    raise ValueError(f"unknown modality {modality!r}: use one of {sorted(MODALITIES)} or an id of {sorted(MODALITY_NAMES)}")
+    raise ValueError(
+        f"unknown modality {modality!r}: use one of {sorted(MODALITIES)} or an id of {sorted(MODALITY_NAMES)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Segment:
             raise ValueError(f"newline is None, 'row', 'frame' or 'video', got {self.newline!r}")
         if not isinstance(self.timestamps, int) and len(self.timestamps) != self.frames:
             raise ValueError(
-                f"timestamps names {len(self.timestamps)} lengths for {self.frames} frames: give one number or one per frame"
+                f"timestamps names {len(self.timestamps)} lengths for {self.frames} frames: "
+                "give one number or one per frame"
             )
 
     @classmethod
@@ -119,7 +122,8 @@ class TokenLayout:
     @classmethod
     def _of(cls, modality: Any, segment: Any, frame: Any, cell: Any, valid: np.ndarray) -> TokenLayout:
         position = np.where(valid, np.cumsum(valid, axis=1, dtype=np.int32) - 1, -1)
-        arrays = [np.ascontiguousarray(a, dtype=np.int32) for a in (position, modality, segment, frame, cell)]
+        given = (position, modality, segment, frame, cell)
+        arrays: Any = [np.ascontiguousarray(a, dtype=np.int32) for a in given]
         return cls(*arrays)
 
     @classmethod
@@ -159,7 +163,9 @@ class TokenLayout:
             if value is not None:
                 arrays[name] = _array(value, name)
                 if arrays[name].shape != ids.shape:
-                    raise ValueError(f"{name} has shape {arrays[name].shape} but ids {ids.shape}: give one value per token")
+                    raise ValueError(
+                        f"{name} has shape {arrays[name].shape} but ids {ids.shape}: give one value per token"
+                    )
         none = np.full(ids.shape, -1, np.int32)
         change = np.zeros(ids.shape, bool)
         change[:, 1:] = ids[:, 1:] != ids[:, :-1]

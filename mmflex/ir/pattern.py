@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -81,10 +82,10 @@ class Estimator(Protocol):
 class Tokens:
     """What a pattern builds its expression from: the tokens q and k as seen through a scope.
 
-    ``t.q`` and ``t.k`` are positions, or ranks within the key modality where the pattern is restricted to one; ``t.row``
-    is q's place among the queries in scope. `sink`, `local`, `last` and the set tests round outwards to whole tiles,
-    which is what makes blocks full and costs nothing: the blocks are touched anyway. For token-exact masks compare
-    ``t.q`` and ``t.k`` yourself.
+    ``t.q`` and ``t.k`` are positions, or ranks within the key modality where the pattern is restricted to one;
+    ``t.row`` is q's place among the queries in scope. `sink`, `local`, `last` and the set tests round outwards to whole
+    tiles, which is what makes blocks full and costs nothing: the blocks are touched anyway. For token-exact masks
+    compare ``t.q`` and ``t.k`` yourself.
     """
 
     def __init__(self, layout: TokenLayout, tile: int, scope: Scope | None = None, leaves: dict | None = None) -> None:
@@ -199,7 +200,7 @@ class Pattern:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        taken = sorted({"pattern", "version"} & set(cls.__dict__.get("__annotations__", {})))
+        taken = sorted({"pattern", "version"} & set(inspect.get_annotations(cls)))
         if taken:
             raise TypeError(f"{cls.__name__} has a field {taken[0]!r}, which its JSON form needs for itself: rename it")
         Pattern.known[cls.__name__] = cls
@@ -263,7 +264,9 @@ class _Pair(Pattern):
                 raise TypeError(f"{type(self).__name__} joins patterns, got {side!r}")
 
     def denote(self, t: Tokens) -> Boolean:
-        return getattr(operator, {"|": "or_", "&": "and_", "-": "sub"}[self.sign])(self.left.denote(t), self.right.denote(t))
+        return getattr(operator, {"|": "or_", "&": "and_", "-": "sub"}[self.sign])(
+            self.left.denote(t), self.right.denote(t)
+        )
 
     def __str__(self) -> str:
         return f"({self.left} {self.sign} {self.right})"
@@ -312,8 +315,10 @@ class Restricted(Pattern):
         for asked, held in ((self.query, t.scope.query), (self.key, t.scope.key)):
             if asked is not None and held is not None and asked != held:
                 return sympy.false
-        return among(x.q, self.query, t.layout) & among(x.k, self.key, t.layout) & self.inner.denote(
-            t.restrict(self.query, self.key)
+        return (
+            among(x.q, self.query, t.layout)
+            & among(x.k, self.key, t.layout)
+            & self.inner.denote(t.restrict(self.query, self.key))
         )
 
     def __str__(self) -> str:
@@ -359,7 +364,9 @@ def from_json(data: Any) -> Pattern:
     given = {name: _rich(value) for name, value in data.items() if name not in ("pattern", "version")}
     unknown = sorted(set(given) - names)
     if unknown:
-        raise ValueError(f"{data['pattern']} has no field {', '.join(unknown)}: its fields are {', '.join(sorted(names))}")
+        raise ValueError(
+            f"{data['pattern']} has no field {', '.join(unknown)}: its fields are {', '.join(sorted(names))}"
+        )
     try:
         return cls(**given)
     except TypeError as error:

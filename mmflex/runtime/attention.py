@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from ..compiler import blocks, cost
-from ..compiler.orders import key_order, row_order
+from ..compiler import cost
+from ..compiler.orders import Order
 from ..compiler.plan import Launch, Program, build
 from ..ir.layout import TokenLayout
 from ..ir.pattern import Pattern, find
@@ -237,13 +237,13 @@ class Plan:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]:
         program, state = self.program, self.state
         merges = any(launch.kind == "classes" for launch in program.launches)
-        need = need_lse or merges
+        need = need_lse or merges  # dense heads are never merged
         out: Tensor | None = None
         lse: Tensor | None = None
         for _, number in [s for s in program.steps("attend") if s[0] == "attend"]:
             launch = program.launches[number]
             if launch.kind == "dense":
-                found, sums = self._dense(q, k, v, launch, need)
+                found, sums = self._dense(q, k, v, launch, need_lse)
             else:
                 found, sums = backends.attend(
                     self._backend,
@@ -258,7 +258,7 @@ class Plan:
                 )
             whole = launch.heads.all(program.heads)
             if whole and (launch.kind == "dense" or launch.rows.identity) and launch.kind in ("main", "dense"):
-                out, lse = found, sums
+                out, lse = found, sums if sums is not None or not need else torch.empty(q.shape[:3], device=q.device)
                 continue
             if out is None:
                 out = q.new_zeros((*q.shape[:3], v.shape[3]))
@@ -293,25 +293,23 @@ class Plan:
 
     # ---- what it is ----------------------------------------------------------------------------------------------
 
-    def dense_mask(self) -> Tensor:
-        """bool [B, Hq, M, N]: the token-level mask, from the expressions alone. For small N: it is M x N."""
+    def dense_mask(self, rows: Sequence[int] | None = None) -> Tensor:
+        """bool [B, Hq, M, N]: the token-level mask, from the expressions alone; of some ``rows`` (query numbers) only, if
+        given. For small N, or few rows: it is as large as it says."""
         program, state = self.program, self.state
-        layout, m = program.layout, program.queries
-        out = torch.zeros((state.batch, program.heads, m, layout.length), dtype=torch.bool, device=state.device)
-        if not m:
+        layout, m, n = program.layout, program.queries, program.layout.length
+        chosen = np.arange(m) if rows is None else np.asarray(rows, dtype=np.int64)
+        out = torch.zeros((state.batch, program.heads, len(chosen), n), dtype=torch.bool, device=state.device)
+        if not len(chosen) or not n:
             return out
+        batch = (layout.batch_size, 1)
+        order = Order("tokens", np.tile(chosen.astype(np.int32), batch), m, 1, n - m)
+        keys = Order("tokens", np.tile(np.arange(n, dtype=np.int32), batch), n, 1)
         position = torch.as_tensor(layout.position).to(state.device)
-        row = position[:, layout.length - m :]
+        row = position[:, torch.as_tensor(chosen + n - m).to(state.device)]
         causal = (row[:, None, :, None] >= position[:, None, None]) & (position >= 0)[:, None, None]
-        rows, keys = row_order(layout, m, program.tile), key_order(layout, program.tile)
         for group in program.groups:
-            values = state.values([group.expr], group.heads, rows, keys)
-            mask = blocks.token_mask(group.expr, values)
-            mask = mask.expand(state.batch, len(group.heads), rows.slots, keys.slots)
-            to_row, to_key = rows.on("inverse", state.device), keys.on("inverse", state.device)
-            shape = (state.batch, len(group.heads), m, keys.slots)
-            mask = mask.gather(2, to_row.clamp(min=0)[:, None, :, None].expand(shape))
-            mask = mask.gather(3, to_key.clamp(min=0)[:, None, None].expand(*shape[:3], layout.length))
+            mask = state.values([group.expr], group.heads, order, keys).of(group.expr)
             out[:, list(group.heads)] = mask & causal
         return out
 

@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from . import reference
 from .masks import MaskMod, _maker
@@ -123,19 +126,23 @@ def attend(
     """One launch: q [B, H, Q, D], k and v [B, Hkv, KV, D] in slot order -> out like q, lse float32 [B, H, Q] if asked."""
     if backend.name == "reference":
         return reference.attend(q, k, v, mask_mod, lists, tile, scale)
+    name = backend.name
+    if name == "flash" and not mask_mod.comparison:
+        _notice("mmflex runs launches with looked-up masks on Triton: the flash backend takes masks of one comparison")
+        name = "triton"
     width = v.shape[-1]
     if any(t.shape[-1] != _head_dim(t.shape[-1]) for t in (q, v)):  # zeros add nothing to a score
         q, k, v = (torch.nn.functional.pad(t, (0, _head_dim(t.shape[-1]) - t.shape[-1])) for t in (q, k, v))
-    kernel = _kernel(mask_mod.source, backend.name, tile, scale, lse, _bucket(backend, q, k, v, lists))
+    kernel = _kernel(mask_mod.source, name, tile, scale, lse, _bucket(name, q, k, v, lists))
     out, sums = kernel(q, k, v, *lists, *mask_mod.captures)
     return out[..., :width], sums
 
 
-def _bucket(backend: Backend, *tensors: Any) -> Any:
+def _bucket(backend: str, *tensors: Any) -> Any:
     """What a kernel is compiled for: static shapes. Flash is compiled with dynamic lengths and loses no speed by it."""
     q, k, v, lists = tensors
     shapes = (q.shape, k.shape, v.shape, lists[1].shape, q.stride(), k.stride(), v.stride())
-    return (q.dtype, q.device, *(shapes if backend.name != "flash" else (q.shape[:2], k.shape[1], q.shape[3], v.shape[3])))
+    return (q.dtype, q.device, *(shapes if backend != "flash" else (q.shape[:2], k.shape[1], q.shape[3], v.shape[3])))
 
 
 def _head_dim(dim: int) -> int:
@@ -190,14 +197,25 @@ def block_mask(mask_mod: MaskMod, lists: Lists, tile: int, queries: int, keys: i
     )
 
 
+_FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, lse: bool) -> tuple[Tensor, Tensor | None]:
     """Causal SDPA, the last M of N positions: q [B, H, M, D], k and v [B, Hkv, N, D]. Without padding."""
     m, n = q.shape[2], k.shape[2]
     gqa = q.shape[1] != k.shape[1]
     if not lse:
+        if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+            with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
+                bias = None if m == n else causal_lower_right(m, n)
+                return scaled_dot_product_attention(q, k, v, bias, is_causal=m == n, scale=scale, enable_gqa=gqa), None
         if m == n:
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-            return out, None
+            return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa), None
         return _rows_of_sdpa(q, k, v, scale, gqa), None
     if q.device.type == "cuda" and m == n and q.dtype in (torch.bfloat16, torch.float16):
         kr, vr = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) if gqa else t for t in (k, v))
@@ -215,7 +233,7 @@ def _rows_of_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, gqa: bool, step
         last = min(first + step, m)
         end = n - m + last
         seen = torch.arange(end, device=q.device) <= torch.arange(n - m + first, end, device=q.device)[:, None]
-        out[:, :, first:last] = torch.nn.functional.scaled_dot_product_attention(
+        out[:, :, first:last] = scaled_dot_product_attention(
             q[:, :, first:last], k[:, :, :end], v[:, :, :end], attn_mask=seen, scale=scale, enable_gqa=gqa
         )
     return out

@@ -30,8 +30,8 @@ def explain(plan: Plan) -> str:
     program, density = plan.program, plan.density
     (batch, heads, m, dim), (_, kv_heads, n, _) = plan.shape
     lines = [
-        f"{batch} x {heads} query heads on {kv_heads} KV heads, {m} queries, {n} keys ({describe_modalities(plan.layout)}), "
-        f"head dimension {dim}",
+        f"{batch} x {heads} query heads on {kv_heads} KV heads, {m} queries, {n} keys "
+        f"({describe_modalities(plan.layout)}), head dimension {dim}",
         f"backend {plan.backend}, blocks of {program.tile}, density {density.total:.1%} of the causal pairs",
     ]
     if plan.note:
@@ -49,19 +49,27 @@ def explain(plan: Plan) -> str:
     lines.append("")
     for number, launch in enumerate(program.launches):
         own = tuple(h for h in launch.heads.heads if h >= 0)
-        lines.append(f"launch {number}: {launch.label}; heads {_heads(tuple(sorted(own)))}; predicted {launch.cost:.0f} blocks")
+        lines.append(
+            f"launch {number}: {launch.label}; heads {_heads(tuple(sorted(own)))}; predicted {launch.cost:.0f} blocks"
+        )
         if launch.kind == "dense":
             lines.append("  SDPA, causal")
             continue
         ready = plan.state.ready[number]
         partial, full = (int(c.sum()) for c in (ready.lists[0], ready.lists[2]))
         tiles = (launch.row_slots // program.tile) * (launch.key_slots // program.tile) * len(own) * batch
-        lines.append(f"  {full} full, {partial} partial, {tiles - full - partial} empty blocks; lists of width {launch.width}")
+        lines.append(
+            f"  {full} full, {partial} partial, {tiles - full - partial} empty blocks; lists of width {launch.width}"
+        )
         if launch.section:
             count = len(ready.section_heads)
-            lines.append(f"  columns gathered into {count} sections of {launch.section} keys ({launch.sections} per KV head)")
+            lines.append(
+                f"  columns gathered into {count} sections of {launch.section} keys ({launch.sections} per KV head)"
+            )
         if launch.kind == "rows":
-            lines.append(f"  {launch.capacity} gathered rows a head see everything and replace those rows of the output")
+            lines.append(
+                f"  {launch.capacity} gathered rows a head see everything and replace those rows of the output"
+            )
         if launch.kind == "classes":
             lines.append("  rows and keys by residue, then position; merged with the others by log-sum-exp")
         if launch.compare:

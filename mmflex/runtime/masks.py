@@ -25,10 +25,12 @@ class MaskMod:
     Attributes:
         source: Python source of the mask_mod; two launches with equal source share one compiled kernel.
         captures: int32 tensors.
+        comparison: it is one comparison, nothing is looked up.
     """
 
     source: str
     captures: tuple[Tensor, ...]
+    comparison: bool = False
 
     def bind(self, *captures: Tensor) -> Callable[[Any, Any, Any, Any], Tensor]:
         """The mask_mod over given tensors."""
@@ -46,7 +48,12 @@ def _maker(source: str) -> Callable[..., Callable[[Any, Any, Any, Any], Tensor]]
 
 
 def _write(names: list[str], body: str) -> str:
-    lines = [f"def make({', '.join(names)}):", "    def mask_mod(b, h, q, kv):", f"        return {body}", "    return mask_mod"]
+    lines = [
+        f"def make({', '.join(names)}):",
+        "    def mask_mod(b, h, q, kv):",
+        f"        return {body}",
+        "    return mask_mod",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -58,8 +65,8 @@ def comparison(row: Tensor | None, limit: Tensor) -> MaskMod:
     else:
         at = "limit[b, h, kv]"
     if row is None:
-        return MaskMod(_write(["limit"], f"q >= {at}"), (limit,))
-    return MaskMod(_write(["row", "limit"], f"{_at(row)} >= {at}"), (row, limit))
+        return MaskMod(_write(["limit"], f"q >= {at}"), (limit,), True)
+    return MaskMod(_write(["row", "limit"], f"{_at(row)} >= {at}"), (row, limit), True)
 
 
 def _at(row: Tensor) -> str:

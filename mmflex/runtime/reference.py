@@ -40,7 +40,13 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: floa
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask_mod: MaskMod, lists: tuple[Tensor, Tensor, Tensor, Tensor], tile: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask_mod: MaskMod,
+    lists: tuple[Tensor, Tensor, Tensor, Tensor],
+    tile: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """One launch, eagerly. See `backends.Backend.attend`."""
     return softmax_attention(q, k, v, slot_mask(mask_mod, lists, k.shape[2], tile), scale)

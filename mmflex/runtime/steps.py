@@ -17,7 +17,7 @@ from ..ir import expr as x
 from ..ir.pattern import View
 from . import backends, masks
 from .kernels.lists import dialect, list_blocks
-from .kernels.rows import put_rows, take_rows
+from .kernels.rows import copy_rows, put_rows, take_rows
 from .kernels.select import gathered
 
 
@@ -315,7 +315,7 @@ def keys(state: State, number: int, t: Tensor) -> Tensor:
         return t
     out = t.new_empty((state.batch, kv_heads, launch.key_slots, t.shape[-1]))
     if launch.keys.identity:
-        out[:, :, :main].copy_(t)
+        copy_rows(t, out[:, :, :main])
     else:
         index = launch.keys.on("index", state.device)[:, None].expand(state.batch, kv_heads, -1)
         take_rows(t, index, out[:, :, :main])

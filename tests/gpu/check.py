@@ -50,7 +50,10 @@ def cases() -> list[tuple[str, object]]:
         ("strided", Strided(192)),
         ("dilated", Dilated(128, 600, 2)),
         ("q-boundary", QBoundary({"video": Grid("frame", local=256), "text": vs})),
-        ("2d-boundary", Boundary2D({("video", "video"): grid, ("text", "video"): vs, ("text", "text"): AShape(64, 200)})),
+        (
+            "2d-boundary",
+            Boundary2D({("video", "video"): grid, ("text", "video"): vs, ("text", "text"): AShape(64, 200)}),
+        ),
         ("union", AShape(64, 300) | vs),
         ("difference", vs - AShape(64, 300)),
         ("mixed", [vs, grid, Dense(), AShape(100, 600)] * 2),
@@ -76,7 +79,13 @@ def short(backend: str, dtype: torch.dtype, only: str = "") -> list[dict]:
         for name, spec in cases():
             if only and only not in name:
                 continue
-            if kind != "plain" and name not in ("vertical-slash", "grid all, searched", "q-boundary", "2d-boundary", "mixed"):
+            if kind != "plain" and name not in (
+                "vertical-slash",
+                "grid all, searched",
+                "q-boundary",
+                "2d-boundary",
+                "mixed",
+            ):
                 continue
             plan = None
             try:
@@ -87,8 +96,21 @@ def short(backend: str, dtype: torch.dtype, only: str = "") -> list[dict]:
                 verdict = "ok" if error <= TOLERANCE[dtype] else "WRONG"
             except Exception as problem:
                 error, verdict = float("nan"), f"{type(problem).__name__}: {problem}"[:300]
-            launches = [] if plan is None else [launch.label + ("" if launch.compare else " (looked up)") for launch in plan.program.launches]
-            out.append({"case": name, "input": kind, "backend": backend, "error": error, "verdict": verdict, "launches": launches})
+            launches = (
+                []
+                if plan is None
+                else [launch.label + ("" if launch.compare else " (looked up)") for launch in plan.program.launches]
+            )
+            out.append(
+                {
+                    "case": name,
+                    "input": kind,
+                    "backend": backend,
+                    "error": error,
+                    "verdict": verdict,
+                    "launches": launches,
+                }
+            )
             print(f"{backend:9} {kind:7} {name:20} {error:.1e} {verdict} {launches}", flush=True)
     return out
 
@@ -117,14 +139,20 @@ def long(backend: str, n: int, heads: int = 28, kv_heads: int = 4, dim: int = 12
             mask = mask & (key <= at)
             kv = h * kv_heads // heads
             expected, _ = softmax_attention(
-                q[:, h : h + 1, rows].double(), k[:, kv : kv + 1].double(), v[:, kv : kv + 1].double(), mask[None, None], dim**-0.5
+                q[:, h : h + 1, rows].double(),
+                k[:, kv : kv + 1].double(),
+                v[:, kv : kv + 1].double(),
+                mask[None, None],
+                dim**-0.5,
             )
             error += (found[:, h : h + 1, rows] - expected).square().sum().item()
             norm += expected.square().sum().item()
         relative = (error / norm) ** 0.5
         verdict = "ok" if relative <= TOLERANCE[torch.bfloat16] else "WRONG"
         peak = torch.cuda.max_memory_allocated() / 2**30
-        out.append({"case": name, "tokens": n, "backend": backend, "error": relative, "verdict": verdict, "peak_gib": peak})
+        out.append(
+            {"case": name, "tokens": n, "backend": backend, "error": relative, "verdict": verdict, "peak_gib": peak}
+        )
         print(f"{backend:9} {n:8} {name:20} {relative:.1e} {verdict} peak {peak:.1f} GiB", flush=True)
         del q, k, v, plan, found
         torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +19,7 @@ try:
 except ImportError:  # CPU builds of torch come without Triton; the twin runs there
     triton = None
 
-_HEADER = "table, counts, place, shift, row_low, row_high, low, high, tail_low, tail_high"
+_HEADER = "table, counts, place, shift, row_low, row_high, low, high, chunk_low, tail_low, tail_high"
 _NUMBERS = "heads, heads_out, rows, main_tiles, tail_tiles, width, row_b, row_h"
 
 _KERNEL = """
@@ -35,20 +36,24 @@ def kernel({arguments}, BLOCK: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.conste
 {scalars}
     partial, full = 0, 0
     for chunk in range(MAIN):
-        at = chunk * BLOCK + tl.arange(0, BLOCK)
-        real = at < main_tiles
-        some = real & (most >= tl.load(low + own * main_tiles + at, mask=real, other=1 << 30))
-        every = least >= tl.load(high + own * main_tiles + at, mask=real, other=1 << 30)
+        # The same test on the bounds of the whole chunk: most chunks hold nothing for this row.
+        near = tl.load(chunk_low + own * MAIN + chunk)
+{coarse}
+        if (most >= near) & {some_coarse}:
+            at = chunk * BLOCK + tl.arange(0, BLOCK)
+            real = at < main_tiles
+            some = real & (most >= tl.load(low + own * main_tiles + at, mask=real, other=1 << 30))
+            every = least >= tl.load(high + own * main_tiles + at, mask=real, other=1 << 30)
 {vectors}
-        some = some & {some}
-        every = every & some & {every}
-        kind = some & (every == 0)
-        slot = partial + tl.cumsum(kind.to(tl.int32), 0) - 1
-        tl.store(table + out * width + slot, at, mask=kind & (slot < width))
-        partial += tl.sum(kind.to(tl.int32), 0)
-        slot = full + tl.cumsum(every.to(tl.int32), 0) - 1
-        tl.store(table + (half + out) * width + slot, at, mask=every & (slot < width))
-        full += tl.sum(every.to(tl.int32), 0)
+            some = some & {some}
+            every = every & some & {every}
+            kind = some & (every == 0)
+            slot = partial + tl.cumsum(kind.to(tl.int32), 0) - 1
+            tl.store(table + out * width + slot, at, mask=kind & (slot < width))
+            partial += tl.sum(kind.to(tl.int32), 0)
+            slot = full + tl.cumsum(every.to(tl.int32), 0) - 1
+            tl.store(table + (half + out) * width + slot, at, mask=every & (slot < width))
+            full += tl.sum(every.to(tl.int32), 0)
     moved = tl.load(shift + head) + main_tiles
     for chunk in range(TAIL):
         at = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -71,26 +76,32 @@ def kernel({arguments}, BLOCK: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.conste
 def _kernel(some: str, every: str, names: tuple[tuple[str, str, bool], ...], tables: tuple[tuple[str, int], ...]) -> Any:
     """The kernel of a classifier. names: (name, "row" | "key" | "one", boolean); tables: (name, dimensions)."""
     arguments = [_HEADER, _NUMBERS]
-    scalars, vectors = [], []
+    scalars, vectors, coarse = [], [], []
     for name, side, boolean in names:
         arguments.append(f"{name}_p, {name}_b, {name}_h")
         base = f"{name}_p + batch * {name}_b + head * {name}_h"
         cast = " != 0" if boolean else ""
         if side == "key":
-            vectors.append(f"        {name} = tl.load({base} + at, mask=real, other=0){cast}")
+            arguments.append(f"{name}_c, {name}_cb, {name}_ch")
+            vectors.append(f"            {name} = tl.load({base} + at, mask=real, other=0){cast}")
+            coarse.append(f"        c{name} = tl.load({name}_c + batch * {name}_cb + head * {name}_ch + chunk){cast}")
         else:
             scalars.append(f"    {name} = tl.load({base}{' + row' if side == 'row' else ''}){cast}")
     for name, dims in tables:
         arguments.append(", ".join([f"{name}_p", *(f"{name}_n{i}" for i in range(dims))]))
         size = " * ".join(f"{name}_n{i}" for i in range(dims))
         scalars.append(f"    {name} = {name}_p + own * {size}")
+    keys = [name for name, side, _ in names if side == "key"]
+    some_coarse = re.sub(r"\bt\d+\b", lambda m: f"c{m[0]}" if m[0] in keys else m[0], some)
     constant = {"True": "real", "False": "(at < 0)"}
     text = _KERNEL.format(
         arguments=", ".join(arguments),
         scalars="\n".join(scalars),
         vectors="\n".join(vectors),
+        coarse="\n".join(coarse),
         some=constant.get(some, some),
         every=constant.get(every, every),
+        some_coarse={"True": "(chunk >= 0)", "False": "(chunk < 0)"}.get(some, some_coarse),
     )
     filename = f"<mmflex lists {hash(text):x}>"
     # Triton reads a kernel's source through linecache, where generated code may stand.
@@ -118,14 +129,16 @@ def list_blocks(
     assert triton is not None
     batch, heads, _ = ends.low.shape
     rows = table.shape[3]
+    block = min(_CHUNK, triton.next_power_of_2(max(main, 16)))
     names, values = [], []
-    for name, t in source.names.items():
+    for i, (name, t) in enumerate(source.names.items()):
+        # A side of a single tile looks like a constant, and is one.
         side = "row" if t.shape[2] > 1 else "key" if t.shape[3] > 1 else "one"
-        # A single tile on a side looks like a constant, and is one.
         names.append((name, side, t.dtype == torch.bool))
-        t = t.contiguous()
-        step = t.shape[2] * t.shape[3]
-        values += [t, step * t.shape[1] if t.shape[0] > 1 else 0, step if t.shape[1] > 1 else 0]
+        for value in (t, _coarse(t[:, :, 0], block, low=i % 2 == 0)[:, :, None]) if side == "key" else (t,):
+            step = value.shape[2] * value.shape[3]
+            batch_step = step * value.shape[1] if value.shape[0] > 1 else 0
+            values += [value.contiguous(), batch_step, step if value.shape[1] > 1 else 0]
     tables = []
     for name, t in source.tables.items():
         t = t.expand(batch, heads, *t.shape[2:]).contiguous()
@@ -137,13 +150,25 @@ def list_blocks(
         tail_low, tail_high, tail = ends.tail_low.contiguous(), ends.tail_high.contiguous(), ends.tail_low.shape[-1]
     row_h = rows if row_low.shape[1] > 1 else 0
     row_b = row_low.shape[1] * rows if row_low.shape[0] > 1 else 0
-    block = min(1024, triton.next_power_of_2(max(main, 16)))
     kernel = _kernel(source.some, source.every, tuple(names), tuple(tables))
     kernel[(rows, batch * heads)](
-        table, counts, place, shift, row_low, row_high, low, high, tail_low, tail_high,
+        table, counts, place, shift, row_low, row_high, low, high, _coarse(low, block, True), tail_low, tail_high,
         heads, table.shape[2], rows, main, tail, width, row_b, row_h, *values,
         BLOCK=block, MAIN=triton.cdiv(main, block), TAIL=triton.cdiv(tail, block),
     )  # fmt: skip
+
+
+_CHUNK = 128
+"""Key tiles that are tested together first."""
+
+
+def _coarse(t: Tensor, chunk: int, low: bool) -> Tensor:
+    """Least or greatest entry of each chunk of the last dimension."""
+    short = -t.shape[-1] % chunk
+    if short:
+        t = torch.cat([t, t[..., -1:].expand(*t.shape[:-1], short)], -1)
+    t = t.unflatten(-1, (-1, chunk))
+    return (t.amin(-1) if low else t.amax(-1)).contiguous()
 
 
 def dialect(t: Tensor) -> bool:

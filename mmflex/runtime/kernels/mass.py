@@ -31,8 +31,9 @@ if triton is not None:
         real = (keys >= 0) & (keys < n)
         key = tl.load(k + keys.to(tl.int64)[:, None] * k_n + d[None], mask=real[:, None] & (d < dim)[None], other=0.0)
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        at = tl.load(position + keys, mask=real, other=-1)
-        seen = (at >= 0)[None] & (at[None] <= tl.load(limit + row)[:, None]) & (tl.abs(score) < float("inf"))
+        at = tl.load(position + keys, mask=real, other=1 << 30)
+        at = tl.where(at < 0, 1 << 30, at)
+        seen = (at[None] <= tl.load(limit + row)[:, None]) & (tl.abs(score) < float("inf"))
         return tl.where(seen, score, float("-inf"))
 
     @triton.jit
@@ -63,7 +64,7 @@ if triton is not None:
     def _mass(
         q, k, limit, position, lse, stand, index, vertical, diagonal, diagonals, tiles, dim, k_b, k_h, k_n, p_b, scale, n, size, heads, group,
         L: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
-        GATHERED: tl.constexpr, NEAR: tl.constexpr, DIAGONAL: tl.constexpr,
+        GATHERED: tl.constexpr, DIAGONAL: tl.constexpr,
     ):  # fmt: skip
         """Second sweep: masses of one block of keys in scope, for one head."""
         head = tl.program_id(0) % heads
@@ -84,15 +85,22 @@ if triton is not None:
         at = tl.load(stand + batch * L + row)  # -1: the row stands before every key, its mass is 0
         least = tl.min(tl.where(at < 0, 1 << 30, at), 0)
         first = least - start - (K - 1)  # the least distance of this block
-        if NEAR:
-            away = at[:, None] - place[None]
-            spill = (away % T).to(tl.float32) / T
-            base_tile = first // T
-            for j in tl.static_range(S // T + 2):
-                here = tl.where(away // T == base_tile + j, 1.0 - spill, 0.0) + tl.where(away // T == base_tile + j - 1, spill, 0.0)
-                part = tl.sum(tl.sum(tl.where(away >= 0, mass * here, 0.0), 1), 0)
-                inside = (base_tile + j >= 0) & (base_tile + j < tiles) & (part > 0)
-                tl.atomic_add(diagonals + base * tiles + base_tile + j, part, mask=inside)
+        # Distances of a row to these keys lie in one tile of distances or two; sums of the mass and of the share that
+        # spills over to the next block diagonal, for both and for the nearer one.
+        away = tl.maximum(at[:, None] - place[None], 0)
+        spill = (away % T).to(tl.float32) * (1.0 / T)
+        own = tl.maximum(at - start, 0) // T  # of the farthest key: the greater of the two
+        nearer = tl.where(away // T == own[:, None], 0.0, mass)
+        all_mass, near_mass = tl.sum(mass, 1), tl.sum(nearer, 1)
+        all_spill, near_spill = tl.sum(mass * spill, 1), tl.sum(nearer * spill, 1)
+        far_mass, far_spill = all_mass - near_mass, all_spill - near_spill
+        base_tile = tl.max(own, 0)
+        for j in tl.static_range(S // T + 2):
+            number = base_tile + 1 - j
+            part = tl.where(own == number, far_mass - far_spill, 0.0) + tl.where(own + 1 == number, far_spill, 0.0)
+            part += tl.where(own - 1 == number, near_mass - near_spill, 0.0) + tl.where(own == number, near_spill, 0.0)
+            total = tl.sum(part, 0)
+            tl.atomic_add(diagonals + base * tiles + number, total, mask=(number >= 0) & (number < tiles) & (total > 0))
         if DIAGONAL:
             distance = first + tl.arange(0, S)
             source = at[:, None] - distance[None] - start
@@ -125,7 +133,7 @@ def last_mass(
         q: [B, H, L, D], L a power of two of at least 16. k: [B, Hkv, N, D].
         limit: int32 [B, L], the position up to which each query sees (-1: none). position: int32 [B|1, N], of the keys.
         stand: int32 [B, L], where each query stands in keys in scope (-1: before the first); all within ``SPAN - 128``
-            keys of each other. tile: at least 64.
+            keys of each other. tile: 128 or a multiple.
         index: int32 [B, size], tokens in scope (-1: none), or None for the first ``size`` tokens.
     """
     assert triton is not None
@@ -151,6 +159,6 @@ def last_mass(
         q, k, limit, position, lse, stand, position if index is None else index, vertical,
         vertical if diagonal is None else diagonal, diagonals, tiles, dim,
         k.stride(0), k.stride(1), k.stride(2), p_b, scale, n, size, heads, group,
-        S=SPAN, T=tile, GATHERED=index is not None, NEAR=True, DIAGONAL=distances, **shape,
+        S=SPAN, T=tile, GATHERED=index is not None, DIAGONAL=distances, **shape,
     )  # fmt: skip
     return vertical, diagonal, diagonals

@@ -19,14 +19,17 @@ if triton is not None:
     @triton.jit
     def _take(
         src, index, out, src_b, src_h, src_n, out_b, out_h, out_n, index_b, index_h, group, heads, slots, dim,
-        BLOCK: tl.constexpr, DIM: tl.constexpr,
+        BLOCK: tl.constexpr, DIM: tl.constexpr, IDENTITY: tl.constexpr,
     ):  # fmt: skip
         """A block of slots of one head."""
         slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         head = tl.program_id(1) % heads
         batch = (tl.program_id(1) // heads).to(tl.int64)
         inside = slot < slots
-        row = tl.load(index + batch * index_b + head.to(tl.int64) * index_h + slot, mask=inside, other=-1).to(tl.int64)
+        if IDENTITY:
+            row = tl.where(inside, slot, -1).to(tl.int64)
+        else:
+            row = tl.load(index + batch * index_b + head.to(tl.int64) * index_h + slot, mask=inside, other=-1).to(tl.int64)
         d = tl.arange(0, DIM)
         keep = inside[:, None] & (d < dim)[None]
         source = src + batch * src_b + (head // group).to(tl.int64) * src_h + row[:, None] * src_n + d[None]
@@ -50,7 +53,7 @@ def take_rows(src: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
         grid = (triton.cdiv(slots, 64), batch * heads)
         _take[grid](
             src, index, out, *src.stride()[:3], *out.stride()[:3], index.stride(0), index.stride(1), group, heads, slots,
-            dim, BLOCK=64, DIM=triton.next_power_of_2(dim),
+            dim, BLOCK=64, DIM=triton.next_power_of_2(dim), IDENTITY=False,
         )  # fmt: skip
         return out
     if group > 1:
@@ -58,6 +61,19 @@ def take_rows(src: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
     at = index.long().clamp(min=0)[..., None].expand(-1, -1, -1, dim)
     out.copy_(src.gather(2, at).masked_fill((index < 0)[..., None], 0))
     return out
+
+
+def copy_rows(src: Tensor, out: Tensor) -> None:
+    """``out[:] = src`` for [B, H, N, D] of any strides but the last (torch's copy of a strided slice is slower)."""
+    if use_triton(src) and src.stride(-1) == 1 and out.stride(-1) == 1:
+        assert triton is not None
+        batch, heads, slots, dim = src.shape
+        _take[(triton.cdiv(slots, 64), batch * heads)](
+            src, src, out, *src.stride()[:3], *out.stride()[:3], 0, 0, 1, heads, slots, dim,
+            BLOCK=64, DIM=triton.next_power_of_2(dim), IDENTITY=True,
+        )  # fmt: skip
+        return
+    out.copy_(src)
 
 
 if triton is not None:

@@ -16,32 +16,50 @@ except ImportError:
 if triton is not None:
 
     @triton.jit
-    def _heaviest(mass, always, keep, n, budget, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, FORCED: tl.constexpr):
-        """One row: the ``budget`` greatest, lower indices first among equals. Radix selection, 8 bits a pass."""
-        row = tl.program_id(0).to(tl.int64)
+    def _threshold(histograms, row, budget, PASSES: tl.constexpr):
+        """(high bits of the least kept entry, how many to keep among equals) after some 8-bit passes."""
         bins = tl.arange(0, 256)
         prefix, left = 0, budget
-        for digit in tl.static_range(4):
-            shift = 24 - 8 * digit
-            histogram = tl.zeros([256], tl.int32)
-            for chunk in range(CHUNKS):
-                at = chunk * BLOCK + tl.arange(0, BLOCK)
-                key = _key(mass, always, row, at, n, FORCED)
-                same = (at < n) & ((key >> shift >> 8) == prefix)
-                histogram += tl.histogram((key >> shift) & 255, 256, mask=same)
-            # The digit of the least kept: the highest d with at least `left` entries of digit d or more.
+        for digit in tl.static_range(PASSES):
+            histogram = tl.load(histograms + (row * 4 + digit) * 256 + bins)
             above = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)  # entries with a greater digit
             chosen = tl.max(tl.where(above + histogram >= left, bins, 0), 0)
             left -= tl.sum(tl.where(bins == chosen, above, 0), 0)
             prefix = prefix * 256 + chosen
-        taken = 0
-        for chunk in range(CHUNKS):
-            at = chunk * BLOCK + tl.arange(0, BLOCK)
-            key = _key(mass, always, row, at, n, FORCED)
-            equal = ((at < n) & (key == prefix)).to(tl.int32)
-            place = taken + tl.cumsum(equal, 0)
-            tl.store(keep + row * n + at, (key > prefix) | ((equal != 0) & (place <= left)), mask=at < n)
-            taken += tl.sum(equal, 0)
+        return prefix, left
+
+    @triton.jit
+    def _count(mass, always, histograms, n, budget, DIGIT: tl.constexpr, BLOCK: tl.constexpr, FORCED: tl.constexpr):
+        """One pass of radix selection: a histogram of the next 8 bits of those that share the bits so far."""
+        row = tl.program_id(1).to(tl.int64)
+        prefix, _ = _threshold(histograms, row, budget, DIGIT)
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        key = _key(mass, always, row, at, n, FORCED)
+        shift: tl.constexpr = 24 - 8 * DIGIT
+        same = (at < n) & ((key >> shift >> 8) == prefix)
+        histogram = tl.histogram((key >> shift) & 255, 256, mask=same)
+        tl.atomic_add(histograms + (row * 4 + DIGIT) * 256 + tl.arange(0, 256), histogram, mask=histogram > 0)
+
+    @triton.jit
+    def _equals(mass, always, histograms, equals, n, budget, BLOCK: tl.constexpr, FORCED: tl.constexpr):
+        """How many entries of a block equal the least kept one."""
+        row = tl.program_id(1).to(tl.int64)
+        prefix, _ = _threshold(histograms, row, budget, 4)
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        key = _key(mass, always, row, at, n, FORCED)
+        found = tl.sum(((at < n) & (key == prefix)).to(tl.int32), 0)
+        tl.store(equals + row * tl.num_programs(0) + tl.program_id(0), found)
+
+    @triton.jit
+    def _keep(mass, always, histograms, before, keep, n, budget, BLOCK: tl.constexpr, FORCED: tl.constexpr):
+        """Greater than the threshold, or equal and among the first of the equals."""
+        row = tl.program_id(1).to(tl.int64)
+        prefix, left = _threshold(histograms, row, budget, 4)
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        key = _key(mass, always, row, at, n, FORCED)
+        equal = ((at < n) & (key == prefix)).to(tl.int32)
+        place = tl.load(before + row * tl.num_programs(0) + tl.program_id(0)) + tl.cumsum(equal, 0)
+        tl.store(keep + row * n + at, (key > prefix) | ((equal != 0) & (place <= left)), mask=at < n)
 
     @triton.jit
     def _key(mass, always, row, at, n, FORCED: tl.constexpr):
@@ -82,6 +100,7 @@ def _key_twin(mass: Tensor) -> Tensor:
 
 def heaviest(mass: Tensor, budget: int, always: Tensor | None = None) -> Tensor:
     """bool like ``mass`` float32 [..., n]: the ``budget`` heaviest of the last dimension (all, if there are fewer).
+    By radix selection, 8 bits a pass.
 
     ``always`` bool [n] (or like mass) come first and count towards the budget. Masses are compared to 23 significant
     bits; of equals, the lower index is kept.
@@ -93,12 +112,19 @@ def heaviest(mass: Tensor, budget: int, always: Tensor | None = None) -> Tensor:
     if use_triton(mass) and (always is None or always.dim() == 1):
         assert triton is not None
         mass = mass.float().contiguous()
+        rows = mass.numel() // n
         keep = torch.empty(mass.shape, dtype=torch.bool, device=mass.device)
         forced = keep if always is None else always.contiguous()
         block = min(4096, max(256, triton.next_power_of_2(n)))
-        _heaviest[(mass.numel() // n,)](
-            mass, forced, keep, n, budget, BLOCK=block, CHUNKS=triton.cdiv(n, block), FORCED=always is not None, num_warps=8
-        )
+        grid = (triton.cdiv(n, block), rows)
+        histograms = torch.zeros((rows, 4, 256), dtype=torch.int32, device=mass.device)
+        shape = {"BLOCK": block, "FORCED": always is not None}
+        for digit in range(4):
+            _count[grid](mass, forced, histograms, n, budget, DIGIT=digit, **shape)
+        equals = torch.empty((rows, grid[0]), dtype=torch.int32, device=mass.device)
+        _equals[grid](mass, forced, histograms, equals, n, budget, **shape)
+        before = (equals.cumsum(-1) - equals).int()
+        _keep[grid](mass, forced, histograms, before, keep, n, budget, **shape)
         return keep
     key = _key_twin(mass)
     if always is not None:

@@ -1,0 +1,230 @@
+"""Attention on one CUDA device beside the dense kernels: ``python -m benchmarks.attention --help``.
+
+One table and one JSON. Everything is measured in one process: dense references (SDPA's FlashAttention-2 and cuDNN,
+flash-attn-4 where installed), then mmflex with everything counted, then its parts. Times are medians over groups of
+calls that follow each other without a synchronisation. Inputs have planted structure (`planted`): columns in clusters,
+a few clustered diagonals, a grid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import mmflex
+from mask_builders import AShape, BlockTopK, Grid, VerticalSlash
+from mmflex.runtime import backends, steps
+from mmflex.runtime.reference import softmax_attention
+
+HEADS, KV_HEADS, DIM = 28, 4, 128
+SPECS = {
+    "vs": VerticalSlash(1000, 2048),
+    "vs-4096": VerticalSlash(1000, 4096),
+    "grid": Grid(256, columns=True, rows=True, local=1024),
+    "grid-729": Grid(729, columns=True, rows=True, local=1024),
+    "grid-196": Grid(196, columns=True, local=1024),
+    "a-shape": AShape(1024, 4096),
+    "block-topk": BlockTopK(64),
+}
+
+
+def planted(n: int, stride: int = 256, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """q [1, 28, n, 128], k and v [1, 4, n, 128], bf16: noise, 320 columns in 20 clusters, diagonals around three
+    distances (relative position by 16 random frequencies), and a comb of the given stride. The same for all KV heads but
+    for the seed."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def noise(heads: int) -> Tensor:
+        return torch.randn(1, heads, n, DIM, generator=generator, device="cuda", dtype=torch.bfloat16).mul_(0.7)
+
+    q, k, v = noise(HEADS), noise(KV_HEADS), noise(KV_HEADS)
+    place = torch.arange(n, device="cuda", dtype=torch.float64)
+    rate = torch.rand(16, generator=generator, device="cuda", dtype=torch.float64) * math.pi
+    wave = torch.cat([(place[:, None] * rate).cos(), (place[:, None] * rate).sin()], 1).bfloat16()
+    q[..., :32] = wave
+    k[..., :32] = 0
+    for distance in (0, min(n // 8, 5000), min(n // 3, 40000)):
+        moved = torch.cat([((place[:, None] + distance) * rate).cos(), ((place[:, None] + distance) * rate).sin()], 1)
+        k[..., :32] += 3 * moved.bfloat16()
+    q[..., 32:34] = 2.0
+    for head in range(KV_HEADS):
+        starts = torch.randint(0, max(1, n - 16), (20,), generator=generator, device="cuda")
+        k[0, head, (starts[:, None] + torch.arange(16, device="cuda")).flatten(), 32] = 25.0
+        k[0, head, (7 + 31 * head) % stride :: stride, 33] = 20.0
+    return q, k, v
+
+
+def milliseconds(call: Callable[[], Any], groups: int = 5, budget_ms: float = 400.0) -> float:
+    """Median time of a call, in groups that run back to back."""
+    call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    once = max(1e-3, (time.perf_counter() - begin) * 1e3)
+    groups, each = (1, 1) if once > budget_ms else (groups, max(1, min(20, int(budget_ms / groups / once))))
+    times = []
+    for _ in range(groups):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(each):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / each)
+    return sorted(times)[len(times) // 2]
+
+
+def dense_references(q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
+    """Milliseconds of the dense kernels; from 512k tokens on of one KV head's group, times four (all groups alike)."""
+    n = q.shape[2]
+    share = 1 if n < (1 << 19) else KV_HEADS
+    q, k, v = q[:, : HEADS // share], k[:, : KV_HEADS // share], v[:, : KV_HEADS // share]
+    out = {}
+    for name, kind in (("fa2", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+        with sdpa_kernel(kind):
+            call = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
+            out[name] = milliseconds(call, groups=3) * share
+    try:
+        from flash_attn.cute import flash_attn_func
+
+        parts = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
+        out["fa4"] = milliseconds(lambda: flash_attn_func(*parts, causal=True), groups=3) * share
+    except ImportError:
+        pass
+    return out
+
+
+def sampled_error(plan: mmflex.Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> float:
+    """Relative error on a few rows of every seventh head, against float64 under the token-level mask."""
+    n, heads = q.shape[2], list(range(0, HEADS, 9))
+    rows = [0, 1, 129, n // 3, n // 2 + 77, n - 1]
+    mask = plan.dense_mask(rows)[:, heads]
+    error, norm = 0.0, 0.0
+    for i, h in enumerate(heads):
+        kv = h * KV_HEADS // HEADS
+        parts = (q[:, h : h + 1, rows], k[:, kv : kv + 1], v[:, kv : kv + 1])
+        expected, _ = softmax_attention(*(t.double() for t in parts), mask[:, i : i + 1], DIM**-0.5)
+        error += (out[:, h : h + 1, rows] - expected).square().sum().item()
+        norm += expected.square().sum().item()
+    return (error / norm) ** 0.5
+
+
+def measure(name: str, backend: str, q: Tensor, k: Tensor, v: Tensor, dense: dict[str, float]) -> dict[str, Any]:
+    """One row of the table."""
+    spec, n = SPECS[name], q.shape[2]
+    layout = mmflex.TokenLayout.text(n)
+    before, begin = backends.compiles, time.perf_counter()
+    out = mmflex.attention(q, k, v, spec, layout=layout, backend=backend)
+    torch.cuda.synchronize()
+    first = time.perf_counter() - begin
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    mmflex.attention(q, k, v, spec, layout=layout, backend=backend)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - held - out.nbytes
+    again = backends.compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mmflex.attention(q, k, v, spec, layout=layout, backend=backend)
+        syncs = 0
+    except RuntimeError:
+        syncs = 1
+    torch.cuda.set_sync_debug_mode("default")
+    total = milliseconds(lambda: mmflex.attention(q, k, v, spec, layout=layout, backend=backend))
+    plan = mmflex.plan(q, k, spec, layout=layout, backend=backend)
+    begin = time.perf_counter()
+    mmflex.plan(q, k, spec, layout=layout, backend=backend)
+    host = (time.perf_counter() - begin) * 1e3
+    torch.cuda.synchronize()
+    planning = milliseconds(lambda: mmflex.plan(q, k, spec, layout=layout, backend=backend))
+    kernel, moving, full, partial, flops = 0.0, 0.0, 0, 0, 0.0
+    for number, launch in enumerate(plan.program.launches):
+        if launch.kind == "dense":
+            continue
+        ready = plan.state.ready[number]
+        move = lambda: [steps.queries(plan.state, number, q), *(steps.keys(plan.state, number, t) for t in (k, v))]  # noqa: B023, E731
+        slots = move()
+        moving += milliseconds(move)
+        args = (*slots, ready.mask_mod, ready.lists, plan.program.tile, plan.scale, False)
+        kernel += milliseconds(lambda: backends.attend(plan._backend, *args))  # noqa: B023
+        partial, full = partial + int(ready.lists[0].sum()), full + int(ready.lists[2].sum())
+        del slots, args
+    flops = (full + partial) * 128.0**2 * DIM * 4
+    best = min(dense.values())
+    dense_rate = HEADS * (n / 128) * (n / 128 + 1) / 2 * 128.0**2 * DIM * 4 / best
+    row = {
+        "tokens": n, "pattern": name, "spec": str(spec), "backend": backend, "runs": plan.program.launches[0].kind,
+        "dense_ms": dense, "total_ms": total, "S": best / total, "S_fa2": dense["fa2"] / total,
+        "density": plan.density.total, "full": full, "partial": partial,
+        "rate": (flops / kernel / dense_rate) if kernel else None, "plan_ms": planning, "move_ms": moving,
+        "kernel_ms": kernel, "share": (total - kernel) / total if kernel else 0.0, "gpu_share": (planning + moving) / total,
+        "host_plan_ms": host, "peak_extra_bytes": peak, "peak_share": peak / (2 * q.nbytes + 2 * k.nbytes),
+        "compiles_first": again - before, "compiles_steady": backends.compiles - again, "syncs": syncs,
+        "first_call_s": first, "error": sampled_error(plan, q, k, v, out),
+    }  # fmt: skip
+    return row
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    heads = ["tokens", "pattern", "backend", "best dense", "mmflex", "S", "S fa2", "density", "rate", "plan", "move", "kernel",
+             "not kernel", "extra mem", "compiles", "syncs", "error"]  # fmt: skip
+    table = Table(*heads)
+    for r in rows:
+        table.add_row(
+            f"{r['tokens']}", r["pattern"], r["backend"] if r["runs"] != "dense" else "dense", f"{min(r['dense_ms'].values()):.2f}",
+            f"{r['total_ms']:.2f}", f"{r['S']:.1f}", f"{r['S_fa2']:.1f}", f"{r['density']:.1%}",
+            f"{r['rate']:.2f}" if r["rate"] else "-", f"{r['plan_ms']:.2f}", f"{r['move_ms']:.2f}", f"{r['kernel_ms']:.2f}",
+            f"{r['share']:.0%}", f"{r['peak_share']:.0%}", f"{r['compiles_first']}+{r['compiles_steady']}", f"{r['syncs']}",
+            f"{r['error']:.1e}",
+        )  # fmt: skip
+    Console(width=200).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", default="8192,16384,32768,65536,131072,262144,524288,1048576")
+    parser.add_argument("--patterns", default="vs,grid,a-shape,block-topk", help=f"of {', '.join(SPECS)}")
+    parser.add_argument("--backends", default="flash", help="comma-separated; 'auto' lets the cost model choose dense")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no new row after this many seconds")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/attention.json"))
+    args = parser.parse_args()
+    begin, rows = time.perf_counter(), []
+    for n in map(int, args.lengths.split(",")):
+        q, k, v = planted(n)
+        dense = dense_references(q, k, v)
+        print(n, {name: round(ms, 3) for name, ms in dense.items()}, flush=True)
+        for backend in args.backends.split(","):
+            for name in args.patterns.split(","):
+                if time.perf_counter() - begin > args.seconds:
+                    print(f"left out: {n} {name} {backend}")
+                    continue
+                try:
+                    rows.append(measure(name, backend, q, k, v, dense))
+                    r = rows[-1]
+                    print(f"{time.perf_counter() - begin:5.0f}s {n} {name} {backend}: {r['total_ms']:.2f} ms, S {r['S']:.1f}", flush=True)
+                except Exception as problem:
+                    print(f"{n} {name} {backend}: {type(problem).__name__}: {str(problem)[:400]}", flush=True)
+                torch.cuda.set_sync_debug_mode("default")
+                torch.cuda.empty_cache()
+                facts = {"torch": torch.__version__, "device": torch.cuda.get_device_name(), "inputs": "planted", "rows": rows}
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(facts, indent=1) + "\n")
+        del q, k, v
+        torch.cuda.empty_cache()
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()

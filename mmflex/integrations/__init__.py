@@ -1,0 +1,1 @@
+"""mmflex where users have it: in models of the transformers library."""

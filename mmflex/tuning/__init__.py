@@ -1,0 +1,1 @@
+"""Choosing patterns: configs, which say what each head of a model may see."""

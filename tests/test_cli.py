@@ -1,0 +1,144 @@
+"""The command line: help for newcomers, the demo at a tiny size, configs shown, errors with a way out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mask_builders import AShape, Dense, Grid, VerticalSlash
+from mmflex.cli import app
+from mmflex.tuning.config import Config, save_config
+
+runner = CliRunner(env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
+
+
+def output_of(*arguments: str, code: int = 0) -> str:
+    result = runner.invoke(app, list(arguments))
+    assert result.exit_code == code, result.output
+    return re.sub(r"\x1b\[[0-9;]*m", "", result.output)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    spec = {0: AShape(), 1: [Grid(columns=True, rows=True)] * 3 + [VerticalSlash(500, 700)], 3: AShape() | Grid()}
+    save_config(Config.of(spec, 4, 4, model="a/model", method="by hand"), path)
+    return path
+
+
+@pytest.mark.parametrize("command", ["demo", "show", "families", "bench"])
+def test_help_says_what_it_does(command: str) -> None:
+    assert command in output_of("--help")
+    text = output_of(command, "--help")
+    assert "Usage" in text
+    assert len(text) > 300
+    assert "--frames" not in text  # sizes of the demo are for tests
+
+
+def test_demo_at_a_tiny_size(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "masks.png"
+    text = output_of(
+        "demo", "--frames", "16", "--size", "56", "--layers", "1", "--runs", "1", "--device", "cpu", "-o", str(picture)
+    )
+    assert picture.stat().st_size > 5000
+    assert "98 tokens" in text
+    assert "video_grid_thw" in text
+    for line in (
+        "whole prefill",
+        "planning",
+        "max logit difference, Dense()",
+        "max logit difference, sparse",
+        "plan of layer",
+    ):
+        assert line in text
+
+
+def test_demo_says_what_cannot_run(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    arguments = ("--frames", "4", "--size", "56", "--layers", "1", "--runs", "1", "--device", "cpu")
+    text = output_of("demo", *arguments, "--backend", "triton", "-o", str(tmp_path / "x.png"), code=1)
+    assert "backend 'triton' cannot run here" in " ".join(text.split())
+
+
+def test_the_demo_joins_frames_as_the_video_processor_does() -> None:
+    pytest.importorskip("transformers")
+    from mmflex.demo import moving_shapes, process
+
+    video = moving_shapes(5, 56)
+    pixels, grid, _ = process(video)
+    assert grid.tolist() == [[3, 4, 4]]
+    assert pixels.shape == (3 * 4 * 4, 3 * 2 * 14 * 14)
+    mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
+    # patch 1 of frames 2 and 3: patches go through windows of 2 x 2 first
+    expected = ((video[2:4, 0:14, 14:28] / 255 - mean) / std).transpose(3, 0, 1, 2).reshape(-1)
+    np.testing.assert_allclose(pixels[16 + 1].numpy(), expected, atol=2e-5)
+    torch.testing.assert_close(
+        pixels[32:].unflatten(1, (3, 2, -1))[:, :, 0], pixels[32:].unflatten(1, (3, 2, -1))[:, :, 1]
+    )
+
+
+def test_show_prints_a_letter_per_head(config: Path) -> None:
+    lines = output_of("show", str(config)).splitlines()
+    assert "a/model: 4 layers x 4 heads" in lines[0]
+    assert [line.split()[-1] for line in lines[2:6]] == ["AAAA", "GGGV", "····", "1111"]
+    text = "\n".join(lines)
+    assert "VerticalSlash, 1 heads: VerticalSlash(vertical=500, slash=700)" in text
+    assert "AShape | Grid, 4 heads" in text
+    assert "own attention, 1 layers" in text
+    assert "method by hand" in text
+
+
+def test_show_lists_a_layer(config: Path) -> None:
+    text = output_of("show", str(config), "--layer", "1")
+    assert re.search(r"0-2\W+Grid\(rows=True\)", text)
+    assert re.search(r"3\W+VerticalSlash\(vertical=500, slash=700\)", text)
+    assert "own attention" in output_of("show", str(config), "--layer", "2")
+    assert "layer is 4, the config has 4 layers" in output_of("show", str(config), "--layer", "4", code=1)
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_show_draws(config: Path, tmp_path: Path, ending: str) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"config.{ending}"
+    assert str(path) in output_of("show", str(config), "-o", str(path)).replace("\n", "")
+    assert path.stat().st_size > 3000
+
+
+def test_show_reads_minference_files(tmp_path: Path) -> None:
+    path = tmp_path / "their.json"
+    path.write_text('[{"0": ["vertical_and_slash", 1000, 6096, 0.9], "1": ["stream_llm", 128, 1024, 0.9]}]')
+    assert "VA" in output_of("show", str(path))
+
+
+def test_show_errors(tmp_path: Path) -> None:
+    assert "no file" in output_of("show", str(tmp_path / "none.json"), code=1)
+    path = tmp_path / "wrong.json"
+    path.write_text('{"schema": "other"}')
+    assert "schema" in output_of("show", str(path), code=1)
+
+
+def test_families_lists_those_with_layouts() -> None:
+    text = output_of("families")
+    for name in ("qwen2_5_vl", "llava_onevision", "internvl", "gemma3", "mistral"):
+        assert name in text
+
+
+def test_bench_names_what_there_is() -> None:
+    text = output_of("bench", "nothing", code=1)
+    assert "no benchmark 'nothing'" in text
+    assert "cpu" in text
+
+
+def test_dense_has_its_own_letter() -> None:
+    from mmflex.plot import FAMILIES, family
+
+    letters = [letter for letter, _ in FAMILIES.values()]
+    assert len(set(letters)) == len(letters)
+    assert family(Dense()) in FAMILIES
