@@ -195,7 +195,8 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="8192,16384,32768,65536,131072,262144,524288,1048576")
-    parser.add_argument("--patterns", default="vs,grid,a-shape,block-topk", help=f"of {', '.join(SPECS)}")
+    default = "vs,grid,a-shape,block-topk:0-131072,vs-4096:524288-"
+    parser.add_argument("--patterns", default=default, help=f"of {', '.join(SPECS)}; NAME:LOW-HIGH for some lengths only")
     parser.add_argument("--backends", default="flash", help="comma-separated; 'auto' lets the cost model choose dense")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no new row after this many seconds")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/attention.json"))
@@ -206,7 +207,11 @@ def main() -> None:
         dense = dense_references(q, k, v)
         print(n, {name: round(ms, 3) for name, ms in dense.items()}, flush=True)
         for backend in args.backends.split(","):
-            for name in args.patterns.split(","):
+            for entry in args.patterns.split(","):
+                name, _, limits = entry.partition(":")
+                low, _, high = limits.partition("-")
+                if not int(low or 0) <= n <= int(high or 1 << 40):
+                    continue
                 if time.perf_counter() - begin > args.seconds:
                     print(f"left out: {n} {name} {backend}")
                     continue

@@ -458,7 +458,7 @@ def test_spec_order_does_not_matter() -> None:
 
 @pytest.mark.parametrize("ratio", [2, 4])
 def test_looked_up_masks_with_unequally_many_heads_per_kv_head(ratio: int) -> None:
-    """A launch whose KV heads serve different numbers of heads is filled up: every head reads its own sets and numbers."""
+    """A launch whose KV heads serve different numbers of heads is filled up: every head reads its own sets."""
     q, k, v = make(2 * ratio, 2, 80)
     small = BlockTopK(2, 8)
     spec = tuple([AShape(11, 11)] + [small] * (2 * ratio - 1))

@@ -24,6 +24,9 @@ BIG = 1 << 30
 """A position past every query: no query reaches a key slot with this limit."""
 
 
+MODALITY_MAJOR = "modality-major"
+
+
 def bucket(slots: int, tile: int) -> int:
     """Slots rounded up to whole tiles, and to five significant bits of tiles: lengths of one bucket share compiled
     kernels, at the cost of at most 1/16 more (empty) slots."""
@@ -85,7 +88,13 @@ class Order:
         """int32 [B, S]: an attribute of the tokens in the slots."""
         if not self.tokens:
             return np.zeros_like(self.index)
-        return np.take_along_axis(attribute(leaf, layout), self.filled + self.origin, axis=1)
+        value = attribute(leaf, layout)
+        if self.label == MODALITY_MAJOR and isinstance(leaf, x.Rank):
+            # Keys of other modalities are never asked for their rank in this one: ends of the scale keep it monotone,
+            # and constant on their tiles.
+            m = int(leaf.args[1])
+            value = np.where(layout.modality == m, value, np.where(layout.modality < m, -1, layout.of(m).sum(1, keepdims=True)))
+        return np.take_along_axis(value, self.filled + self.origin, axis=1).astype(np.int32)
 
 
 def _aligned(label: str, coordinate: np.ndarray, member: np.ndarray, tile: int, origin: int = 0) -> Order:
@@ -126,7 +135,7 @@ def key_order(layout: TokenLayout, tile: int, by_modality: bool = False) -> Orde
             of_m = layout.of(m)
             coordinate = np.where(of_m, layout.coordinate(m) + base, coordinate)
             base += -(-int(of_m.sum(axis=1).max(initial=0)) // tile) * tile
-        return _aligned("modality-major", coordinate, layout.valid, tile)
+        return _aligned(MODALITY_MAJOR, coordinate, layout.valid, tile)
 
     return layout._once(("key order", tile, by_modality), build)
 

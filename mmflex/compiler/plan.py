@@ -295,11 +295,24 @@ def _assume(expr: Boolean, token: sympy.Symbol, modality: int) -> Boolean:
     return expr.xreplace(known)
 
 
+def _terms(expr: Boolean) -> list[Boolean]:
+    """Alternatives of an expression: what an And asks of all of an Or's arguments is asked of each."""
+    out: list[Boolean] = []
+    for term in sympy.Or.make_args(expr):
+        inner = next((arg for arg in sympy.And.make_args(term) if isinstance(arg, sympy.Or)), None)
+        if inner is None:
+            out.append(term)
+        else:
+            rest = [arg for arg in sympy.And.make_args(term) if arg is not inner]
+            out += [t for arg in inner.args for t in _terms(sympy.And(arg, *rest))]
+    return out
+
+
 def _pieces(expr: Boolean, heads: tuple[int, ...], tiles: cost.Tiles, group: int, lse: bool) -> list[Launch]:
     """Launches that together compute an expression with these rows."""
     layout, tile, n = tiles.layout, tiles.rows.tile, tiles.layout.length
     columns, rows, classes, rest = [], [], [], []
-    for term in sympy.Or.make_args(expr):
+    for term in _terms(expr):
         side = x.sides(term)
         fixed = cost.tile_constant(term, tiles)
         if side == {x.k} and not fixed and cost.count(term, x.k, layout) <= n // 2:
@@ -347,13 +360,23 @@ def _main(part: Part, tiles: cost.Tiles, group: int) -> Launch:
     section = 0
     if part.columns != sympy.false:
         section = bucket(cost.count(part.columns, x.k, tiles.layout), tile)
-    per_row = cost.touched(part.mask & sympy.Ge(x.q, x.k, evaluate=False), tiles)
+    per_row = cost.touched(sympy.Or(*(_causally(term) for term in _terms(part.mask))), tiles)
     blocks = float(per_row.mean(0).sum()) + tiles.row_tiles * (section // tile) / 2
     price = blocks * (cost.FULL if compare else (cost.FULL + cost.LOOKUP) / 2) + 2 * tiles.row_tiles * (cost.PARTIAL - 1)
     if not tiles.rows.identity:
         price += cost.MOVED * tiles.row_tiles
     width = int(per_row.max(initial=0)) + section // tile
     return _launch("main", tiles, part, group, compare, section, 0, width, price * len(part.heads) + cost.LAUNCH)
+
+
+def _causally(term: Boolean) -> Boolean:
+    """A term with causality spelled out, for the cost model: also in ranks where its keys are of one modality, which is
+    monotone in modality-major order where positions are not."""
+    out = term & sympy.Ge(x.q, x.k, evaluate=False)
+    for e in term.atoms(sympy.Eq):
+        if e.lhs == x.Modality(x.k) and e in sympy.And.make_args(term):
+            out &= sympy.Ge(x.Rank(x.q, e.rhs), x.Rank(x.k, e.rhs), evaluate=False)
+    return out
 
 
 def _rows(part: Part, tiles: cost.Tiles, group: int) -> Launch:

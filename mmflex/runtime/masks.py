@@ -108,8 +108,8 @@ def looked_up(
         name = x.set_name(atom)
         if isinstance(atom, x.Member):
             at = x.source(atom.args[0], write)
-            # Ranks may be -1 (before the first of a modality): tables start one early, no index is negative.
-            table = capture(("member", name), lambda: pad(values.found[name].int(), (1, 0)))
+            # Ranks may be -1 (before the first of a modality) or the size: tables start one early and end one late.
+            table = capture(("member", name), lambda: pad(values.found[name].int(), (1, 1)))
             return f"({table}[b, h, {at} + 1] == 1)"
         if isinstance(atom, x.Touches):
             first, last, key = (x.source(a, write) for a in atom.args[:3])
@@ -119,7 +119,7 @@ def looked_up(
             low, high = f"({first} - {key} + {top + 1})", f"({last} - {key} + {top + 2})"
             return f"({below}[b, h, {high}] > {below}[b, h, {low}])"
         a, b = (x.source(e, write) for e in atom.args[:2])
-        table = capture(("listed", name), lambda: pad(values.found[name].int(), (1, 0, 1, 0)))
+        table = capture(("listed", name), lambda: pad(values.found[name].int(), (1, 1, 1, 1)))
         return f"({table}[b, h, {a} + 1, {b} + 1] == 1)"
 
     def write(leaf: sympy.Basic) -> str:
