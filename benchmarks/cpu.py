@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -121,14 +122,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json", help="where the JSON goes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # well above 0: others were computing too
     with torch.no_grad():
         rows = [measure(kind, args) for kind in ("planted", "random")]
     settings = {name: value for name, value in vars(args).items() if name != "output"}
-    machine = {
+    machine: dict[str, Any] = {
         "torch": torch.__version__,
         "mmflex": mmflex.__version__,
         "python": platform.python_version(),
         **_device(),
+        "load_before": load,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"settings": settings, "machine": machine, "rows": rows}, indent=2) + "\n")
@@ -151,17 +154,18 @@ def show(rows: list[dict[str, Any]], settings: dict[str, Any], machine: dict[str
     """The table."""
     title = "{tokens} tokens, {heads} query / {kv_heads} KV heads of {dim}, {dtype}, {threads} threads"
     title = (title + ", VerticalSlash({vertical}, {slash})").format(**settings)
-    table = Table(title=title, caption=f"torch {machine['torch']}, {machine['device']}")
+    caption = "torch {torch}, {device}, load before {load_before}".format(**machine)
+    table = Table(title=title, caption=caption)
     names = (
         "input",
         "density",
         "SDPA",
         "mmflex",
-        "of it planning",
+        "planning",
         "attending",
         "speed-up",
         "ideal",
-        "first call",
+        "first",
         "error",
     )
     for name in names:

@@ -24,7 +24,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -69,11 +69,13 @@ METHODS = {"mmflex": None, "sdpa": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "f
 # ---- the model and its prompts -------------------------------------------------------------------------------------
 
 
-def build(device: torch.device, tiny: bool) -> nn.Module:
+def build(device: torch.device, tiny: bool) -> Any:
     """Qwen2.5-VL with random weights, made where it runs."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    text = {
+    text: dict[str, Any] = {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
         "hidden_size": 3584,
         "intermediate_size": 18944,
         "num_hidden_layers": 28,
@@ -86,7 +88,7 @@ def build(device: torch.device, tiny: bool) -> nn.Module:
     if tiny:
         text.update(hidden_size=HEADS * 16, intermediate_size=128, num_hidden_layers=6, vocab_size=1024)
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
-    vision = {
+    vision: dict[str, Any] = {
         "depth": 1,
         "hidden_size": 32,
         "intermediate_size": 32,
@@ -94,8 +96,7 @@ def build(device: torch.device, tiny: bool) -> nn.Module:
         "out_hidden_size": text["hidden_size"],
         "fullatt_block_indexes": [0],
     }
-    tokens = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=5, video_token_id=6)
     dtype = torch.float32 if tiny else torch.bfloat16
     torch.manual_seed(0)
     with torch.device(device):
@@ -116,19 +117,20 @@ class Embeddings:
         return self.table if output.shape == self.table.shape else output
 
 
-def embeddings(model: nn.Module, tokens: int) -> Embeddings:
+def embeddings(model: Any, tokens: int) -> Embeddings:
     """Embeddings of a prompt, as large as those of the table."""
     weight = model.get_input_embeddings().weight
     table = torch.empty((1, tokens, weight.shape[1]), dtype=weight.dtype, device=weight.device)
     return Embeddings(table.normal_(std=0.02))
 
 
-def prompt(model: nn.Module, tokens: int, number: int, cache: bool) -> dict[str, Any]:
+def prompt(model: Any, tokens: int, number: int, cache: bool) -> dict[str, Any]:
     """The processor's output for prompt ``number`` of this length, on the model's device."""
     before = BEFORE + number
     frames = (tokens - before - AFTER) // SIDE**2
     if frames < 2:
-        raise ValueError(f"{tokens} tokens hold {frames} frames of {SIDE**2}: give {BEFORE + AFTER + 3 * SIDE**2} or more")
+        least = BEFORE + AFTER + 3 * SIDE**2
+        raise ValueError(f"{tokens} tokens hold {frames} frames of {SIDE**2}: give {least} or more")
     device = model.lm_head.weight.device
     kinds = torch.zeros((1, tokens), dtype=torch.int32, device=device)
     kinds[:, before : before + frames * SIDE**2] = 2
@@ -168,7 +170,7 @@ class Clock:
 class Bench:
     """A model, and what is switched on and off around it."""
 
-    model: nn.Module
+    model: Any
     device: torch.device
     backend: str
     cache: bool
@@ -190,8 +192,8 @@ class Bench:
             if method == "mmflex":
                 stack.enter_context(mmflex.patched(self.model, SPEC, backend=self.backend))
             else:
-                chunks = chunk_rows(self.text, None)
-                stack.callback(lambda: [chunk.remove() for chunk in chunks])
+                for chunks in chunk_rows(self.text, None):
+                    stack.callback(chunks.remove)
                 kernel = METHODS[method]
                 if kernel is not None:
                     stack.enter_context(sdpa_kernel(kernel))
@@ -252,7 +254,8 @@ class Bench:
         patch = self.model.__dict__.get("_mmflex_patch")
         entries = [entry for x in patch.prompt.recent.values() for entry in x.memo.items()] if patch else []
         programs = [value for key, value in entries if isinstance(key, tuple) and key[0] == "program"]
-        return sorted({note or ", ".join(launch.label for launch in program.launches) for program, note in programs})
+        made = {note or ", ".join(launch.label for launch in program.launches) for program, note in programs}
+        return sorted(made | set(patch.noticed if patch else ()))
 
 
 class OutOfTime(RuntimeError):
@@ -308,10 +311,9 @@ def measure(bench: Bench, tokens: int, deadline: float, row: dict[str, Any], cha
     for number in range(repeats):  # in turns, so that a slow spell meets all
         for name in names if number % 2 == 0 else reversed(names):
             attempt(name, once(name, number))
-    ours = results["mmflex"].get("seconds")
-    row["speedup"] = {
-        name: results[name]["seconds"] / ours for name in names if ours and name != "mmflex" and "seconds" in results[name]
-    }
+    times = {name: found["seconds"] for name, found in results.items() if "seconds" in found}
+    ours = times.pop("mmflex", None)
+    row["speedup"] = {name: seconds / ours for name, seconds in times.items()} if ours else {}
     changed()
 
 
@@ -320,7 +322,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     medians = {
         name: statistics.median(run[name] for run in runs) for name in ("seconds", "attention_s", "attention_share")
     }
-    peaks = {name: max(run[name] for run in runs) for name in ("peak_gb", "reserved_gb") if name in runs[0]}
+    peaks = {name: max(run.get(name, 0.0) for run in runs) for name in ("peak_gb", "reserved_gb") if name in runs[0]}
     return {**medians, **peaks, "finite": all(run["finite"] for run in runs)}
 
 
@@ -351,8 +353,8 @@ def machine(device: torch.device) -> dict[str, str]:
     return found
 
 
-COLUMNS = ("tokens", "frames", "SDPA", "FA2", "cuDNN", "mmflex", "vs SDPA", "vs FA2", "vs cuDNN", "attention FA2 / mmflex",
-           "peak FA2 / mmflex", "compiling")  # fmt: skip
+COLUMNS = ("tokens", "frames", "SDPA", "FA2", "cuDNN", "mmflex", "vs SDPA", "vs FA2", "vs cuDNN",
+           "in attention (FA2 / mmflex)", "peak (FA2 / mmflex)", "compiling")  # fmt: skip
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -400,11 +402,13 @@ def notes(report: dict[str, Any]) -> list[str]:
         for name, found in row["methods"].items()
         if "error" in found
     ]
+    errors += [f"{row['tokens']:,} tokens: {row['error']}" for row in report["rows"] if "error" in row]
     settings = report["settings"]
     return [
         f"{settings['model']}, {settings['dtype']}, {settings['layers']} layers; batch 1; KV cache "
-        f"{'kept' if settings['cache'] else 'off'}; last-token logits; medians of "
-        f"{', '.join(f'{n} runs at {t:,}' for t, n in REPEATS.items())} tokens, else 1 run; every run has a new prompt.",
+        f"{'kept' if settings['cache'] else 'off'}; logits of the last token only.",
+        f"Medians of {', '.join(f'{n} runs at {t:,}' for t, n in REPEATS.items())} tokens, else one run; every run has "
+        "a new prompt. Compiling: what the first call of a length takes beyond the second.",
         "Heads of every layer: " + ", ".join(f"{n} x {name}" for name, n in settings["spec"].items()) + ".",
         "Dense runs of more than 65,536 tokens have mmflex's chunked MLPs and norms, without which they do not fit.",
         *([f"* counted up to {settings['layers']} layers from fewer ({'; '.join(counted)})."] if counted else []),
@@ -435,8 +439,8 @@ def main() -> None:
     deadline = time.monotonic() + args.limit
     device = torch.device("cpu" if args.tiny else "cuda")
     if device.type == "cuda":
-        # lengths follow each other, so blocks of all sizes come and go
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        with suppress(AttributeError, RuntimeError):  # blocks of all sizes come and go: it keeps them from splintering
+            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     lengths = [int(n) for n in args.lengths.split(",")] if args.lengths else [2048] if args.tiny else list(LENGTHS)
     path = args.json or RESULTS / ("prefill-tiny.json" if args.tiny else "prefill.json")
     console = Console()
@@ -448,7 +452,7 @@ def main() -> None:
         spec[repr(pattern)] = spec.get(repr(pattern), 0) + 1
     report: dict[str, Any] = {
         "settings": {
-            "model": f"Qwen2.5-VL of {parameters / 1e9:.2f}B parameters, random weights, no vision tower",
+            "model": f"Qwen2.5-VL of {parameters / 1e6:,.0f}M parameters, random weights, no vision tower",
             "dtype": str(next(bench.model.parameters()).dtype).removeprefix("torch."),
             "layers": len(bench.layers),
             "spec": spec,
@@ -460,17 +464,17 @@ def main() -> None:
         "machine": machine(device),
         "rows": [],
     }
-    for line in notes(report)[:2]:
+    for line in notes(report)[:3]:
         console.print(line)
     console.print(f"built in {report['settings']['build_s']:.1f} s")
     for tokens in lengths:
         row: dict[str, Any] = {"tokens": tokens, "frames": (tokens - BEFORE - AFTER) // SIDE**2, "methods": {}}
         report["rows"].append(row)
         start = time.perf_counter()
-        handle = None
+        handle: Any = None
         try:
-            hook = embeddings(bench.model, tokens)
-            handle = bench.model.get_input_embeddings().register_forward_hook(hook)
+            table = bench.model.get_input_embeddings()
+            handle = table.register_forward_hook(embeddings(bench.model, tokens))
             measure(bench, tokens, deadline, row, lambda: write(report, path))
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"
@@ -478,7 +482,6 @@ def main() -> None:
         finally:
             if handle is not None:
                 handle.remove()
-            hook = handle = None
             free(device)
         row["wall_s"] = time.perf_counter() - start
         write(report, path)

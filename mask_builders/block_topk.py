@@ -10,7 +10,10 @@ from sympy.logic.boolalg import Boolean
 
 from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
 
-from .estimate import PooledScores, heaviest
+from .estimate import Pooled, PooledBlocks, heaviest
+
+_SCORES = 1 << 26
+"""Scores held at a time."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,22 @@ class BlockTopK(Pattern):
     def __post_init__(self) -> None:
         check_counts(self, "blocks", "block_size", minimum=1)
 
-    def estimator(self) -> PooledScores:
-        return PooledScores(self.block_size)
+    def estimator(self) -> PooledBlocks:
+        return PooledBlocks(self.block_size)
 
-    def select(self, estimate: torch.Tensor, view: View) -> Mapping[str, torch.Tensor]:
-        seen = estimate > float("-inf")
-        number = torch.arange(estimate.shape[-1], device=estimate.device)
-        own = seen.sum(-1, keepdim=True) - 1
-        return {"blocks": heaviest(estimate, self.blocks, (number == 0) | (number == own)) & seen}
+    def select(self, estimate: Pooled, view: View) -> Mapping[str, torch.Tensor]:
+        batch, heads, rows, _ = estimate.q.shape
+        keys = estimate.k.shape[2]
+        table = torch.zeros((batch, heads, rows, keys), dtype=torch.bool, device=estimate.q.device)
+        number = torch.arange(keys, device=estimate.q.device)
+        step = max(1, _SCORES // max(1, batch * heads * keys))
+        for first in range(0, rows, step):
+            part = slice(first, first + step)
+            scores = estimate.scores(part)
+            scores = torch.where((number == 0) | (number == estimate.reach[:, None, part, None]), float("inf"), scores)
+            seen = number <= estimate.reach[:, None, part, None]
+            table[:, :, part] = heaviest(scores, self.blocks) & seen
+        return {"blocks": table}
 
     def mask(self, t: Tokens) -> Boolean:
         return t.blocks("blocks", self.blocks, self.block_size)

@@ -19,7 +19,7 @@ from mmflex.runtime.kernels.mass import SPAN, block_diagonals, last_mass
 from mmflex.runtime.kernels.rows import take_rows
 from mmflex.runtime.kernels.select import heaviest
 
-__all__ = ["LastMass", "LastQueries", "PooledScores", "comb_excess", "heaviest", "likely_strides"]
+__all__ = ["LastMass", "LastQueries", "Pooled", "PooledBlocks", "comb_excess", "heaviest", "likely_strides"]
 
 _CHUNK = 1 << 27
 """Scores held at a time, in elements: bounds the memory of an estimate at any length."""
@@ -79,7 +79,7 @@ def _twin(
         part = slice(first * group, (first + step) * group)
         query = q[:, part].unflatten(1, (-1, group)).flatten(2, 3).float()
         scores = (query @ k[:, first : first + step].float().mT * scale).unflatten(2, (group, -1)).flatten(1, 2)
-        scores = scores.masked_fill(~(seen[:, None] & scores.isfinite()), float("-inf"))
+        scores = torch.where((scores.abs() < float("inf")) & seen[:, None], scores, float("-inf"))
         mass = scores.softmax(-1).nan_to_num_(0.0)
         if keys is not None:
             inside = (keys >= 0)[:, None, None].expand(batch, mass.shape[1], mass.shape[2], -1)
@@ -102,35 +102,55 @@ def _add_diagonals(out: Tensor, mass: Tensor, at: np.ndarray) -> None:
 
 
 @dataclass(frozen=True)
-class PooledScores:
-    """Estimator: scores of mean-pooled queries against mean-pooled keys (MInference, block-sparse heads)."""
+class Pooled:
+    """Mean-pooled queries [B, H, query blocks, D] and keys [B, Hkv, key blocks, D], scaled, and the last key block that
+    the queries of a block stand at, int32 [B, query blocks] (-1: no query)."""
 
-    block_size: int
+    q: Tensor
+    k: Tensor
+    reach: Tensor
 
-    def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> Tensor:
-        """q [B, H, M, D], k [B, Hkv, N, D] -> float32 [B, H, query blocks, key blocks]; -inf for blocks without a
-        pair of a query and a key before it."""
-        size = self.block_size
-        layout, m = view.layout, view.queries
-        tail = slice(layout.length - m, None)
-        in_rows, in_keys = layout.of(view.scope.query)[:, tail], layout.of(view.scope.key)
-        row_block = np.where(in_rows, layout.coordinate(view.scope.query)[:, tail] // size, -1)
-        key_block = np.where(in_keys, layout.coordinate(view.scope.key) // size, -1)
-        n_rows, n_keys = -(-view.rows // size), -(-view.size // size)
-        pooled_q, pooled_k = _pool(q, row_block, n_rows), _pool(k, key_block, n_keys)
-        group = q.shape[1] // k.shape[1]
-        scores = pooled_q.unflatten(1, (-1, group)) @ pooled_k[:, :, None].mT * scale
-        stand = np.where(in_rows, layout.coordinate(view.scope.key)[:, tail] // size, -1)
-        reach = np.full((len(stand), n_rows + 1), -1)
-        for b in range(len(stand)):
-            np.maximum.at(reach[b], row_block[b], stand[b])
-        seen = torch.as_tensor(reach[:, :-1]).to(q.device)[..., None] >= torch.arange(n_keys, device=q.device)
+    def scores(self, rows: slice) -> Tensor:
+        """float32 [B, H, rows, key blocks] of some query blocks; -inf where no key is before a query."""
+        group = self.q.shape[1] // self.k.shape[1]
+        scores = self.q[:, :, rows].unflatten(1, (-1, group)) @ self.k[:, :, None].mT
+        seen = self.reach[:, rows, None] >= torch.arange(self.k.shape[2], device=self.k.device)
         return scores.flatten(1, 2).nan_to_num(0.0).masked_fill(~seen[:, None], float("-inf"))
 
 
-def _pool(x: Tensor, block: np.ndarray, blocks: int) -> Tensor:
+@dataclass(frozen=True)
+class PooledBlocks:
+    """Estimator: queries and keys mean-pooled over blocks (MInference, block-sparse heads)."""
+
+    block_size: int
+
+    def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> Pooled:
+        """q [B, H, M, D], k [B, Hkv, N, D] -> `Pooled`."""
+        layout, size = view.layout, self.block_size
+        tail = slice(layout.length - view.queries, None)
+
+        def build() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            in_rows = layout.of(view.scope.query)[:, tail]
+            row_block = np.where(in_rows, layout.coordinate(view.scope.query)[:, tail] // size, -1)
+            key_block = np.where(layout.of(view.scope.key), layout.coordinate(view.scope.key) // size, -1)
+            stand = np.where(in_rows, layout.coordinate(view.scope.key)[:, tail] // size, -1)
+            reach = np.full((len(stand), -(-view.rows // size) + 1), -1)
+            for b in range(len(stand)):
+                np.maximum.at(reach[b], row_block[b], stand[b])
+            return row_block, key_block, np.ascontiguousarray(reach[:, :-1])
+
+        row_block, key_block, reach = layout._once(("pooled", view.scope, view.queries, size), build)
+        pooled_q = _pool(q, row_block, reach.shape[1], size) * scale
+        return Pooled(pooled_q, _pool(k, key_block, -(-view.size // size), size), _on(reach, q.device))
+
+
+def _pool(x: Tensor, block: np.ndarray, blocks: int, size: int) -> Tensor:
     """Means of x [B, H, T, D] over tokens of equal ``block`` [B, T] (-1: none) -> float32 [B, H, blocks, D]."""
-    index = torch.as_tensor(np.where(block < 0, blocks, block)).to(x.device).long().expand(len(x), -1)
+    tokens = x.shape[2]
+    if tokens == blocks * size and len(block) == 1 and (block[0] == np.arange(tokens) // size).all():
+        return x.unflatten(2, (blocks, size)).mean(3, dtype=torch.float32)
+    index = _on(block, x.device).long().expand(len(x), -1)
+    index = torch.where(index < 0, blocks, index)
     total = x.new_zeros((x.shape[0], x.shape[1], blocks + 1, x.shape[3]), dtype=torch.float32)
     total.scatter_add_(2, index[:, None, :, None].expand(x.shape), x.float().nan_to_num(0.0))
     count = torch.zeros((len(index), blocks + 1), device=x.device).scatter_add_(1, index, torch.ones_like(index).float())

@@ -76,8 +76,7 @@ class Grid(Pattern):
             return {}
         device = estimate.vertical.device
         place = torch.arange(view.size, device=device)
-        count = view.layout.of(view.scope.key).sum(axis=1)
-        end = torch.as_tensor(count, device=device)[:, None, None] - self.local - self.last_q
+        end = view.counts(device)[:, None, None] - self.local - self.last_q
         vertical = estimate.vertical * ((place >= self.sink) & (place < end))
         diagonal = None if estimate.diagonal is None else estimate.diagonal * (place >= self.local)
         batch, heads, _ = vertical.shape

@@ -174,8 +174,8 @@ def shape_heads(model: Any, spec: Sequence[Any], inputs: dict[str, torch.Tensor]
 
     Rotary features turn with the distance, the fast ones of time quickly and the slow ones of width hardly at all. A
     bias on both sides of the first makes a window (`AShape`). One on the queries along the second makes all of them
-    seek the same keys: those of the watermark (`Grid`), or a few hundred others (`VerticalSlash`). Keys are looked up in one
-    forward of ``inputs``, whose tokens at the watermark are ``corner``, bool [N].
+    seek the same keys: those of the watermark (`Grid`) or a few hundred others (`VerticalSlash`). Keys are looked up
+    in one forward of ``inputs``, whose tokens at the watermark are ``corner``, bool [N].
     """
     fast, slow = [*range(8), *range(32, 40)], [*range(24, 32), *range(56, 64)]
     layers = model.model.language_model.layers

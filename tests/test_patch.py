@@ -490,6 +490,25 @@ def test_a_layout_for_models_fed_by_their_own_code(calls: Calls) -> None:
     assert calls[-1][1].modalities == (0,)
 
 
+def test_tokens_dropped_between_layers_run_dense_with_a_notice(calls: Calls) -> None:
+    """VideoChat-Flash: a given layout describes the layers in front of that only."""
+    model = Composite(16)
+
+    def drop(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if args[0].shape[1] == 1:
+            return None
+        kwargs["position_embeddings"] = tuple(x[:, ::2] for x in kwargs["position_embeddings"])
+        return (args[0][:, ::2],), kwargs
+
+    model.llm.model.layers[1].register_forward_pre_hook(drop, with_kwargs=True)
+    embeds = torch.randn(1, 350, 64)
+    want = model.llm(inputs_embeds=embeds).logits
+    layout = TokenLayout.from_segments([("video", (20, 1, 16)), ("text", 30)])
+    with patched(model, Dense()), token_layout(layout), pytest.warns(DenseFallback, match="350 tokens but .* 175"):
+        torch.testing.assert_close(model.llm(inputs_embeds=embeds).logits, want, **CLOSE)
+    assert calls.sizes == [(350, 350)]
+
+
 def test_layouts_given_by_the_caller(calls: Calls) -> None:
     model, inputs = llama(), prompt(2, 200, "left")
     prompts = [TokenLayout.from_segments([("video", (15, 1, 10)), ("text", n)]) for n in (13, 50)]

@@ -235,6 +235,11 @@ class Prompt:
         valid = self._valid(padding, end)
         given = _given.get()
         if given is not None:
+            if self.queries not in (0, end - past):
+                raise LayoutUnknown(
+                    f"the language model was given {self.queries} tokens but attention sees {end - past} new ones "
+                    "(dropped between layers?), so token_layout no longer says which is which"
+                )
             whole = _checked(given, batch, valid, end)
         else:
             whole = self._after(past, self._new(batch, valid, past, end))

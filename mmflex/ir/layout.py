@@ -7,6 +7,8 @@ A layout lives on the host (int32 arrays, a few MB at one million tokens). Every
 from __future__ import annotations
 
 import hashlib
+import itertools
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,6 +23,22 @@ MODALITIES = {"text": 0, "image": 1, "video": 2, "audio": 3}
 MODALITY_NAMES = {number: name for name, number in MODALITIES.items()}
 
 _FIELDS = ("position", "modality", "segment", "frame", "cell")
+
+
+_serial = itertools.count()
+_alive: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+
+
+def enlist(thing: Any) -> str:
+    """A name for an object of ours, by which `listed` finds it while it lives."""
+    name = f"mmflex-{next(_serial)}"
+    _alive[name] = thing
+    return name
+
+
+def listed(name: str) -> Any:
+    """The object that `enlist` named."""
+    return _alive[name]
 
 
 def modality_id(modality: str | int) -> int:
@@ -116,6 +134,10 @@ class TokenLayout:
     frame: np.ndarray
     cell: np.ndarray
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    serial: str = field(default="", init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "serial", enlist(self))
 
     # ---- building -------------------------------------------------------------------------------------------------
 

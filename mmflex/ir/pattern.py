@@ -16,7 +16,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 
 from . import expr as x
-from .layout import MODALITY_NAMES, TokenLayout, modality_id
+from .layout import MODALITY_NAMES, TokenLayout, enlist, modality_id
 
 VERSION = 1
 """Version of the JSON form."""
@@ -64,6 +64,13 @@ class View:
     def rows(self) -> int:
         """Tokens of the query modality (of the longest prompt): queries are counted from the first of them."""
         return max(1, int(self.layout.of(self.scope.query).sum(axis=1).max(initial=0)))
+
+    def counts(self, device: torch.device) -> torch.Tensor:
+        """int64 [B]: keys in scope of each prompt, on a device (copied there once)."""
+        return self.layout._once(
+            ("counts", self.scope.key, device),
+            lambda: torch.as_tensor(self.layout.of(self.scope.key).sum(axis=1)).to(device),
+        )
 
     @property
     def frame_stride(self) -> int | None:
@@ -197,6 +204,13 @@ class Pattern:
     to the input. Patterns compose with ``|``, ``&``, ``-`` and `on`."""
 
     known: ClassVar[dict[str, type[Pattern]]] = {}
+    serial: str
+    """Names this object among all patterns and layouts alive, for graphs of torch.compile to refer to."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        self = super().__new__(cls)
+        object.__setattr__(self, "serial", enlist(self))
+        return self
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from ..compiler import cost
 from ..compiler.orders import Order
 from ..compiler.plan import Launch, Program, build
-from ..ir.layout import TokenLayout
+from ..ir.layout import TokenLayout, listed
 from ..ir.pattern import Pattern, find
 from . import backends, steps
 from .backends import Backend
@@ -49,6 +49,9 @@ def attention(
             cost model predicts that planning and sparse blocks take longer (`plan(...).explain()` says so).
         return_lse: also return the log-sum-exp of the scores, float32 ``[B, Hq, M]``, -inf for padding.
 
+    Inside ``torch.compile`` (``fullgraph=True`` included) it is one opaque op; build patterns and layouts outside the
+    compiled function, it recompiles for other ones.
+
     Returns:
         ``[B, Hq, M, D]`` like q; rows of padding tokens, and rows that may see no key, are 0.
 
@@ -56,6 +59,9 @@ def attention(
         ValueError, TypeError: shapes, dtypes, devices or spec that do not fit; both values are named.
         RuntimeError: the backend asked for cannot run here; or, in backward, that there is no backward.
     """
+    if torch.compiler.is_compiling():
+        out, lse = _compiled(q, k, v, spec, layout, scale, backend, return_lse)
+        return (out, lse) if return_lse else out
     plan_ = _planned(q, k, spec, layout, scale, backend, return_lse, v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse = _ForwardOnly.apply(q, k, v, plan_, return_lse)
@@ -80,6 +86,41 @@ def plan(
     Args: as `attention`; ``block_size``: tokens per block (other than 128 for experiments on the reference backend).
     """
     return _planned(q, k, spec, layout, scale, backend, False, None, block_size)
+
+
+_requests: dict[tuple[str, ...], tuple[Spec, TokenLayout | None]] = {}
+
+
+@torch.compiler.assume_constant_result
+def _request(layout: str, *patterns: str) -> str:
+    """Keeps a spec and layout, given by their serials, for a compiled graph that holds only this name."""
+    _requests[layout, *patterns] = tuple(listed(p) for p in patterns), listed(layout) if layout else None
+    return "|".join((layout, *patterns))
+
+
+def _compiled(
+    q: Tensor, k: Tensor, v: Tensor, spec: Spec, layout: TokenLayout | None, scale: float | None, backend: str, lse: bool
+) -> tuple[Tensor, Tensor]:
+    """`attention` inside torch.compile: an opaque op, since planning is Python and sympy, and has kernels of its own."""
+    patterns = [spec] * q.shape[1] if isinstance(spec, Pattern) else spec
+    request = _request("" if layout is None else layout.serial, *[p.serial for p in patterns])
+    return _op(q, k, v, request, q.shape[3] ** -0.5 if scale is None else scale, backend, lse)
+
+
+@torch.library.custom_op("mmflex::attention", mutates_args=())
+def _op(
+    q: Tensor, k: Tensor, v: Tensor, request: str, scale: float, backend: str, return_lse: bool
+) -> tuple[Tensor, Tensor]:
+    spec, layout = _requests[tuple(request.split("|"))]
+    plan_ = _planned(q, k, spec, layout, scale, backend, return_lse, v)
+    out, lse = plan_._attend(q, k, v, return_lse)
+    return out.contiguous(), q.new_empty(0, dtype=torch.float32) if lse is None else lse
+
+
+@_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, request: str, scale: float, backend: str, return_lse: bool) -> tuple[Tensor, Tensor]:
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    return out, q.new_empty(q.shape[:3] if return_lse else 0, dtype=torch.float32)
 
 
 class _ForwardOnly(torch.autograd.Function):
@@ -175,7 +216,7 @@ def _program(
             note = "dense: asked for" if m else "no queries"
             patterns = dense_spec
         program = build(patterns, layout, m, kv_heads, tile, lse=runs.lse, full_width=runs.full_width)
-        sparse = program.cost + cost.PLANNING.get(runs.name, 0.0) * len(patterns)
+        sparse = program.cost + cost.planning(runs.name, program)
         if auto and any(launch.kind != "dense" for launch in program.launches) and sparse >= program.dense_cost:
             note = f"dense: the spec would cost {sparse:.0f} blocks with planning, dense costs {program.dense_cost:.0f}"
             program = build(dense_spec, layout, m, kv_heads, tile, lse=runs.lse, full_width=runs.full_width)
@@ -275,7 +316,7 @@ class Plan:
         q = steps.take_heads(q, launch.heads.heads, state)
         k, v = (steps.take_heads(t, launch.heads.kv_heads, state) for t in (k, v))
         if not layout.padded:
-            return backends.dense_attention(q, k, v, self.scale, need)
+            return backends.dense_attention(q, k, v, self.scale, need, self.backend)
         out = q.new_zeros((*q.shape[:3], v.shape[3]))
         lse = torch.full(q.shape[:3], float("-inf"), device=q.device) if need else None
         for b in range(q.shape[0]):
@@ -284,7 +325,7 @@ class Plan:
             for_q = valid[layout.length - q.shape[2] :]
             at_q, at_k = (torch.as_tensor(np.flatnonzero(x)).to(q.device) for x in (for_q, valid))
             found, sums = backends.dense_attention(
-                *(t[b : b + 1].index_select(2, at) for t, at in ((q, at_q), (k, at_k), (v, at_k))), self.scale, need
+                *(t[b : b + 1].index_select(2, at) for t, at in ((q, at_q), (k, at_k), (v, at_k))), self.scale, need, self.backend
             )
             out[b].index_copy_(1, at_q, found[0])
             if lse is not None and sums is not None:

@@ -205,11 +205,19 @@ _FASTEST_FIRST = [
 ]
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Causal SDPA, the last M of N positions: q [B, H, M, D], k and v [B, Hkv, N, D]. Without padding."""
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, lse: bool, backend: str = "dense"
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention, the last M of N positions: q [B, H, M, D], k and v [B, Hkv, N, D]. Without padding. By
+    flash-attn-4 beside the flash backend, else by the fastest SDPA kernel there is."""
     m, n = q.shape[2], k.shape[2]
     gqa = q.shape[1] != k.shape[1]
     if not lse:
+        if backend == "flash":
+            from flash_attn.cute import flash_attn_func
+
+            found = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), softmax_scale=scale, causal=True)
+            return (found[0] if isinstance(found, tuple) else found).transpose(1, 2), None
         if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
             with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
                 bias = None if m == n else causal_lower_right(m, n)

@@ -62,6 +62,25 @@ if triton is not None:
         tl.store(keep + row * n + at, (key > prefix) | ((equal != 0) & (place <= left)), mask=at < n)
 
     @triton.jit
+    def _heaviest(mass, always, keep, n, budget, BLOCK: tl.constexpr, FORCED: tl.constexpr):
+        """All passes for a row that one program holds."""
+        row = tl.program_id(0).to(tl.int64)
+        bins = tl.arange(0, 256)
+        at = tl.arange(0, BLOCK)
+        key = _key(mass, always, row, at, n, FORCED)
+        prefix, left = 0, budget
+        for digit in tl.static_range(4):
+            shift: tl.constexpr = 24 - 8 * digit
+            same = (at < n) & ((key >> shift >> 8) == prefix)
+            histogram = tl.histogram((key >> shift) & 255, 256, mask=same)
+            above = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)
+            chosen = tl.max(tl.where(above + histogram >= left, bins, 0), 0)
+            left -= tl.sum(tl.where(bins == chosen, above, 0), 0)
+            prefix = prefix * 256 + chosen
+        equal = ((at < n) & (key == prefix)).to(tl.int32)
+        tl.store(keep + row * n + at, (key > prefix) | ((equal != 0) & (tl.cumsum(equal, 0) <= left)), mask=at < n)
+
+    @triton.jit
     def _key(mass, always, row, at, n, FORCED: tl.constexpr):
         """Masses as integers of the same order, from 0 on; what is forced comes above all."""
         value = tl.load(mass + row * n + at, mask=at < n, other=0.0)
@@ -116,6 +135,9 @@ def heaviest(mass: Tensor, budget: int, always: Tensor | None = None) -> Tensor:
         keep = torch.empty(mass.shape, dtype=torch.bool, device=mass.device)
         forced = keep if always is None else always.contiguous()
         block = min(4096, max(256, triton.next_power_of_2(n)))
+        if n <= block:
+            _heaviest[(rows,)](mass, forced, keep, n, budget, BLOCK=block, FORCED=always is not None)
+            return keep
         grid = (triton.cdiv(n, block), rows)
         histograms = torch.zeros((rows, 4, 256), dtype=torch.int32, device=mass.device)
         shape = {"BLOCK": block, "FORCED": always is not None}

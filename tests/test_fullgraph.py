@@ -1,0 +1,39 @@
+"""mmflex.attention inside torch.compile(fullgraph=True): same result, and no recompile when only values change."""
+
+from __future__ import annotations
+
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import mmflex
+from mask_builders import AShape, VerticalSlash
+
+
+def test_fullgraph_gives_the_same_and_compiles_once():
+    layout = mmflex.TokenLayout.from_segments([("text", 100), ("video", (4, 8, 8)), ("text", 44)])
+    spec = [VerticalSlash(40, 128)] * 2 + [AShape(16, 64)] * 2
+
+    def block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = mmflex.attention(q * 2, k, v, spec, layout=layout, backend="reference")
+        return out.transpose(1, 2).flatten(2) + 1
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, fullgraph=True, backend=counter)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        q, k, v = (torch.randn(1, heads, 400, 32) for heads in (4, 2, 2))
+        torch.testing.assert_close(compiled(q, k, v), block(q, k, v))
+    assert counter.frame_count == 1
+
+
+def test_lse_has_its_shape_in_a_graph():
+    pattern = AShape(16, 64)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return mmflex.attention(q, k, v, pattern, backend="reference", return_lse=True)
+
+    q, k, v = (torch.randn(1, heads, 200, 32) for heads in (4, 2, 2))
+    out, lse = both(q, k, v)
+    expected = mmflex.attention(q, k, v, pattern, backend="reference", return_lse=True)
+    torch.testing.assert_close((out, lse), expected)
