@@ -196,7 +196,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="8192,16384,32768,65536,131072,262144,524288,1048576")
     default = "vs,grid,a-shape,block-topk:0-131072,vs-4096:524288-"
-    parser.add_argument("--patterns", default=default, help=f"of {', '.join(SPECS)}; NAME:LOW-HIGH for some lengths only")
+    parser.add_argument(
+        "--patterns", default=default, help=f"of {', '.join(SPECS)}; NAME:LOW-HIGH for some lengths only"
+    )
     parser.add_argument("--backends", default="flash", help="comma-separated; 'auto' lets the cost model choose dense")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no new row after this many seconds")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/attention.json"))
@@ -218,12 +220,20 @@ def main() -> None:
                 try:
                     rows.append(measure(name, backend, q, k, v, dense))
                     r = rows[-1]
-                    print(f"{time.perf_counter() - begin:5.0f}s {n} {name} {backend}: {r['total_ms']:.2f} ms, S {r['S']:.1f}", flush=True)
+                    print(
+                        f"{time.perf_counter() - begin:5.0f}s {n} {name} {backend}: {r['total_ms']:.2f} ms, S {r['S']:.1f}",
+                        flush=True,
+                    )
                 except Exception as problem:
                     print(f"{n} {name} {backend}: {type(problem).__name__}: {str(problem)[:400]}", flush=True)
                 torch.cuda.set_sync_debug_mode("default")
                 torch.cuda.empty_cache()
-                facts = {"torch": torch.__version__, "device": torch.cuda.get_device_name(), "inputs": "planted", "rows": rows}
+                facts = {
+                    "torch": torch.__version__,
+                    "device": torch.cuda.get_device_name(),
+                    "inputs": "planted",
+                    "rows": rows,
+                }
                 args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps(facts, indent=1) + "\n")
         del q, k, v

@@ -59,13 +59,22 @@ class LastQueries:
         limit, stand = limit.expand(len(q), -1).contiguous(), stand.expand(len(q), -1).contiguous()
         keys = None if keys is None else keys.expand(len(q), -1).contiguous()
         if use_triton(q) and last.spread <= SPAN - 128 and view.tile % 128 == 0:
-            return LastMass(*last_mass(query, k, scale, limit, position, stand, keys, view.size, view.tile, self.distances), view)
+            return LastMass(
+                *last_mass(query, k, scale, limit, position, stand, keys, view.size, view.tile, self.distances), view
+            )
         vertical, diagonal = _twin(query, k, scale, limit, position, last.stand, keys, view.size)
         return LastMass(vertical, diagonal, block_diagonals(diagonal, view.tile), view)
 
 
 def _twin(
-    q: Tensor, k: Tensor, scale: float, limit: Tensor, position: Tensor, stand: np.ndarray, keys: Tensor | None, size: int
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    limit: Tensor,
+    position: Tensor,
+    stand: np.ndarray,
+    keys: Tensor | None,
+    size: int,
 ) -> tuple[Tensor, Tensor]:
     """`mmflex.runtime.kernels.mass.last_mass` in torch, some KV heads at a time."""
     batch, heads, rows, _ = q.shape
@@ -153,7 +162,9 @@ def _pool(x: Tensor, block: np.ndarray, blocks: int, size: int) -> Tensor:
     index = torch.where(index < 0, blocks, index)
     total = x.new_zeros((x.shape[0], x.shape[1], blocks + 1, x.shape[3]), dtype=torch.float32)
     total.scatter_add_(2, index[:, None, :, None].expand(x.shape), x.float().nan_to_num(0.0))
-    count = torch.zeros((len(index), blocks + 1), device=x.device).scatter_add_(1, index, torch.ones_like(index).float())
+    count = torch.zeros((len(index), blocks + 1), device=x.device).scatter_add_(
+        1, index, torch.ones_like(index).float()
+    )
     return total[:, :, :-1] / count[:, None, :-1, None].clamp(min=1.0)
 
 

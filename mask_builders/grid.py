@@ -58,7 +58,9 @@ class Grid(Pattern):
         return self.phase == "search" and (self.columns or self.rows)
 
     def estimator(self) -> LastQueries | None:
-        return LastQueries(self.last_q, distances=self.slash) if self.stride == "search" or self._searches_phase else None
+        return (
+            LastQueries(self.last_q, distances=self.slash) if self.stride == "search" or self._searches_phase else None
+        )
 
     def _stride(self, frame_stride: int | None) -> int:
         """The stride, where it does not depend on attention."""
@@ -102,7 +104,9 @@ class Grid(Pattern):
             stride: sympy.Expr = t.number("stride", at_least=self.shortest)
         else:
             stride = sympy.Integer(self._stride(t.layout.frame_stride(t.scope.key)))
-        phase = t.number("phase") if self._searches_phase else sympy.Integer(0 if self.phase == "search" else self.phase)
+        phase = (
+            t.number("phase") if self._searches_phase else sympy.Integer(0 if self.phase == "search" else self.phase)
+        )
         out = t.sink(self.sink) | t.local(self.local)
         if self.columns:
             out |= sympy.Eq(sympy.Mod(t.k - phase, stride), 0)
@@ -116,5 +120,7 @@ class Grid(Pattern):
     def candidates(cls) -> tuple[Pattern, ...]:
         lines = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 1, 1)]  # rows, columns, slash
         return tuple(
-            cls(stride, columns=bool(c), rows=bool(r), slash=bool(s)) for stride in ("frame", "search") for r, c, s in lines
+            cls(stride, columns=bool(c), rows=bool(r), slash=bool(s))
+            for stride in ("frame", "search")
+            for r, c, s in lines
         )

@@ -59,7 +59,9 @@ class Boundary2D(Pattern):
         parts = {}
         for pair, pattern in _items(self.parts):
             if not isinstance(pair, tuple) or len(pair) != 2:
-                raise ValueError(f"Boundary2D maps (query modality, key modality) pairs to patterns, got the key {pair!r}")
+                raise ValueError(
+                    f"Boundary2D maps (query modality, key modality) pairs to patterns, got the key {pair!r}"
+                )
             parts[modality_id(pair[0]), modality_id(pair[1])] = _check(pattern)
         object.__setattr__(self, "parts", tuple(sorted(parts.items())))
 

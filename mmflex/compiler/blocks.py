@@ -228,10 +228,10 @@ def _recipe(expr: Boolean, triton: bool) -> _Recipe:
             low, high = both(e)
             return high, low
         if isinstance(e, Relational):
-            parts = x.separate(e)
-            if parts is None:
+            apart = x.separate(e)
+            if apart is None:
                 return "True", "False"
-            return _compare(both(parts[0]), parts[1], both(parts[2]))
+            return _compare(both(apart[0]), apart[1], both(apart[2]))
         if isinstance(e, x.Touches):
             (a0, a1), (b0, b1), (k0, k1) = (both(arg) for arg in e.args[:3])
             some = f"({look_up(e, f'{b1} - {k0} + 1')} > {look_up(e, f'{a0} - {k1}')})"
@@ -295,7 +295,9 @@ def classify(source: BlockSource, ends: Extremes) -> Tensor:
     h = torch.arange(ends.low.shape[1], device=ends.low.device)[None, :, None, None]
     function = _classifier(source.some, source.every, (*source.names, *source.tables))
     rows = ends.row_low[..., None], ends.row_high[..., None]
-    out = function(b, h, *rows, ends.low[:, :, None], ends.high[:, :, None], *source.names.values(), *source.tables.values())
+    out = function(
+        b, h, *rows, ends.low[:, :, None], ends.high[:, :, None], *source.names.values(), *source.tables.values()
+    )
     if ends.tail_low is None or ends.tail_high is None:
         return out
     partial, full = rows[1] >= ends.tail_low[:, :, None], rows[0] >= ends.tail_high[:, :, None]

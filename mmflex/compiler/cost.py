@@ -170,7 +170,13 @@ def ranges(expr: Boolean, tiles: Tiles) -> list[Range]:
         return span()
     low, high = tiles.bounds(expr.args[0])
     high = tiles.bounds(expr.args[1])[1] if isinstance(expr, x.Touches) else high
-    return span(most=most * (high - low + 1) * _spread(tiles, key))
+    bound = most * (high - low + 1).astype(np.int64) * _spread(tiles, key)
+    if isinstance(expr, x.Listed):
+        # The classifier looks up corners only: a tile that holds more than two blocks may list anything.
+        key_low, key_high = tiles.bounds(key)
+        wide = (high - low > 1) | bool((key_high - key_low > 1).any())
+        bound = np.where(wide, _MANY, bound)
+    return span(most=bound)
 
 
 def _spread(tiles: Tiles, key: sympy.Expr) -> int:
@@ -215,7 +221,7 @@ def touched(expr: Boolean, tiles: Tiles) -> np.ndarray:
     for first, last, most in ranges(expr, tiles):
         total = total + np.clip(np.minimum(last - first + 1, most), 0, None)
     keys = int(_real(tiles.keys).sum(1).max(initial=0))
-    return np.where(_real(tiles.rows), np.minimum(total, keys), 0)
+    return np.asarray(np.where(_real(tiles.rows), np.minimum(total, keys), 0))
 
 
 def causal(tiles: Tiles) -> np.ndarray:

@@ -93,7 +93,9 @@ class Order:
             # Keys of other modalities are never asked for their rank in this one: ends of the scale keep it monotone,
             # and constant on their tiles.
             m = int(leaf.args[1])
-            value = np.where(layout.modality == m, value, np.where(layout.modality < m, -1, layout.of(m).sum(1, keepdims=True)))
+            value = np.where(
+                layout.modality == m, value, np.where(layout.modality < m, -1, layout.of(m).sum(1, keepdims=True))
+            )
         return np.take_along_axis(value, self.filled + self.origin, axis=1).astype(np.int32)
 
 

@@ -104,7 +104,9 @@ class Launch:
     @property
     def label(self) -> str:
         names = {"main": "blocks", "rows": "gathered rows", "classes": "residue-major", "dense": "dense"}
-        where = "" if self.rows.label == self.keys.label == "natural" else f", {self.rows.label} x {self.keys.label} keys"
+        where = (
+            "" if self.rows.label == self.keys.label == "natural" else f", {self.rows.label} x {self.keys.label} keys"
+        )
         return names[self.kind] + where
 
     @cached_property
@@ -348,7 +350,15 @@ def _pieces(expr: Boolean, heads: tuple[int, ...], tiles: cost.Tiles, group: int
 
 
 def _launch(
-    kind: Kind, tiles: cost.Tiles, part: Part, group: int, compare: bool, section: int, capacity: int, width: int, price: float
+    kind: Kind,
+    tiles: cost.Tiles,
+    part: Part,
+    group: int,
+    compare: bool,
+    section: int,
+    capacity: int,
+    width: int,
+    price: float,
 ) -> Launch:
     heads = HeadMap.of(part.heads, group)
     return Launch(kind, tiles.rows, tiles.keys, (part,), heads, compare, section, capacity, width, price)
@@ -362,7 +372,9 @@ def _main(part: Part, tiles: cost.Tiles, group: int) -> Launch:
         section = bucket(cost.count(part.columns, x.k, tiles.layout), tile)
     per_row = cost.touched(sympy.Or(*(_causally(term) for term in _terms(part.mask))), tiles)
     blocks = float(per_row.mean(0).sum()) + tiles.row_tiles * (section // tile) / 2
-    price = blocks * (cost.FULL if compare else (cost.FULL + cost.LOOKUP) / 2) + 2 * tiles.row_tiles * (cost.PARTIAL - 1)
+    price = blocks * (cost.FULL if compare else (cost.FULL + cost.LOOKUP) / 2) + 2 * tiles.row_tiles * (
+        cost.PARTIAL - 1
+    )
     if not tiles.rows.identity:
         price += cost.MOVED * tiles.row_tiles
     width = int(per_row.max(initial=0)) + section // tile

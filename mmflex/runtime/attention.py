@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any
 
 import numpy as np
-import sympy
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -60,8 +59,8 @@ def attention(
         RuntimeError: the backend asked for cannot run here; or, in backward, that there is no backward.
     """
     if torch.compiler.is_compiling():
-        out, lse = _compiled(q, k, v, spec, layout, scale, backend, return_lse)
-        return (out, lse) if return_lse else out
+        found = _compiled(q, k, v, spec, layout, scale, backend, return_lse)
+        return found if return_lse else found[0]
     plan_ = _planned(q, k, spec, layout, scale, backend, return_lse, v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse = _ForwardOnly.apply(q, k, v, plan_, return_lse)
@@ -99,7 +98,14 @@ def _request(layout: str, *patterns: str) -> str:
 
 
 def _compiled(
-    q: Tensor, k: Tensor, v: Tensor, spec: Spec, layout: TokenLayout | None, scale: float | None, backend: str, lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: Spec,
+    layout: TokenLayout | None,
+    scale: float | None,
+    backend: str,
+    lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """`attention` inside torch.compile: an opaque op, since planning is Python and sympy, and has kernels of its own."""
     patterns = [spec] * q.shape[1] if isinstance(spec, Pattern) else spec
@@ -118,7 +124,9 @@ def _op(
 
 
 @_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, request: str, scale: float, backend: str, return_lse: bool) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, request: str, scale: float, backend: str, return_lse: bool
+) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     return out, q.new_empty(q.shape[:3] if return_lse else 0, dtype=torch.float32)
 
@@ -170,7 +178,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayo
         if layout.length != n:
             raise ValueError(f"the layout has {layout.length} tokens but k {n}: slice it, layout[:{n}], or pad it")
         if layout.batch_size not in (1, q.shape[0]):
-            raise ValueError(f"the layout has {layout.batch_size} prompts but q {q.shape[0]}: give one each, or one for all")
+            raise ValueError(
+                f"the layout has {layout.batch_size} prompts but q {q.shape[0]}: give one each, or one for all"
+            )
     if not isinstance(spec, (Pattern, Sequence)) or isinstance(spec, str):
         raise TypeError(f"spec is {spec!r}: give a pattern (see mask_builders), or a sequence of one per query head")
     patterns = (spec,) * heads if isinstance(spec, Pattern) else tuple(spec)
@@ -178,7 +188,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayo
         if not isinstance(p, Pattern):
             raise TypeError(f"spec holds {p!r}: give a pattern (see mask_builders), or one per query head")
     if len(patterns) != heads:
-        raise ValueError(f"spec has {len(patterns)} patterns for {heads} query heads: give one per head, or a single one")
+        raise ValueError(
+            f"spec has {len(patterns)} patterns for {heads} query heads: give one per head, or a single one"
+        )
     return patterns
 
 
@@ -197,7 +209,9 @@ def _planned(
     layout = TokenLayout.text(k.shape[2]) if layout is None else layout
     runs = backends.resolve(backend, q.device, q.shape[3], q.dtype)
     if need_lse and not runs.lse:
-        raise ValueError(f"return_lse: backend {runs.name!r} does not give it; use backend='reference' or a CUDA device")
+        raise ValueError(
+            f"return_lse: backend {runs.name!r} does not give it; use backend='reference' or a CUDA device"
+        )
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     program, note = _program(patterns, layout, q.shape[2], k.shape[1], tile, runs, backend == "auto")
     with torch.no_grad():
@@ -271,7 +285,9 @@ class Plan:
         """The attention of these tensors under this plan's mask: shapes as in `attention`, equal to the planned ones."""
         _check(q, k, v, self.program.groups[0].pattern, None)
         if (tuple(q.shape), tuple(k.shape)) != self.shape:
-            raise ValueError(f"planned for q and k of shapes {self.shape}, got {tuple(q.shape)}, {tuple(k.shape)}: plan again")
+            raise ValueError(
+                f"planned for q and k of shapes {self.shape}, got {tuple(q.shape)}, {tuple(k.shape)}: plan again"
+            )
         with torch.no_grad():
             return self._attend(q, k, v, False)[0]
 
@@ -324,9 +340,8 @@ class Plan:
             valid = layout.valid[row]
             for_q = valid[layout.length - q.shape[2] :]
             at_q, at_k = (torch.as_tensor(np.flatnonzero(x)).to(q.device) for x in (for_q, valid))
-            found, sums = backends.dense_attention(
-                *(t[b : b + 1].index_select(2, at) for t, at in ((q, at_q), (k, at_k), (v, at_k))), self.scale, need, self.backend
-            )
+            own = [t[b : b + 1].index_select(2, at) for t, at in ((q, at_q), (k, at_k), (v, at_k))]
+            found, sums = backends.dense_attention(own[0], own[1], own[2], self.scale, need, self.backend)
             out[b].index_copy_(1, at_q, found[0])
             if lse is not None and sums is not None:
                 lse[b].index_copy_(1, at_q, sums[0].float())

@@ -92,7 +92,9 @@ BACKENDS = {
 }
 
 
-def why_not(backend: str, device: torch.device | str, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> str | None:
+def why_not(
+    backend: str, device: torch.device | str, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16
+) -> str | None:
     """Why a backend cannot run with these tensors; None if it can. ValueError for an unknown name."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
@@ -121,7 +123,15 @@ def _notice(text: str) -> None:
 
 
 def attend(
-    backend: Backend, q: Tensor, k: Tensor, v: Tensor, mask_mod: MaskMod, lists: Lists, tile: int, scale: float, lse: bool
+    backend: Backend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask_mod: MaskMod,
+    lists: Lists,
+    tile: int,
+    scale: float,
+    lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """One launch: q [B, H, Q, D], k and v [B, Hkv, KV, D] in slot order -> out like q, lse float32 [B, H, Q] if asked."""
     if backend.name == "reference":
@@ -159,15 +169,22 @@ def _kernel(source: str, backend: str, tile: int, scale: float, lse: bool, bucke
     """The compiled kernel of a mask_mod for a bucket of shapes."""
     global compiles
     compiles += 1
-    options: dict[str, Any] = {"BACKEND": backend.upper()} if backend in ("flash", "triton") else {}
+    options: Any = {"BACKEND": backend.upper()} if backend in ("flash", "triton") else {}
     dtype, device, head_dim = bucket[0], bucket[1], bucket[2][3] if backend != "flash" else 0
-    if backend == "triton" and dtype != torch.float32 and head_dim == 128 and tile == 128:
-        if torch.cuda.get_device_capability(device) == (9, 0):  # measured best on H200, see benchmarks/NOTES.md
-            options |= {"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 3, "num_warps": 8}
+    fits = backend == "triton" and dtype != torch.float32 and head_dim == 128 and tile == 128
+    if fits and torch.cuda.get_device_capability(device) == (9, 0):  # measured best on H200, see benchmarks/NOTES.md
+        options |= {"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 3, "num_warps": 8}
     make = _maker(source)
 
     def run(
-        q: Tensor, k: Tensor, v: Tensor, num: Tensor, index: Tensor, full_num: Tensor, full_index: Tensor, *captures: Tensor
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        num: Tensor,
+        index: Tensor,
+        full_num: Tensor,
+        full_index: Tensor,
+        *captures: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         mask = BlockMask.from_kv_blocks(
             num,

@@ -150,7 +150,13 @@ class _Lists:
         self.counts = torch.zeros(shape, dtype=torch.int32, device=state.device)
 
     def add(
-        self, place: tuple[int, ...], part: Part, values: Values | None, row: Tensor, limit: Tensor, tail: Tensor | None = None
+        self,
+        place: tuple[int, ...],
+        part: Part,
+        values: Values | None,
+        row: Tensor,
+        limit: Tensor,
+        tail: Tensor | None = None,
     ) -> None:
         """Lists the blocks of some heads; row [B, 1|H, Q], limit and tail [B, H, ...]; values None: all pairs."""
         triton = dialect(row)
@@ -175,7 +181,7 @@ def _check(fits: Tensor, what: str) -> None:
 
 
 def _main(state: State, launch: Launch) -> Ready:
-    program, tile = state.program, state.program.tile
+    program = state.program
     row, at = _positions(launch, state)
     heads, batch, main = launch.heads.heads, state.batch, launch.keys.slots
     place = {h: i for i, h in enumerate(heads) if h >= 0}
@@ -198,7 +204,12 @@ def _main(state: State, launch: Launch) -> Ready:
             tail = torch.where(real, own.gather(-1, index), BIG).int()
             own = torch.where(chosen, BIG, own)
             if not launch.keys.identity:
-                index = launch.keys.on("filled", state.device).expand(batch, -1)[:, None].expand(own.shape).gather(-1, index)
+                index = (
+                    launch.keys.on("filled", state.device)
+                    .expand(batch, -1)[:, None]
+                    .expand(own.shape)
+                    .gather(-1, index)
+                )
             sections.append(index)
             section_heads.extend(part.heads)
             slots = state.const(tuple(slot_of[h] for h in part.heads))
@@ -212,8 +223,8 @@ def _main(state: State, launch: Launch) -> Ready:
         mask_mod = masks.looked_up(row.contiguous(), limit + base, *residual, main, launch.key_slots, batch, len(heads))
     else:
         mask_mod = masks.comparison(row.contiguous() if origin is None else None, limit)
-    index = torch.cat(sections, 1) if sections else None
-    return Ready(lists.done(), mask_mod, section_index=index, section_heads=tuple(section_heads))
+    joined = torch.cat(sections, 1) if sections else None
+    return Ready(lists.done(), mask_mod, section_index=joined, section_heads=tuple(section_heads))
 
 
 def _spread(values: Values, own: tuple[int, ...], heads: tuple[int, ...], state: State) -> None:
@@ -240,7 +251,9 @@ def _rows(state: State, launch: Launch) -> Ready:
     index = torch.zeros((batch, len(heads), launch.capacity), dtype=torch.int64, device=state.device)
     count = torch.zeros((batch, len(heads)), dtype=torch.int64, device=state.device)
     for part in launch.parts:
-        chosen = state.part_values(launch, part).of(part.chosen)[..., 0].expand(batch, len(part.heads), -1) & real[:, None]
+        chosen = (
+            state.part_values(launch, part).of(part.chosen)[..., 0].expand(batch, len(part.heads), -1) & real[:, None]
+        )
         slots, found = gathered(chosen, launch.capacity)
         _check(found <= launch.capacity, "gathered rows")
         here = state.const(tuple(place[h] for h in part.heads))
@@ -264,7 +277,10 @@ def _classes(state: State, launch: Launch) -> Ready:
     values = state.part_values(launch, part)
     (row_index, row_at, row_real), (key_index, key_at, key_real) = (
         _by_residue(state, values.of(residue).squeeze(dim), position, side, len(part.heads))
-        for residue, position, side, dim in ((part.classes[0], row, launch.rows, 3), (part.classes[1], at, launch.keys, 2))
+        for residue, position, side, dim in (
+            (part.classes[0], row, launch.rows, 3),
+            (part.classes[1], at, launch.keys, 2),
+        )
     )
     row_at, key_at = torch.where(row_real, row_at, -1).int(), torch.where(key_real, key_at, BIG).int()
     there = state.part_values(launch, part, row_index, key_index)

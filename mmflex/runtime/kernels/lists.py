@@ -73,7 +73,9 @@ def kernel({arguments}, BLOCK: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.conste
 
 
 @lru_cache(maxsize=256)
-def _kernel(some: str, every: str, names: tuple[tuple[str, str, bool], ...], tables: tuple[tuple[str, int], ...]) -> Any:
+def _kernel(
+    some: str, every: str, names: tuple[tuple[str, str, bool], ...], tables: tuple[tuple[str, int], ...]
+) -> Any:
     """The kernel of a classifier. names: (name, "row" | "key" | "one", boolean); tables: (name, dimensions)."""
     arguments = [_HEADER, _NUMBERS]
     scalars, vectors, coarse = [], [], []

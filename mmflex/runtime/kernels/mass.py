@@ -24,7 +24,9 @@ _BLOCKS = 8
 if triton is not None:
 
     @triton.jit
-    def _scores(q, k, limit, position, keys, row, dim, k_n, scale, n, L: tl.constexpr, K: tl.constexpr, D: tl.constexpr):
+    def _scores(
+        q, k, limit, position, keys, row, dim, k_n, scale, n, L: tl.constexpr, K: tl.constexpr, D: tl.constexpr
+    ):
         """float32 [L, K]: scores of the rows against a block of keys (token indices), -inf where unseen or not finite."""
         d = tl.arange(0, D)
         query = tl.load(q + row[:, None] * dim + d[None], mask=(d < dim)[None], other=0.0)
@@ -107,7 +109,9 @@ if triton is not None:
             inside = (source >= 0) & (source < K) & (at >= 0)[:, None]
             moved = tl.gather(mass, tl.where(inside, source, 0), 1)
             part = tl.sum(tl.where(inside, moved, 0.0), 0)
-            tl.atomic_add(diagonal + base * size + distance, part, mask=(distance >= 0) & (distance < size) & (part > 0))
+            tl.atomic_add(
+                diagonal + base * size + distance, part, mask=(distance >= 0) & (distance < size) & (part > 0)
+            )
 
 
 def block_diagonals(diagonal: Tensor, tile: int) -> Tensor:

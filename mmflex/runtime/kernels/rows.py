@@ -29,7 +29,9 @@ if triton is not None:
         if IDENTITY:
             row = tl.where(inside, slot, -1).to(tl.int64)
         else:
-            row = tl.load(index + batch * index_b + head.to(tl.int64) * index_h + slot, mask=inside, other=-1).to(tl.int64)
+            row = tl.load(index + batch * index_b + head.to(tl.int64) * index_h + slot, mask=inside, other=-1).to(
+                tl.int64
+            )
         d = tl.arange(0, DIM)
         keep = inside[:, None] & (d < dim)[None]
         source = src + batch * src_b + (head // group).to(tl.int64) * src_h + row[:, None] * src_n + d[None]
