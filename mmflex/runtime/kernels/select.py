@@ -70,9 +70,8 @@ if triton is not None:
         key = _key(mass, always, row, at, n, FORCED)
         prefix, left = 0, budget
         for digit in tl.static_range(4):
-            shift: tl.constexpr = 24 - 8 * digit
-            same = (at < n) & ((key >> shift >> 8) == prefix)
-            histogram = tl.histogram((key >> shift) & 255, 256, mask=same)
+            same = (at < n) & ((key >> (24 - 8 * digit) >> 8) == prefix)
+            histogram = tl.histogram((key >> (24 - 8 * digit)) & 255, 256, mask=same)
             above = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)
             chosen = tl.max(tl.where(above + histogram >= left, bins, 0), 0)
             left -= tl.sum(tl.where(bins == chosen, above, 0), 0)
