@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--vertical", type=int, default=500, help="columns (tokens)")
-    parser.add_argument("--slash", type=int, default=768, help="diagonals (tokens)")
+    parser.add_argument("--slash", type=int, default=640, help="diagonals (tokens)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=7, help="runs of each, in turns")
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json", help="where the JSON goes")

@@ -1,6 +1,6 @@
 """What patterns select from: attention of the last queries, pooled scores, and how the heaviest are kept.
 
-Estimates are in float32, in the coordinates of a `View`: keys in scope, in order. Nothing here reads a device value back.
+Estimates are in float32, in the coordinates of a `View`: keys in scope, in order. No device value is read back.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ class LastQueries:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `LastMass`. Scores that are not finite count as no attention."""
         last = _last(view, self.last_q)
         rows, limit, stand, position, keys = (None if a is None else _on(a, q.device) for a in last.arrays)
-        assert rows is not None and limit is not None and stand is not None and position is not None
+        assert rows is not None
+        assert limit is not None
+        assert stand is not None
+        assert position is not None
         query = take_rows(q, rows[:, None].expand(q.shape[0], q.shape[1], -1))
         limit, stand = limit.expand(len(q), -1).contiguous(), stand.expand(len(q), -1).contiguous()
         keys = None if keys is None else keys.expand(len(q), -1).contiguous()
@@ -103,11 +106,18 @@ def _twin(
 def _add_diagonals(out: Tensor, mass: Tensor, at: np.ndarray) -> None:
     """Adds mass [B, H, rows, keys] along distances ``at[b, row] - key`` into out [B, H, keys]."""
     size = mass.shape[-1]
-    flipped = mass.flip(-1)
     for b in range(mass.shape[0]):
-        for row, stand in enumerate(at[b % len(at)].tolist()):
+        stands = at[b % len(at)].tolist()
+        top = max(stands)
+        if top < 0:
+            continue
+        low = min(stand for stand in stands if stand >= 0)
+        # Slot x collects distance top - x: rows only shift, and one flip at the end turns slots into distances.
+        slots = mass.new_zeros((mass.shape[1], size + top - low))
+        for row, stand in enumerate(stands):
             if stand >= 0:
-                out[b, :, : stand + 1] += flipped[b, :, row, size - 1 - stand :]
+                slots[:, top - stand : top - stand + size] += mass[b, :, row]
+        out[b, :, : top + 1] += slots[:, : top + 1].flip(-1)
 
 
 @dataclass(frozen=True)

@@ -457,8 +457,9 @@ def plot_estimate(plan: Plan, head: int, batch: int = 0, *, ax: Axes | None = No
         }
         where = f", {str(leaf.scope).replace('>', ' queries on ')} keys" if str(leaf.scope) else ""
         label = textwrap.shorten(f"head {head}: {leaf.pattern}{where}", 120, placeholder=" …")
-        if isinstance(result, torch.Tensor):
-            _pooled_panel(host, bottom, height, result[batch, place].cpu(), found, label)
+        if hasattr(result, "scores"):
+            scores = result.scores(slice(None))[batch, place].cpu()
+            _pooled_panel(host, bottom, height, scores, found, label)
         else:
             _mass_panels(
                 host, bottom, height, result, batch, place, found, label, int(getattr(leaf.pattern, "last_q", 0))

@@ -6,11 +6,11 @@ import contextlib
 import dataclasses
 import io
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 import torch
 
 import mask_builders

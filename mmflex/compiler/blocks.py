@@ -1,8 +1,8 @@
 """From an expression to token masks and to full / partial / empty blocks.
 
 Both evaluate the same expression: on tokens with plain values, on blocks with bounds. Relations come apart into
-``f(q) op g(k)``, so a block needs only the least and greatest f of its queries and g of its keys; what holds *somewhere*
-may come out too wide and *everywhere* too narrow, never the other way.
+``f(q) op g(k)``, so a block needs only the least and greatest f of its queries and g of its keys; what holds
+*somewhere* may come out too wide and *everywhere* too narrow, never the other way.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Values:
         return value if isinstance(value, Tensor) else torch.tensor(value, device=self.device)[None, None, None, None]
 
     def bounds(self, e: sympy.Basic) -> tuple[Tensor, Tensor]:
-        """Least and greatest value of an expression of one side on each tile; kept with the order where they follow from
-        the layout."""
+        """Least and greatest value of an expression of one side on each tile; kept with the order where they
+        follow from the layout."""
         side = x.q if x.q in e.free_symbols else x.k
         order, index = (self.rows, self.row_index) if side == x.q else (self.keys, self.key_index)
         if index is not None or x.selected(e):

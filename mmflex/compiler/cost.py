@@ -4,8 +4,7 @@ the budgets alone. The same numbers bound the width of the index tables and choo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import sympy
@@ -194,7 +193,7 @@ def _spread(tiles: Tiles, key: sympy.Expr) -> int:
 
 def _real(order: Order) -> np.ndarray:
     """bool [B, tiles]: tiles that hold a token."""
-    return (order.index >= 0).reshape(len(order.index), -1, order.tile).any(-1)
+    return np.asarray((order.index >= 0).reshape(len(order.index), -1, order.tile).any(-1))
 
 
 def _relation(expr: Relational, tiles: Tiles, span: object) -> list[Range]:

@@ -259,7 +259,7 @@ def _link(program: Program) -> None:
                     graph.add_edge(("select", name), ("gather", i))
 
 
-# ---- lowering one expression -------------------------------------------------------------------------------------------
+# ---- lowering one expression ---------------------------------------------------------------------------------------
 
 
 def _lowerings(
@@ -444,7 +444,7 @@ def _class_cost(terms: list[Boolean], tiles: cost.Tiles) -> float:
     return total
 
 
-# ---- joining launches --------------------------------------------------------------------------------------------------
+# ---- joining launches ----------------------------------------------------------------------------------------------
 
 
 def _merge(pieces: list[Launch], group: int) -> list[Launch]:

@@ -91,9 +91,9 @@ _requests: dict[tuple[str, ...], tuple[Spec, TokenLayout | None]] = {}
 
 
 @torch.compiler.assume_constant_result
-def _request(layout: str, *patterns: str) -> str:
+def _request(layout: str, patterns: tuple[str, ...]) -> str:
     """Keeps a spec and layout, given by their serials, for a compiled graph that holds only this name."""
-    _requests[layout, *patterns] = tuple(listed(p) for p in patterns), listed(layout) if layout else None
+    _requests[(layout, *patterns)] = tuple(listed(p) for p in patterns), listed(layout) if layout else None
     return "|".join((layout, *patterns))
 
 
@@ -107,9 +107,9 @@ def _compiled(
     backend: str,
     lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`attention` inside torch.compile: an opaque op, since planning is Python and sympy, and has kernels of its own."""
+    """`attention` inside torch.compile: an opaque op: planning is Python and sympy, with kernels of its own."""
     patterns = [spec] * q.shape[1] if isinstance(spec, Pattern) else spec
-    request = _request("" if layout is None else layout.serial, *[p.serial for p in patterns])
+    request = _request("" if layout is None else layout.serial, tuple([p.serial for p in patterns]))
     return _op(q, k, v, request, q.shape[3] ** -0.5 if scale is None else scale, backend, lse)
 
 
@@ -260,7 +260,7 @@ class HeadDensity:
 
 
 class Plan:
-    """A planned attention: reusable for other v, or for other q and k of the same shape (whose selection it then is not).
+    """A planned attention: reusable for other v, or for other q and k of the same shape (with this selection).
 
     Attributes:
         program: launches, orders and the graph of steps.
@@ -282,7 +282,7 @@ class Plan:
                 steps.gather_and_list(self.state, key)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The attention of these tensors under this plan's mask: shapes as in `attention`, equal to the planned ones."""
+        """The attention of these tensors under this plan's mask: shapes as planned."""
         _check(q, k, v, self.program.groups[0].pattern, None)
         if (tuple(q.shape), tuple(k.shape)) != self.shape:
             raise ValueError(
@@ -350,8 +350,8 @@ class Plan:
     # ---- what it is ----------------------------------------------------------------------------------------------
 
     def dense_mask(self, rows: Sequence[int] | None = None) -> Tensor:
-        """bool [B, Hq, M, N]: the token-level mask, from the expressions alone; of some ``rows`` (query numbers) only, if
-        given. For small N, or few rows: it is as large as it says."""
+        """bool [B, Hq, M, N]: the token-level mask, from the expressions alone; of some ``rows`` (query numbers) only,
+        if given. For small N, or few rows: it is as large as it says."""
         program, state = self.program, self.state
         layout, m, n = program.layout, program.queries, program.layout.length
         chosen = np.arange(m) if rows is None else np.asarray(rows, dtype=np.int64)

@@ -1,7 +1,7 @@
 """Backends: which kernels can run a launch here, and why not.
 
-``flash`` and ``triton`` (FlexAttention on CUDA), ``cpu`` (FlexAttention's C++ template), ``dense`` (SDPA), ``reference``
-(eager). Quirks of single torch versions are met here and nowhere else.
+``flash`` and ``triton`` (FlexAttention on CUDA), ``cpu`` (FlexAttention's C++ template), ``dense`` (SDPA),
+``reference`` (eager). Quirks of single torch versions are met here and nowhere else.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def attend(
     scale: float,
     lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """One launch: q [B, H, Q, D], k and v [B, Hkv, KV, D] in slot order -> out like q, lse float32 [B, H, Q] if asked."""
+    """One launch: q [B, H, Q, D], k and v [B, Hkv, KV, D] in slot order -> out, lse float32 [B, H, Q] if asked."""
     if backend.name == "reference":
         return reference.attend(q, k, v, mask_mod, lists, tile, scale)
     name = backend.name

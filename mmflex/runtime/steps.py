@@ -316,7 +316,7 @@ def _by_residue(
     return token, position[:, None].expand(real.shape).gather(-1, slot), number <= last
 
 
-# ---- attending ---------------------------------------------------------------------------------------------------------
+# ---- attending -----------------------------------------------------------------------------------------------------
 
 
 def keys(state: State, number: int, t: Tensor) -> Tensor:
@@ -366,7 +366,7 @@ def queries(state: State, number: int, q: Tensor) -> Tensor:
 
 
 def place(state: State, number: int, out: Tensor, lse: Tensor | None, found: Tensor, sums: Tensor | None) -> None:
-    """Writes the rows of a launch to out [B, Hq, M, D] and lse [B, Hq, M]; residue classes are merged by log-sum-exp."""
+    """Writes the rows of a launch to out [B, Hq, M, D] and lse [B, Hq, M]; residue classes merge by log-sum-exp."""
     launch, ready = state.program.launches[number], state.ready.get(number)
     keep = tuple(i for i, h in enumerate(launch.heads.heads) if h >= 0)
     heads = tuple(launch.heads.heads[i] for i in keep)
@@ -380,15 +380,20 @@ def place(state: State, number: int, out: Tensor, lse: Tensor | None, found: Ten
             lse.index_copy_(1, here, sums)
         return
     if launch.kind == "rows":
-        assert ready is not None and ready.row_index is not None and ready.row_count is not None
+        assert ready is not None
+        assert ready.row_index is not None
+        assert ready.row_count is not None
         index, count = ready.row_index[:, state.const(keep)], ready.row_count[:, state.const(keep)]
         put_rows(found, index, count, here, out)
         if lse is not None and sums is not None:
             put_rows(sums[..., None], index, count, here, lse[..., None])
         return
     if launch.kind == "classes":
-        assert ready is not None and ready.row_index is not None and ready.row_count is not None
-        assert lse is not None and sums is not None
+        assert ready is not None
+        assert ready.row_index is not None
+        assert ready.row_count is not None
+        assert lse is not None
+        assert sums is not None
         index, count = ready.row_index[:, state.const(keep)], ready.row_count[:, state.const(keep)]
         slot = torch.arange(index.shape[-1], device=state.device).expand(index.shape)
         real = slot < count[..., None]

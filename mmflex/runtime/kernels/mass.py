@@ -27,7 +27,7 @@ if triton is not None:
     def _scores(
         q, k, limit, position, keys, row, dim, k_n, scale, n, L: tl.constexpr, K: tl.constexpr, D: tl.constexpr
     ):
-        """float32 [L, K]: scores of the rows against a block of keys (token indices), -inf where unseen or not finite."""
+        """float32 [L, K]: scores of the rows against a block of keys (token numbers), -inf where unseen or infinite."""
         d = tl.arange(0, D)
         query = tl.load(q + row[:, None] * dim + d[None], mask=(d < dim)[None], other=0.0)
         real = (keys >= 0) & (keys < n)
@@ -49,12 +49,15 @@ if triton is not None:
         chunk = tl.program_id(1)
         row = tl.arange(0, L)
         base = (batch * heads + head).to(tl.int64)
+        own = q + base * L * dim
         k += batch.to(tl.int64) * k_b + (head // group).to(tl.int64) * k_h
         high = tl.full([L], float("-inf"), tl.float32)
         sums = tl.zeros([L], tl.float32)
         for block in range(BLOCKS):
             keys = (chunk * BLOCKS + block) * K + tl.arange(0, K)
-            score = _scores(q + base * L * dim, k, limit + batch * L, position + batch.to(tl.int64) * p_b, keys, row, dim, k_n, scale, n, L, K, D)  # fmt: skip
+            score = _scores(
+                own, k, limit + batch * L, position + batch.to(tl.int64) * p_b, keys, row, dim, k_n, scale, n, L, K, D
+            )  # fmt: skip
             new = tl.maximum(high, tl.max(score, 1))
             safe = tl.where(new == float("-inf"), 0.0, new)
             sums = sums * tl.exp(high - safe) + tl.sum(tl.exp(score - safe[:, None]), 1)
@@ -64,7 +67,8 @@ if triton is not None:
 
     @triton.jit
     def _mass(
-        q, k, limit, position, lse, stand, index, vertical, diagonal, diagonals, tiles, dim, k_b, k_h, k_n, p_b, scale, n, size, heads, group,
+        q, k, limit, position, lse, stand, index, vertical, diagonal, diagonals, tiles, dim, k_b, k_h, k_n, p_b,
+        scale, n, size, heads, group,
         L: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
         GATHERED: tl.constexpr, DIAGONAL: tl.constexpr,
     ):  # fmt: skip
@@ -73,6 +77,7 @@ if triton is not None:
         batch = tl.program_id(0) // heads
         row = tl.arange(0, L)
         base = (batch * heads + head).to(tl.int64)
+        query = q + base * L * dim
         k += batch.to(tl.int64) * k_b + (head // group).to(tl.int64) * k_h
         start = tl.program_id(1) * K
         place = start + tl.arange(0, K)
@@ -80,7 +85,9 @@ if triton is not None:
             keys = tl.load(index + batch.to(tl.int64) * size + place, mask=place < size, other=-1)
         else:
             keys = tl.where(place < size, place, -1)
-        score = _scores(q + base * L * dim, k, limit + batch * L, position + batch.to(tl.int64) * p_b, keys, row, dim, k_n, scale, n, L, K, D)  # fmt: skip
+        score = _scores(
+                query, k, limit + batch * L, position + batch.to(tl.int64) * p_b, keys, row, dim, k_n, scale, n, L, K, D
+            )  # fmt: skip
         sums = tl.load(lse + base * L + row)
         mass = tl.exp(score - tl.where(sums == float("-inf"), 0.0, sums)[:, None])
         tl.store(vertical + base * size + place, tl.sum(mass, 0), mask=place < size)
@@ -130,7 +137,7 @@ def last_mass(
     q: Tensor, k: Tensor, scale: float, limit: Tensor, position: Tensor, stand: Tensor, index: Tensor | None, size: int,
     tile: int, distances: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Softmax mass of L queries, summed: per key in scope [B, H, size], per distance (if ``distances``) [B, H, size], per
+    """Softmax mass of L queries, summed: per key in scope [B, H, size], per distance (if ``distances``) likewise, per
     block diagonal (`block_diagonals`) [B, H, ceil(size / tile)]; float32.
 
     Args:
@@ -151,8 +158,8 @@ def last_mass(
     p_b = position.stride(0) if position.shape[0] > 1 else 0
     shape = {"L": rows, "K": _KEYS, "D": width}
     _sum[(batch * heads, chunks)](
-        q, k, limit, position, top, total, dim, k.stride(0), k.stride(1), k.stride(2), p_b, scale, n, heads, group, chunks,
-        BLOCKS=_BLOCKS, **shape,
+        q, k, limit, position, top, total, dim, k.stride(0), k.stride(1), k.stride(2), p_b, scale, n, heads, group,
+        chunks, BLOCKS=_BLOCKS, **shape,
     )  # fmt: skip
     lse = torch.logsumexp(top + total.log(), 2)
     tiles = triton.cdiv(size, tile)

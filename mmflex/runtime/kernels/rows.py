@@ -54,8 +54,8 @@ def take_rows(src: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
         assert triton is not None
         grid = (triton.cdiv(slots, 64), batch * heads)
         _take[grid](
-            src, index, out, *src.stride()[:3], *out.stride()[:3], index.stride(0), index.stride(1), group, heads, slots,
-            dim, BLOCK=64, DIM=triton.next_power_of_2(dim), IDENTITY=False,
+            src, index, out, *src.stride()[:3], *out.stride()[:3], index.stride(0), index.stride(1), group, heads,
+            slots, dim, BLOCK=64, DIM=triton.next_power_of_2(dim), IDENTITY=False,
         )  # fmt: skip
         return out
     if group > 1:
@@ -100,7 +100,7 @@ if triton is not None:
 
 
 def put_rows(src: Tensor, index: Tensor, count: Tensor, heads: Tensor, out: Tensor) -> None:
-    """``out[b, heads[h], index[b, h, s]] = src[b, h, s]`` for s below count int64 [b, h] where the index is not negative.
+    """``out[b, heads[h], index[b, h, s]] = src[b, h, s]`` for s below count int64 [b, h] with an index from 0 on.
 
     src [B, h, S, D], index int64 [B, h, S] without repeats among those, heads int64 [h], out [B, H, N, D].
     """
@@ -108,8 +108,8 @@ def put_rows(src: Tensor, index: Tensor, count: Tensor, heads: Tensor, out: Tens
     if use_triton(src) and src.stride(-1) == 1 and out.stride(-1) == 1:
         assert triton is not None
         _put[(triton.cdiv(slots, 64), batch * n_heads)](
-            src, index.contiguous(), count.contiguous(), heads, out, *src.stride()[:3], *out.stride()[:3], n_heads, slots,
-            dim, BLOCK=64, DIM=triton.next_power_of_2(dim),
+            src, index.contiguous(), count.contiguous(), heads, out, *src.stride()[:3], *out.stride()[:3], n_heads,
+            slots, dim, BLOCK=64, DIM=triton.next_power_of_2(dim),
         )  # fmt: skip
         return
     real = (torch.arange(slots, device=src.device) < count[..., None]) & (index >= 0)
