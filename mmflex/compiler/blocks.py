@@ -78,7 +78,7 @@ class Values:
 
     def of(self, e: sympy.Basic) -> Tensor:
         """Any expression, value by value."""
-        code, reads = _compiled(e)
+        code, reads = x.compiled(e)
         names = {n: self._test_tokens(leaf) if isinstance(leaf, x.SETS) else self.leaf(leaf) for n, leaf in reads}
         value = eval(code, names)
         return value if isinstance(value, Tensor) else torch.tensor(value, device=self.device)[None, None, None, None]
@@ -105,20 +105,6 @@ class Values:
         return self.test(atom, self.of(atom.args[0]), self.of(atom.args[1]))
 
 
-@lru_cache(maxsize=4096)
-def _compiled(e: sympy.Basic) -> tuple[Any, tuple[tuple[str, sympy.Basic], ...]]:
-    """(code, what it reads by name) of an expression."""
-    reads: dict[sympy.Basic, str] = {}
-
-    def write(leaf: sympy.Basic) -> str:
-        if isinstance(leaf, sympy.Integer):
-            return str(int(leaf))
-        return reads.setdefault(leaf, f"v{len(reads)}")
-
-    code = compile(x.source(e, write), "<mmflex expression>", "eval")  # our own source, from a sympy expression
-    return code, tuple((name, leaf) for leaf, name in reads.items())
-
-
 def side_attribute(
     e: sympy.Basic, layout: TokenLayout, order: Order, index: Tensor | None, device: torch.device
 ) -> Tensor:
@@ -131,11 +117,6 @@ def side_attribute(
         return memo[key]
     token = torch.as_tensor(attribute(e, layout), dtype=torch.int32).to(device)[:, None]
     return token.expand(len(index), index.shape[1], -1).gather(-1, index + order.origin)
-
-
-def token_mask(expr: Boolean, values: Values) -> Tensor:
-    """bool, broadcastable over [B, H, queries, keys]: the expression on every pair of tokens."""
-    return values.of(expr)
 
 
 def _tiled(value: Tensor, tile: int, low: bool) -> Tensor:

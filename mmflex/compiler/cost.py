@@ -3,6 +3,7 @@ the budgets alone. The same numbers bound the width of the index tables and choo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,15 +62,7 @@ class Tiles:
     def value(self, e: sympy.Basic) -> np.ndarray:
         """int [B, S]: an expression over one side's layout attributes, in slot order."""
         order = self.rows if x.q in e.free_symbols else self.keys
-        names: dict[str, np.ndarray] = {}
-
-        def write(leaf: sympy.Basic) -> str:
-            if isinstance(leaf, sympy.Integer):
-                return str(int(leaf))
-            names[f"v{len(names)}"] = order.attribute(leaf, self.layout)
-            return f"v{len(names) - 1}"
-
-        value = np.asarray(eval(x.source(e, write), names))
+        value = _evaluate(e, lambda leaf: order.attribute(leaf, self.layout))
         return np.broadcast_to(value, order.index.shape)
 
     def bounds(self, e: sympy.Basic) -> tuple[np.ndarray, np.ndarray]:
@@ -85,6 +78,11 @@ class Tiles:
             return False
         low, high = self.bounds(e)
         return bool((low == high).all())
+
+
+def _evaluate(e: sympy.Basic, leaf: Callable[[sympy.Basic], np.ndarray]) -> np.ndarray:
+    code, reads = x.compiled(e)
+    return np.asarray(eval(code, {name: leaf(read) for name, read in reads}))
 
 
 def tile_constant(expr: Boolean, tiles: Tiles) -> bool:
@@ -109,15 +107,7 @@ def count(expr: Boolean, token: sympy.Symbol, layout: TokenLayout) -> int:
     if isinstance(expr, x.Member):
         return min(n, int(expr.args[2]))
     if not x.selected(expr):
-        names: dict[str, np.ndarray] = {}
-
-        def write(leaf: sympy.Basic) -> str:
-            if isinstance(leaf, sympy.Integer):
-                return str(int(leaf))
-            names[f"v{len(names)}"] = attribute(leaf, layout)
-            return f"v{len(names) - 1}"
-
-        true = np.asarray(eval(x.source(expr, write), names))
+        true = _evaluate(expr, lambda leaf: attribute(leaf, layout))
         return int((layout.valid & true).sum(axis=1).max(initial=0))
     if isinstance(expr, sympy.Eq) and isinstance(expr.lhs, sympy.Mod):
         stride = expr.lhs.args[1]

@@ -289,3 +289,17 @@ def source(expr: sympy.Basic, leaf: Callable[[sympy.Basic], str]) -> str:
         )
 
     return write(expr)
+
+
+@lru_cache(maxsize=4096)
+def compiled(expr: sympy.Basic) -> tuple[Any, tuple[tuple[str, sympy.Basic], ...]]:
+    """(code for `eval`, what it reads by name: leaves and set tests) of an expression over tensors or arrays."""
+    reads: dict[sympy.Basic, str] = {}
+
+    def write(leaf: sympy.Basic) -> str:
+        if isinstance(leaf, sympy.Integer):
+            return str(int(leaf))
+        return reads.setdefault(leaf, f"v{len(reads)}")
+
+    code = compile(source(expr, write), "<mmflex expression>", "eval")  # our own source
+    return code, tuple((name, leaf) for leaf, name in reads.items())
