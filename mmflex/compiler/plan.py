@@ -47,6 +47,11 @@ class HeadMap:
     def group(self) -> int:
         return len(self.heads) // len(self.kv_heads)
 
+    @cached_property
+    def place(self) -> dict[int, int]:
+        """Head -> its number in the launch."""
+        return {h: i for i, h in enumerate(self.heads) if h >= 0}
+
     def all(self, heads: int) -> bool:
         """Whether these are all heads in order: q and k are used as they are."""
         return self.heads == tuple(range(heads))
@@ -234,14 +239,17 @@ def _uses(expr: Boolean, leaf: str) -> bool:
 
 
 def _link(program: Program) -> None:
-    """Adds the steps: estimate -> select -> gather -> blocks | keys -> attend. Equal steps are one node."""
+    """Adds the steps: estimate -> select -> gather (and list) -> attend (and merge). Equal steps are one node."""
     graph = program.graph
     for name, leaf in program.leaves.items():
         graph.add_node(("select", name), stage="plan")
         estimator = leaf.pattern.estimator()
         if estimator is not None:
-            graph.add_node(("estimate", (estimator, leaf.scope)), stage="plan")
-            graph.add_edge(("estimate", (estimator, leaf.scope)), ("select", name))
+            step = ("estimate", (estimator, leaf.scope))
+            shared = graph.nodes[step]["heads"].heads if step in graph else ()
+            heads = HeadMap.of(sorted({h for h in (*shared, *leaf.heads) if h >= 0}), program.heads // program.kv_heads)
+            graph.add_node(step, stage="plan", heads=heads)
+            graph.add_edge(step, ("select", name))
     for i, launch in enumerate(program.launches):
         graph.add_node(("attend", i), stage="attend")
         if i:  # merging and replacing rows come after what they merge with
@@ -249,10 +257,7 @@ def _link(program: Program) -> None:
         if launch.kind == "dense":
             continue
         graph.add_node(("gather", i), stage="plan")
-        graph.add_node(("blocks", i), stage="plan")
-        graph.add_node(("keys", i), stage="attend")
-        graph.add_edges_from([(("gather", i), ("blocks", i)), (("gather", i), ("keys", i))])
-        graph.add_edges_from([(("blocks", i), ("attend", i)), (("keys", i), ("attend", i))])
+        graph.add_edge(("gather", i), ("attend", i))
         for name in program.leaves:
             for part in launch.parts:
                 if any(_uses(e, name) for e in (part.mask, part.columns, part.chosen, *(part.classes or ()))):

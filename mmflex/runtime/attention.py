@@ -293,11 +293,11 @@ class Plan:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]:
         program, state = self.program, self.state
-        merges = any(launch.kind == "classes" for launch in program.launches)
-        need = need_lse or merges  # dense heads are never merged
+        # Dense heads are never merged, so they need it only if it is asked for.
+        need = need_lse or any(launch.kind == "classes" for launch in program.launches)
         out: Tensor | None = None
         lse: Tensor | None = None
-        for _, number in [s for s in program.steps("attend") if s[0] == "attend"]:
+        for _, number in program.steps("attend"):
             launch = program.launches[number]
             if launch.kind == "dense":
                 found, sums = self._dense(q, k, v, launch, need_lse)
@@ -315,7 +315,7 @@ class Plan:
                 )
             whole = launch.heads.all(program.heads)
             if whole and (launch.kind == "dense" or launch.rows.identity) and launch.kind in ("main", "dense"):
-                out, lse = found, sums if sums is not None or not need else torch.empty(q.shape[:3], device=q.device)
+                out, lse = found, sums
                 continue
             if out is None:
                 out = q.new_zeros((*q.shape[:3], v.shape[3]))

@@ -1,4 +1,4 @@
-"""The steps of a program on tensors: estimate, select, gather, blocks, keys, attend."""
+"""The steps of a program on tensors: estimate, select, gather and list, attend and merge."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
 from ..compiler.blocks import BlockSource, Extremes, Values, block_source, side_attribute
@@ -95,13 +96,10 @@ def estimate(state: State, key: Any, q: Tensor, k: Tensor, scale: float) -> None
     """Runs an estimator once for all heads that select from it."""
     estimator, scope = key
     program = state.program
-    wanted = {
-        h for leaf in program.leaves.values() if (leaf.pattern.estimator(), leaf.scope) == key for h in leaf.heads
-    }
-    heads = HeadMap.of(sorted(wanted), program.heads // program.kv_heads)
+    heads: HeadMap = program.graph.nodes["estimate", key]["heads"]
     view = View(program.layout, scope, program.queries, program.tile)
     result = estimator(take_heads(q, heads.heads, state), take_heads(k, heads.kv_heads, state), view, scale)
-    state.estimates[key] = (result, {h: i for i, h in enumerate(heads.heads) if h >= 0})
+    state.estimates[key] = (result, heads.place)
 
 
 def select(state: State, name: str) -> None:
@@ -152,19 +150,20 @@ class _Lists:
     def add(
         self,
         place: tuple[int, ...],
-        part: Part,
+        mask: Boolean,
         values: Values | None,
         row: Tensor,
         limit: Tensor,
         tail: Tensor | None = None,
     ) -> None:
-        """Lists the blocks of some heads; row [B, 1|H, Q], limit and tail [B, H, ...]; values None: all pairs."""
+        """Lists the blocks of some heads, by number in the launch; row [B, 1|H, Q], limit and tail [B, H, ...]; values
+        None: all pairs."""
         triton = dialect(row)
         empty = BlockSource("True", "True", {}, {}, triton)
-        source = empty if values is None else block_source(part.mask, values, triton)
+        source = empty if values is None else block_source(mask, values, triton)
         sections = self.launch.section // self.tile
-        slot = self.launch.section_slot
-        shift = tuple(slot.get(h, 0) * sections for h in part.heads) if values is not None else (0,) * len(place)
+        slot, heads = self.launch.section_slot, self.launch.heads.heads
+        shift = tuple(slot.get(heads[i], 0) * sections for i in place)
         at, moved = self.state.const(place, torch.int32), self.state.const(shift, torch.int32)
         list_blocks(source, Extremes.of(row, limit, tail, self.tile), self.table, self.counts, at, moved)
 
@@ -184,7 +183,7 @@ def _main(state: State, launch: Launch) -> Ready:
     program = state.program
     row, at = _positions(launch, state)
     heads, batch, main = launch.heads.heads, state.batch, launch.keys.slots
-    place = {h: i for i, h in enumerate(heads) if h >= 0}
+    place = launch.heads.place
     slot_of, origin = launch.section_slot, _slot_origin(launch, program)
     base = origin or 0
     limit = torch.full((batch, len(heads), launch.key_slots), BIG, dtype=torch.int32, device=state.device)
@@ -215,7 +214,7 @@ def _main(state: State, launch: Launch) -> Ready:
             slots = state.const(tuple(slot_of[h] for h in part.heads))
             limit[..., main:].unflatten(-1, (-1, launch.section))[:, state.const(here), slots] = tail - base
         limit[:, state.const(here), :main] = own - base
-        lists.add(here, part, values, row[:, None], own, tail)
+        lists.add(here, part.mask, values, row[:, None], own, tail)
         if not launch.compare:
             residual = (part.mask, values)
     if residual is not None:
@@ -247,7 +246,7 @@ def _rows(state: State, launch: Launch) -> Ready:
     heads, batch = launch.heads.heads, state.batch
     token = launch.rows.on("filled", state.device).expand(batch, -1)
     real = (launch.rows.on("index", state.device) >= 0).expand(batch, -1)
-    place = {h: i for i, h in enumerate(heads) if h >= 0}
+    place = launch.heads.place
     index = torch.zeros((batch, len(heads), launch.capacity), dtype=torch.int64, device=state.device)
     count = torch.zeros((batch, len(heads)), dtype=torch.int64, device=state.device)
     for part in launch.parts:
@@ -263,7 +262,7 @@ def _rows(state: State, launch: Launch) -> Ready:
     position = torch.where(filled, position, -1).int()
     limit = at[:, None].expand(-1, len(heads), -1).contiguous()
     lists = _Lists(state, launch)
-    lists.add(tuple(range(len(heads))), launch.parts[0], None, position, limit)
+    lists.add(tuple(range(len(heads))), sympy.true, None, position, limit)
     token_index = token[:, None].expand(-1, len(heads), -1).gather(-1, index)
     mask_mod = masks.comparison(position, limit)
     return Ready(lists.done(), mask_mod, row_index=token_index, row_count=count)
@@ -284,9 +283,9 @@ def _classes(state: State, launch: Launch) -> Ready:
     )
     row_at, key_at = torch.where(row_real, row_at, -1).int(), torch.where(key_real, key_at, BIG).int()
     there = state.part_values(launch, part, row_index, key_index)
-    place = {h: i for i, h in enumerate(heads) if h >= 0}
+    place = launch.heads.place
     lists = _Lists(state, launch)
-    lists.add(tuple(place[h] for h in part.heads), part, there, row_at, key_at)
+    lists.add(tuple(place[h] for h in part.heads), part.mask, there, row_at, key_at)
     if part.heads != heads:  # empty heads repeat the first one's rows
         pick = state.const(tuple(part.heads.index(h) if h >= 0 else 0 for h in heads))
         row_at, key_at, row_index, key_index, row_real = (
