@@ -11,6 +11,7 @@ from .runtime.backends import why_not
 if TYPE_CHECKING:
     from .integrations.layouts import layout_for
     from .integrations.long_prefill import last_token_logits
+    from .integrations.search import search
     from .integrations.transformers import DenseFallback, patch, patched, token_layout, unpatch
     from .tuning.config import Config, load_config, load_minference_config, save_config
 
@@ -33,6 +34,7 @@ __all__ = [
     "patched",
     "plan",
     "save_config",
+    "search",
     "token_layout",
     "unpatch",
     "why_not",
@@ -49,12 +51,15 @@ _LAZY = {
     "patch": "integrations.transformers",
     "patched": "integrations.transformers",
     "save_config": "tuning.config",
+    "search": "integrations.search",
     "token_layout": "integrations.transformers",
     "unpatch": "integrations.transformers",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plot":
+        return import_module(".plot", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_LAZY[name]}", __name__), name)

@@ -124,18 +124,21 @@ def mass(device: str) -> None:
                 q[0, 1, -1, 3] = float("nan")
                 view = View(layout, scope, m, 128)
                 found = LastQueries(last_q, distances=True)(q, k, view, dim**-0.5)
+                together = LastQueries(last_q)(q, k, view, dim**-0.5)
                 last = _last(view, last_q)
                 on = [None if a is None else _on(a, q.device) for a in last.arrays]
                 at, limit, _, position, keys = on
                 query = take_rows(q, at[:, None].expand(batch, 4, -1))
                 keys = None if keys is None else keys.expand(batch, -1)
                 twin = _twin(query, k, dim**-0.5, limit.expand(batch, -1), position, last.stand, keys, view.size)
-                pairs = zip(
-                    (found.vertical, found.diagonal, found.block_diagonals),
-                    (*twin, block_diagonals(twin[1], 128)),
-                    ("vertical", "diagonal", "block diagonals"),
-                    strict=True,
-                )
+                diagonals = block_diagonals(twin[1], 128)
+                pairs = [
+                    (found.vertical, twin[0], "vertical"),
+                    (found.diagonal, twin[1], "diagonal"),
+                    (found.block_diagonals, diagonals, "block diagonals"),
+                    (together.vertical, twin[0], "vertical of several heads together"),
+                    (together.block_diagonals, diagonals, "block diagonals of several heads together"),
+                ]
                 for a, b, what in pairs:
                     error = (a - b).abs().max().item()
                     assert error < 2e-4, (what, layout, scope, m, last_q, error)

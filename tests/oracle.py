@@ -7,6 +7,7 @@ itself), `softmax` the attention under a mask, `launch_cover` what the block lis
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,14 @@ from mask_builders import (
     Boundary2D,
     Dense,
     Dilated,
+    FlexPrefill,
     Grid,
     QBoundary,
     Strided,
     StridedFixed,
     TriShape,
     VerticalSlash,
+    XAttention,
 )
 from mmflex.ir.pattern import Difference, Intersection, Pattern, Restricted, Union
 
@@ -174,8 +177,29 @@ class Meaning:
         rows = np.array([int(p) // self.tile in last for p in place], bool) & queries
         return np.broadcast_to(rows[:, None], (len(rows),) * 2)
 
+    # What was found.
+
+    def _lines(self, pattern: Pattern, scope: Scope) -> np.ndarray:
+        """Columns, and block diagonals as whole tiles."""
+        n, tile, k = len(self.prompt.valid), self.tile, self.prompt.place(scope[1])
+        columns, diagonals = self.found(pattern, scope, "columns"), self.found(pattern, scope, "diagonals")
+        out = np.broadcast_to(columns[np.maximum(k, 0)] & (k >= 0), (n, n)).copy()
+        chosen = np.flatnonzero(diagonals)
+        for i, (first, last) in enumerate(self._stands(scope)):
+            met = {int(p) // tile for p in k}
+            hit = {t for t in met if ((chosen >= first - t) & (chosen <= last - t)).any()}
+            out[i] |= np.isin(k // tile, list(hit))
+        return out
+
+    def _blocks(self, pattern: Any, scope: Scope) -> np.ndarray:
+        table, size = self.found(pattern, scope, "blocks"), pattern.block_size
+        row, k = self.prompt.place(scope[0])[:, None], self.prompt.place(scope[1])[None]
+        a = np.clip(row // size, 0, table.shape[0] - 1)
+        b = np.clip(k // size, 0, table.shape[1] - 1)
+        return table[a, b] & (row >= 0) & (k >= 0)
+
     def _leaf(self, pattern: Pattern, scope: Scope) -> np.ndarray:
-        prompt, n, tile = self.prompt, len(self.prompt.valid), self.tile
+        prompt, n = self.prompt, len(self.prompt.valid)
         q, k, row = prompt.place(scope[1])[:, None], prompt.place(scope[1])[None], prompt.place(scope[0])[:, None]
         if isinstance(pattern, Dense):
             return np.ones((n, n), bool)
@@ -185,19 +209,11 @@ class Meaning:
             near = self._sink(pattern.sink, scope) | self._local(pattern.local, scope)
             return near | self._last(pattern.last, scope)
         if isinstance(pattern, VerticalSlash):
-            columns, diagonals = self.found(pattern, scope, "columns"), self.found(pattern, scope, "diagonals")
-            out = np.broadcast_to(columns[np.maximum(k, 0)] & (k >= 0), (n, n)).copy()
-            chosen = np.flatnonzero(diagonals)
-            for i, (first, last) in enumerate(self._stands(scope)):
-                met = {int(p) // tile for p in prompt.place(scope[1])}
-                hit = {t for t in met if ((chosen >= first - t) & (chosen <= last - t)).any()}
-                out[i] |= np.isin(k[0] // tile, list(hit))
-            return out
-        if isinstance(pattern, BlockTopK):
-            table, size = self.found(pattern, scope, "blocks"), pattern.block_size
-            a = np.clip(row // size, 0, table.shape[0] - 1)
-            b = np.clip(k // size, 0, table.shape[1] - 1)
-            return table[a, b] & (row >= 0) & (k >= 0)
+            return self._lines(pattern, scope)
+        if isinstance(pattern, FlexPrefill):
+            return self._lines(pattern, scope) | self._blocks(pattern, scope)
+        if isinstance(pattern, (BlockTopK, XAttention)):
+            return self._blocks(pattern, scope)
         stride = getattr(pattern, "stride", None)
         if stride == "frame":
             stride = frame_stride(self.layout, scope[1])
@@ -375,10 +391,10 @@ def launch_cover(plan: mmflex.Plan) -> Iterator[Cover]:
                 limit = _limit(ready.mask_mod)[b, i].numpy()
                 if ready.key_index is not None:
                     keys = np.where(limit < NO_KEY, ready.key_index[b, i].numpy(), -1)
-                if head in ready.section_heads:
+                if head in launch.table_slot:
                     first = launch.keys.slots + launch.section_slot[head] * launch.section
                     own = slice(first, first + launch.section)
-                    tokens = ready.section_index[b, ready.section_heads.index(head)].numpy()
+                    tokens = ready.section_table[b, launch.table_slot[head]].numpy()
                     keys[own] = np.where(limit[own] < NO_KEY, tokens, -1)
                 tiles = key_slots // tile
                 partial = _table(partial_count[b, i], partial_index[b, i], tiles)
@@ -459,7 +475,7 @@ def check_selection(plan: mmflex.Plan, q: torch.Tensor, k: torch.Tensor) -> int:
     group = qs.shape[1] // ks.shape[1]
     for leaf in plan.program.leaves.values():
         pattern, scope = leaf.pattern, (leaf.scope.query, leaf.scope.key)
-        if not isinstance(pattern, (VerticalSlash, BlockTopK, Grid)):
+        if not isinstance(pattern, (VerticalSlash, BlockTopK, Grid, FlexPrefill, XAttention)):
             continue
         prompts = [Prompt.of(layout, b) for b in range(layout.modality.shape[0])]
         size = max(1, *(int(p.of_modality(scope[1]).sum()) for p in prompts)) if prompts else 1
@@ -469,7 +485,11 @@ def check_selection(plan: mmflex.Plan, q: torch.Tensor, k: torch.Tensor) -> int:
             for h in leaf.heads:
                 found = selected(plan, b, h)
                 query, key = qs[b, h], ks[b, h // group]
-                if isinstance(pattern, BlockTopK):
+                if isinstance(pattern, (FlexPrefill, XAttention)):
+                    _check_share(
+                        pattern, functools.partial(found, pattern, scope), query, key, prompt, scope, size, plan
+                    )
+                elif isinstance(pattern, BlockTopK):
                     _check_blocks(pattern, found(pattern, scope, "blocks"), query, key, prompt, scope, size, rows)
                 elif isinstance(pattern, VerticalSlash):
                     vertical, diagonal = last_mass(query, key, prompt, scope, pattern.last_q, plan.scale, size)
@@ -492,6 +512,27 @@ def check_selection(plan: mmflex.Plan, q: torch.Tensor, k: torch.Tensor) -> int:
                     continue
                 checked += 1
     return checked
+
+
+def _check_share(
+    pattern: FlexPrefill | XAttention,
+    found: Callable[[str], np.ndarray],
+    q: np.ndarray,
+    k: np.ndarray,
+    prompt: Prompt,
+    scope: Scope,
+    size: int,
+    plan: mmflex.Plan,
+) -> None:
+    """Sets that hold a share of the mass."""
+    import oracle_adaptive
+
+    blocks = oracle_adaptive.Blocks(q, k, prompt, scope, pattern.block_size)
+    if isinstance(pattern, XAttention):
+        oracle_adaptive.check_x_attention(pattern, found, blocks, plan.scale)
+    else:
+        lines = last_mass(q, k, prompt, scope, pattern.last_q, plan.scale, size)
+        oracle_adaptive.check_flex_prefill(pattern, found, blocks, lines, plan.program.tile, plan.scale)
 
 
 def _check_blocks(

@@ -32,12 +32,14 @@ from mask_builders import (
     Boundary2D,
     Dense,
     Dilated,
+    FlexPrefill,
     Grid,
     QBoundary,
     Strided,
     StridedFixed,
     TriShape,
     VerticalSlash,
+    XAttention,
 )
 from mmflex.compiler import plan as compiler
 from mmflex.runtime import backends
@@ -111,6 +113,30 @@ def layouts(draw: st.DrawFn, batch: int, longest: int) -> mmflex.TokenLayout:
 # ---- patterns ----
 
 
+def adaptive(tile: int, last: int) -> st.SearchStrategy:
+    """Patterns that keep a share of the mass."""
+    share, budget = st.sampled_from([0.3, 0.7, 0.9, 0.95, 1.0]), st.sampled_from([1, 20, 64, 5000])
+    runs = [(4, tile), (8, tile), (tile, 2 * tile), (1, tile // 2)]
+    flex = st.builds(
+        FlexPrefill,
+        gamma=share,
+        tau=st.sampled_from([0.0, 0.1, 0.2, 0.3, 1.0]),
+        vertical=budget,
+        slash=budget,
+        blocks=st.integers(1, 6),
+        minimum=st.sampled_from([0, 10, tile, 5000]),
+        block_size=st.sampled_from([tile, tile, 2 * tile, tile // 2]),
+        last_q=st.just(last),
+    )
+    crossed = st.builds(
+        lambda run, share, blocks: XAttention(run[0], share, blocks, run[1]),
+        st.sampled_from(runs),
+        share,
+        st.integers(1, 6),
+    )
+    return st.one_of(flex, crossed)
+
+
 @st.composite
 def leaves(draw: st.DrawFn, layout: mmflex.TokenLayout, tile: int, key: int | None) -> mmflex.Pattern:
     """A pattern of any family; ``stride="frame"`` only where the keys in scope have frames."""
@@ -129,6 +155,7 @@ def leaves(draw: st.DrawFn, layout: mmflex.TokenLayout, tile: int, key: int | No
             st.builds(TriShape, size, size, size),
             st.builds(VerticalSlash, size, size, st.just(last)),
             st.builds(BlockTopK, st.integers(1, 6), st.sampled_from([tile, tile, 2 * tile, tile // 2, 7])),
+            adaptive(tile, last),
             st.builds(
                 Grid,
                 stride=st.sampled_from([wide, wide, searched]),
@@ -228,7 +255,7 @@ def lowered(how: str | int) -> Iterator[None]:
                 return [options[how % len(options)]]
 
             patch.setattr(compiler, "_lowerings", one)
-            patch.setattr(compiler.cost, "LAUNCH", -1e6)
+            patch.setattr(compiler, "_class_cost", lambda *_: 0.0)
             patch.setattr(compiler, "INLINE_TILES", 0)
         yield
 

@@ -98,6 +98,9 @@ class Values:
 
     def _test_tokens(self, atom: Boolean) -> Tensor:
         if isinstance(atom, x.Member):
+            if atom.args[0] == x.k and self.key_index is None and self.keys.in_place(self.layout):
+                table = self.found[x.set_name(atom)]  # slots are positions
+                return torch.nn.functional.pad(table, (0, self.keys.slots - table.shape[-1]))[:, :, None]
             return self.test(atom, self.of(atom.args[0]))
         if isinstance(atom, x.Touches):
             first, last, key = (self.of(a) for a in atom.args[:3])
@@ -115,7 +118,9 @@ def side_attribute(
         if key not in memo:
             memo[key] = torch.as_tensor(order.attribute(e, layout), dtype=torch.int32).to(device)[:, None]
         return memo[key]
-    token = torch.as_tensor(attribute(e, layout), dtype=torch.int32).to(device)[:, None]
+    token = layout._once(
+        ("on", e, device), lambda: torch.as_tensor(attribute(e, layout), dtype=torch.int32).to(device)[:, None]
+    )
     return token.expand(len(index), index.shape[1], -1).gather(-1, index + order.origin)
 
 

@@ -1,11 +1,12 @@
-"""What an expression costs, before any input is seen: how many key blocks a query tile may touch, from the layout and
-the budgets alone. The same numbers bound the width of the index tables and choose between orders."""
+"""What an expression may touch, before any input is seen: at most how many key blocks of a query tile, from the layout
+and the budgets alone. These numbers bound the width of the index tables; what to expect is in `expected`, what it costs
+in `predict`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import sympy
@@ -14,42 +15,18 @@ from sympy.logic.boolalg import Boolean
 
 from ..ir import expr as x
 from ..ir.layout import TokenLayout
+from .constants import GENERIC, Constants
 from .orders import Order, attribute
-
-FULL = 1.0
-"""Cost of a full block: the unit of cost."""
-PARTIAL = 1.2
-"""Of a partial block whose mask is one comparison (measured: 1.13-1.24)."""
-LOOKUP = 4.0
-"""Of a partial block whose mask looks attributes up (measured: 1.5-6)."""
-MOVED = 0.02
-"""Of moving one tile of one head's rows (q in, out back), in blocks (measured on one H200: 2.9 + 1.5 ms for 28 x 1024
-tiles against 14 ns a block)."""
-LAUNCH = 64.0
-"""Of one more launch, in blocks."""
-PLANNING = {
-    "cpu": {"base": 100.0, "estimate": 600.0, "launch": 100.0},
-    "triton": {"base": 60e3, "estimate": 160e3, "launch": 110e3},
-    "flash": {"base": 60e3, "estimate": 160e3, "launch": 110e3},
-}
-"""Of planning, in blocks of one head: any plan, an estimate with its selections, and a launch after the first. On a GPU
-it is the host that takes the time (1 ms, 2.2 ms and 1.5 ms beside 13.75 ns a block, one H200)."""
-
-
-def planning(backend: str, program: Any) -> float:
-    """Predicted cost of planning a `plan.Program`."""
-    price = PLANNING.get(backend, {"base": 0.0, "estimate": 0.0, "launch": 0.0})
-    estimates = sum(op == "estimate" for op, _ in program.graph.nodes)
-    return price["base"] + estimates * price["estimate"] + (len(program.launches) - 1) * price["launch"]
 
 
 @dataclass(eq=False)
 class Tiles:
-    """Both sides of a launch as the cost model sees them: bounds of layout attributes per tile."""
+    """Both sides of a launch as the cost model sees them: bounds of layout attributes per tile, and prices."""
 
     layout: TokenLayout
     rows: Order
     keys: Order
+    constants: Constants = GENERIC
 
     @property
     def row_tiles(self) -> int:
@@ -62,7 +39,7 @@ class Tiles:
     def value(self, e: sympy.Basic) -> np.ndarray:
         """int [B, S]: an expression over one side's layout attributes, in slot order."""
         order = self.rows if x.q in e.free_symbols else self.keys
-        value = _evaluate(e, lambda leaf: order.attribute(leaf, self.layout))
+        value = evaluate(e, lambda leaf: order.attribute(leaf, self.layout))
         return np.broadcast_to(value, order.index.shape)
 
     def bounds(self, e: sympy.Basic) -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +57,8 @@ class Tiles:
         return bool((low == high).all())
 
 
-def _evaluate(e: sympy.Basic, leaf: Callable[[sympy.Basic], np.ndarray]) -> np.ndarray:
+def evaluate(e: sympy.Basic, leaf: Callable[[sympy.Basic], np.ndarray]) -> np.ndarray:
+    """An expression over arrays; ``leaf`` gives those of its leaves."""
     code, reads = x.compiled(e)
     return np.asarray(eval(code, {name: leaf(read) for name, read in reads}))
 
@@ -107,7 +85,7 @@ def count(expr: Boolean, token: sympy.Symbol, layout: TokenLayout) -> int:
     if isinstance(expr, x.Member):
         return min(n, int(expr.args[2]))
     if not x.selected(expr):
-        true = _evaluate(expr, lambda leaf: attribute(leaf, layout))
+        true = evaluate(expr, lambda leaf: attribute(leaf, layout))
         return int((layout.valid & true).sum(axis=1).max(initial=0))
     if isinstance(expr, sympy.Eq) and isinstance(expr.lhs, sympy.Mod):
         stride = expr.lhs.args[1]
@@ -159,7 +137,7 @@ def ranges(expr: Boolean, tiles: Tiles) -> list[Range]:
         return span()
     low, high = tiles.bounds(expr.args[0])
     high = tiles.bounds(expr.args[1])[1] if isinstance(expr, x.Touches) else high
-    bound = most * (high - low + 1).astype(np.int64) * _spread(tiles, key)
+    bound = most * (high - low + 1).astype(np.int64) * spread(tiles, key)
     if isinstance(expr, x.Listed):
         # The classifier looks up corners only: a tile that holds more than two blocks may list anything.
         key_low, key_high = tiles.bounds(key)
@@ -168,12 +146,12 @@ def ranges(expr: Boolean, tiles: Tiles) -> list[Range]:
     return span(most=bound)
 
 
-def _spread(tiles: Tiles, key: sympy.Expr) -> int:
+def spread(tiles: Tiles, key: sympy.Expr) -> int:
     """In how many key tiles a value of a key coordinate may occur."""
     low, high = (v.astype(np.int64) for v in tiles.bounds(key))
     least, most = int(low.min()), 0
-    real = np.broadcast_to(_real(tiles.keys), low.shape)
-    for a, b, there in zip(low - least, high - least, real, strict=True):
+    holds = np.broadcast_to(real(tiles.keys), low.shape)
+    for a, b, there in zip(low - least, high - least, holds, strict=True):
         edges = np.zeros(int(b.max()) + 2, np.int64)
         np.add.at(edges, a[there], 1)
         np.add.at(edges, b[there] + 1, -1)
@@ -181,7 +159,7 @@ def _spread(tiles: Tiles, key: sympy.Expr) -> int:
     return most
 
 
-def _real(order: Order) -> np.ndarray:
+def real(order: Order) -> np.ndarray:
     """bool [B, tiles]: tiles that hold a token."""
     return np.asarray((order.index >= 0).reshape(len(order.index), -1, order.tile).any(-1))
 
@@ -209,10 +187,50 @@ def touched(expr: Boolean, tiles: Tiles) -> np.ndarray:
     total = np.zeros((1, tiles.row_tiles), np.int64)
     for first, last, most in ranges(expr, tiles):
         total = total + np.clip(np.minimum(last - first + 1, most), 0, None)
-    keys = int(_real(tiles.keys).sum(1).max(initial=0))
-    return np.asarray(np.where(_real(tiles.rows), np.minimum(total, keys), 0))
+    keys = int(real(tiles.keys).sum(1).max(initial=0))
+    return np.asarray(np.where(real(tiles.rows), np.minimum(total, keys), 0))
 
 
 def causal(tiles: Tiles) -> np.ndarray:
     """[B, row tiles]: key tiles that hold a key up to some query of the tile."""
     return touched(sympy.Ge(x.q, x.k, evaluate=False), tiles)
+
+
+def terms(expr: Boolean) -> list[Boolean]:
+    """Alternatives of an expression: what an And asks of all of an Or's arguments is asked of each."""
+    out: list[Boolean] = []
+    for term in sympy.Or.make_args(expr):
+        inner = next((arg for arg in sympy.And.make_args(term) if isinstance(arg, sympy.Or)), None)
+        if inner is None:
+            out.append(term)
+        else:
+            rest = [arg for arg in sympy.And.make_args(term) if arg is not inner]
+            out += [t for arg in inner.args for t in terms(sympy.And(arg, *rest))]
+    return out
+
+
+def causally(term: Boolean) -> Boolean:
+    """A term with causality spelled out, for the cost model: also in ranks where its keys are of one modality, which is
+    monotone in modality-major order where positions are not."""
+    return sympy.And(term, sympy.Ge(x.q, x.k, evaluate=False), *_ranked(term))
+
+
+def _ranked(term: Boolean) -> list[Boolean]:
+    """Causality in ranks, where the keys of a term are of one modality."""
+    found = [e.rhs for e in term.atoms(sympy.Eq) if e.lhs == x.Modality(x.k) and e in sympy.And.make_args(term)]
+    return [sympy.Ge(x.Rank(x.q, m), x.Rank(x.k, m), evaluate=False) for m in found]
+
+
+def causally_once(term: Boolean) -> Boolean:
+    """As `causally`, said in one way only, so that shares are not multiplied twice."""
+    return sympy.And(term, *(_ranked(term) or [sympy.Ge(x.q, x.k, evaluate=False)]))
+
+
+def class_pair(term: Boolean) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """(f, g) of a term that asks for ``f(q) == g(k)`` with residues f and g."""
+    for atom in sympy.And.make_args(term):
+        if isinstance(atom, sympy.Eq) and x.sides(atom) == {x.q, x.k}:
+            parts = x.separate(atom)
+            if parts is not None and isinstance(parts[0], sympy.Mod) and isinstance(parts[2], sympy.Mod):
+                return parts[0], parts[2]
+    return None

@@ -62,6 +62,10 @@ class Order:
         """Slot i holds token i, for all tokens: nothing needs to move."""
         return self.slots == self.tokens and bool((self.index == np.arange(self.tokens)).all())
 
+    def in_place(self, layout: TokenLayout) -> bool:
+        """Slot i holds the token at position i, for all tokens."""
+        return self.label == "natural" and not self.origin and not layout.padded
+
     @cached_property
     def filled(self) -> np.ndarray:
         """The index, empty slots given the nearest token before (or after), so that they widen no block's bounds."""

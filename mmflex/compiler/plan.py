@@ -20,8 +20,10 @@ from sympy.logic.boolalg import Boolean
 from ..ir import expr as x
 from ..ir.layout import MODALITY_NAMES, TokenLayout
 from ..ir.pattern import Pattern, Scope, Tokens
-from . import cost
+from . import cost, predict
+from .constants import GENERIC, Constants
 from .orders import Order, bucket, key_order, row_order
+from .until import until
 
 INLINE_TILES = 1 << 18
 """Dense rows stay in the main launch while its block table has at most this many entries a head."""
@@ -65,6 +67,8 @@ class Part:
         heads: query heads with the same expression.
         mask: which pairs, beside ``q >= k``, in the main section.
         columns: keys gathered into a section of their own, seen by every later query; false for none.
+        until: int32 [B, key slots], the position up to which the main section shows a key (`until.until`): its section
+            shows it from there on. None: what a head gathers, its main section does not show.
         chosen: queries gathered into rows of their own ("rows" launches), else true.
         classes: (f, g), the residue class of a query and of a key ("classes" launches), else None.
     """
@@ -72,6 +76,7 @@ class Part:
     heads: tuple[int, ...]
     mask: Boolean
     columns: Boolean = sympy.false
+    until: np.ndarray | None = None
     chosen: Boolean = sympy.true
     classes: tuple[sympy.Expr, sympy.Expr] | None = None
 
@@ -130,6 +135,12 @@ class Launch:
         """Sections of each KV head."""
         return 1 + max(self.section_slot.values(), default=-1)
 
+    @cached_property
+    def table_slot(self) -> dict[int, int]:
+        """Head -> its section among those of all KV heads."""
+        place, group = self.heads.place, self.heads.group
+        return {h: place[h] // group * self.sections + slot for h, slot in self.section_slot.items()}
+
     @property
     def key_slots(self) -> int:
         return self.keys.slots + self.sections * self.section
@@ -174,6 +185,7 @@ class Program:
     graph: nx.DiGraph
     dense_cost: float
     memo: dict[Any, Any] = field(default_factory=dict)
+    constants: Constants = GENERIC
 
     @property
     def cost(self) -> float:
@@ -189,13 +201,22 @@ class Program:
 
 
 def build(
-    spec: Sequence[Pattern], layout: TokenLayout, queries: int, kv_heads: int, tile: int, *, lse: bool, full_width: bool
+    spec: Sequence[Pattern],
+    layout: TokenLayout,
+    queries: int,
+    kv_heads: int,
+    tile: int,
+    *,
+    lse: bool,
+    full_width: bool,
+    constants: Constants = GENERIC,
 ) -> Program:
     """Lowers a spec (one pattern per query head).
 
     Args:
         lse: the backend returns log-sum-exp, so a head may be computed by two launches and merged.
         full_width: the backend wants index tables as wide as there are key blocks.
+        constants: what blocks, launches and copies cost: orders are weighed by it.
     """
     group_size = len(spec) // kv_heads
     by_expr: dict[Boolean, tuple[Pattern, list[int]]] = {}
@@ -207,23 +228,24 @@ def build(
     groups: list[Group] = []
     pieces: list[Launch] = []
     for expr, (pattern, heads) in by_expr.items():
-        options = _lowerings(expr, tuple(sorted(heads)), layout, queries, group_size, tile, lse)
+        options = _lowerings(expr, tuple(sorted(heads)), layout, queries, group_size, tile, lse, constants)
         label, best = min(options, key=lambda option: sum(piece.cost for piece in option[1]))
         weighed = [(label, sum(piece.cost for piece in found)) for label, found in options]
         weighed.sort(key=lambda entry: entry[0] != label)
         groups.append(Group(tuple(sorted(heads)), pattern, expr, tuple(weighed)))
         pieces.extend(best)
-    launches = tuple(_finish(launch, full_width) for launch in _merge(pieces, group_size))
+    launches = tuple(_finish(launch, full_width) for launch in _merge(pieces, group_size, constants))
     used = {
         name: Leaf(name, pattern, scope, tuple(h for g in groups if _uses(g.expr, name) for h in g.heads))
         for name, (pattern, scope) in leaves.items()
         if any(_uses(g.expr, name) for g in groups)
     }
     natural = cost.Tiles(layout, row_order(layout, queries, tile), key_order(layout, tile))
-    dense = float(cost.causal(natural).sum() / max(1, layout.batch_size)) * len(spec)
+    dense = float(cost.causal(natural).sum() / max(1, layout.batch_size)) * len(spec) * constants.dense / constants.full
     program = Program(
-        layout, queries, len(spec), kv_heads, tile, tuple(groups), used, launches, nx.DiGraph(), dense * cost.FULL
-    )
+        layout, queries, len(spec), kv_heads, tile, tuple(groups), used, launches, nx.DiGraph(), dense,
+        constants=constants,
+    )  # fmt: skip
     _link(program)
     return program
 
@@ -268,14 +290,20 @@ def _link(program: Program) -> None:
 
 
 def _lowerings(
-    expr: Boolean, heads: tuple[int, ...], layout: TokenLayout, queries: int, group: int, tile: int, lse: bool
+    expr: Boolean,
+    heads: tuple[int, ...],
+    layout: TokenLayout,
+    queries: int,
+    group: int,
+    tile: int,
+    lse: bool,
+    constants: Constants,
 ) -> list[tuple[str, list[Launch]]]:
     """The ways to compute an expression: rows and keys in natural or modality-major order."""
     natural = row_order(layout, queries, tile)
     if expr == sympy.true:
-        tiles = cost.Tiles(layout, natural, key_order(layout, tile))
-        blocks = float(cost.causal(tiles).sum()) * len(heads)
-        return [("dense", [_launch("dense", tiles, Part(heads, expr), group, True, 0, 0, 0, blocks)])]
+        tiles = cost.Tiles(layout, natural, key_order(layout, tile), constants)
+        return [("dense", [_launch("dense", tiles, Part(heads, expr), group, True, 0, 0, 0)])]
     mentions = expr.atoms(x.Modality, x.Rank, x.FirstTile)
     row_choices = [False, True] if any(x.q in e.free_symbols for e in mentions) else [False]
     key_choices = [False, True] if any(x.k in e.free_symbols for e in mentions) else [False]
@@ -287,7 +315,7 @@ def _lowerings(
             pieces = []
             for m in present:
                 order = row_order(layout, queries, tile, m)
-                tiles = cost.Tiles(layout, order, key_order(layout, tile, by_keys))
+                tiles = cost.Tiles(layout, order, key_order(layout, tile, by_keys), constants)
                 inner = expr if m is None else _assume(expr, x.q, m)
                 pieces += _pieces(inner, heads, tiles, group, lse)
             label = f"{'modality-major' if by_rows else 'natural'} queries, "
@@ -302,31 +330,18 @@ def _assume(expr: Boolean, token: sympy.Symbol, modality: int) -> Boolean:
     return expr.xreplace(known)
 
 
-def _terms(expr: Boolean) -> list[Boolean]:
-    """Alternatives of an expression: what an And asks of all of an Or's arguments is asked of each."""
-    out: list[Boolean] = []
-    for term in sympy.Or.make_args(expr):
-        inner = next((arg for arg in sympy.And.make_args(term) if isinstance(arg, sympy.Or)), None)
-        if inner is None:
-            out.append(term)
-        else:
-            rest = [arg for arg in sympy.And.make_args(term) if arg is not inner]
-            out += [t for arg in inner.args for t in _terms(sympy.And(arg, *rest))]
-    return out
-
-
 def _pieces(expr: Boolean, heads: tuple[int, ...], tiles: cost.Tiles, group: int, lse: bool) -> list[Launch]:
     """Launches that together compute an expression with these rows."""
     layout, tile, n = tiles.layout, tiles.rows.tile, tiles.layout.length
     columns, rows, classes, rest = [], [], [], []
-    for term in _terms(expr):
+    for term in cost.terms(expr):
         side = x.sides(term)
         fixed = cost.tile_constant(term, tiles)
         if side == {x.k} and not fixed and cost.count(term, x.k, layout) <= n // 2:
             columns.append(term)
         elif side == {x.q} and not (fixed and tiles.row_tiles * tiles.key_tiles <= INLINE_TILES):
             rows.append(term)
-        elif lse and _class_pair(term) is not None:
+        elif lse and cost.class_pair(term) is not None:
             classes.append(term)
         else:
             rest.append(term)
@@ -334,7 +349,7 @@ def _pieces(expr: Boolean, heads: tuple[int, ...], tiles: cost.Tiles, group: int
     if rows and cost.count(sympy.Or(*rows), x.q, layout) > max(tile, tiles.rows.tokens // 2):
         rest, rows = rest + rows, []
     gathered = sympy.Or(*columns)
-    if classes and _class_cost(classes, tiles) + 2 * cost.LAUNCH > cost.touched(sympy.true, tiles).sum() / 2:
+    if classes and _class_cost(classes, tiles) > _looked_up_cost(classes, tiles):
         rest, classes = rest + classes, []
     main = sympy.Or(*rest)
     if main != sympy.false or columns:
@@ -343,13 +358,10 @@ def _pieces(expr: Boolean, heads: tuple[int, ...], tiles: cost.Tiles, group: int
         out.append(_rows(Part(heads, sympy.true, chosen=sympy.Or(*rows)), tiles, group))
     done: list[Boolean] = [main, gathered]
     for term in classes:
-        pair = _class_pair(term)
+        pair = cost.class_pair(term)
         assert pair is not None
         part = Part(heads, term & ~sympy.Or(*done), classes=pair)
-        blocks = _class_cost([term], tiles) * len(heads)
-        width = _class_width(pair, tiles)
-        moved = 2 * cost.MOVED * tiles.row_tiles * len(heads)
-        out.append(_launch("classes", tiles, part, group, False, 0, 0, width, blocks * cost.FULL + moved + cost.LAUNCH))
+        out.append(_launch("classes", tiles, part, group, False, 0, 0, _class_width(pair, tiles)))
         done.append(term)
     return out
 
@@ -363,10 +375,10 @@ def _launch(
     section: int,
     capacity: int,
     width: int,
-    price: float,
 ) -> Launch:
     heads = HeadMap.of(part.heads, group)
-    return Launch(kind, tiles.rows, tiles.keys, (part,), heads, compare, section, capacity, width, price)
+    launch = Launch(kind, tiles.rows, tiles.keys, (part,), heads, compare, section, capacity, width, 0.0)
+    return replace(launch, cost=predict.blocks(launch, tiles.layout, tiles.constants))
 
 
 def _main(part: Part, tiles: cost.Tiles, group: int) -> Launch:
@@ -374,44 +386,18 @@ def _main(part: Part, tiles: cost.Tiles, group: int) -> Launch:
     compare = cost.tile_constant(part.mask, tiles)
     section = 0
     if part.columns != sympy.false:
+        part = replace(part, until=until(part.mask, tiles) if compare else None)
         section = bucket(cost.count(part.columns, x.k, tiles.layout), tile)
-    per_row = cost.touched(sympy.Or(*(_causally(term) for term in _terms(part.mask))), tiles)
-    blocks = float(per_row.mean(0).sum()) + tiles.row_tiles * (section // tile) / 2
-    price = blocks * (cost.FULL if compare else (cost.FULL + cost.LOOKUP) / 2) + 2 * tiles.row_tiles * (
-        cost.PARTIAL - 1
-    )
-    if not tiles.rows.identity:
-        price += cost.MOVED * tiles.row_tiles
+    per_row = cost.touched(sympy.Or(*(cost.causally(term) for term in cost.terms(part.mask))), tiles)
     width = int(per_row.max(initial=0)) + section // tile
-    return _launch("main", tiles, part, group, compare, section, 0, width, price * len(part.heads) + cost.LAUNCH)
-
-
-def _causally(term: Boolean) -> Boolean:
-    """A term with causality spelled out, for the cost model: also in ranks where its keys are of one modality, which is
-    monotone in modality-major order where positions are not."""
-    out = term & sympy.Ge(x.q, x.k, evaluate=False)
-    for e in term.atoms(sympy.Eq):
-        if e.lhs == x.Modality(x.k) and e in sympy.And.make_args(term):
-            out &= sympy.Ge(x.Rank(x.q, e.rhs), x.Rank(x.k, e.rhs), evaluate=False)
-    return out
+    return _launch("main", tiles, part, group, compare, section, 0, width)
 
 
 def _rows(part: Part, tiles: cost.Tiles, group: int) -> Launch:
     tile = tiles.rows.tile
     count = min(cost.count(part.chosen, x.q, tiles.layout), tiles.rows.tokens)
     capacity = bucket(count, tile)
-    blocks = capacity // tile * tiles.key_tiles / 2 * len(part.heads)
-    return _launch("rows", tiles, part, group, True, 0, capacity, tiles.key_tiles, blocks * cost.FULL + cost.LAUNCH)
-
-
-def _class_pair(term: Boolean) -> tuple[sympy.Expr, sympy.Expr] | None:
-    """(f, g) of a term that asks for ``f(q) == g(k)`` with residues f and g."""
-    for atom in sympy.And.make_args(term):
-        if isinstance(atom, sympy.Eq) and x.sides(atom) == {x.q, x.k}:
-            parts = x.separate(atom)
-            if parts is not None and isinstance(parts[0], sympy.Mod) and isinstance(parts[2], sympy.Mod):
-                return parts[0], parts[2]
-    return None
+    return _launch("rows", tiles, part, group, True, 0, capacity, tiles.key_tiles)
 
 
 def _stride(residue: sympy.Mod) -> int:
@@ -440,19 +426,32 @@ def _class_width(pair: tuple[sympy.Expr, sympy.Expr], tiles: cost.Tiles) -> int:
 
 
 def _class_cost(terms: list[Boolean], tiles: cost.Tiles) -> float:
-    total = 0.0
+    """Milliseconds of residue classes in launches of their own, for one head."""
+    prices, total = tiles.constants, 0.0
     for term in terms:
-        pair = _class_pair(term)
+        pair = cost.class_pair(term)
         assert pair is not None
         per_class = tiles.keys.tokens / _stride(pair[1]) / tiles.rows.tile
-        total += tiles.row_tiles * (per_class / 2 + 2 * cost.PARTIAL)
+        copied = 2 * tiles.key_tiles + 5 * tiles.row_tiles
+        total += tiles.row_tiles * (per_class / 2 * prices.looked_full + 2 * prices.lookup) + copied * prices.moved
+        total += 2 * prices.launch
     return total
+
+
+def _looked_up_cost(terms: list[Boolean], tiles: cost.Tiles) -> float:
+    """Of the same in the main launch, where about every block that they touch is partial."""
+    share = 0.0
+    for term in terms:
+        pair = cost.class_pair(term)
+        assert pair is not None
+        share += (2 * tiles.rows.tile - 1) / _stride(pair[1])
+    return min(1.0, share) * float(cost.touched(sympy.true, tiles).sum()) / 2 * tiles.constants.lookup
 
 
 # ---- joining launches ----------------------------------------------------------------------------------------------
 
 
-def _merge(pieces: list[Launch], group: int) -> list[Launch]:
+def _merge(pieces: list[Launch], group: int, constants: Constants) -> list[Launch]:
     """Launches of the same kind, orders and a mask of one comparison become one; so do the dense heads."""
     out: dict[Any, list[Launch]] = {}
     for i, piece in enumerate(pieces):
@@ -463,7 +462,7 @@ def _merge(pieces: list[Launch], group: int) -> list[Launch]:
         parts = tuple(part for piece in found for part in piece.parts)
         heads = HeadMap.of([h for part in parts for h in part.heads], group)
         widest = {f: max(getattr(piece, f) for piece in found) for f in ("section", "capacity", "width")}
-        price = sum(piece.cost for piece in found) - cost.LAUNCH * (len(found) - 1)
+        price = sum(piece.cost for piece in found) - constants.launch / constants.full * (len(found) - 1)
         merged.append(replace(found[0], parts=parts, heads=heads, cost=price, **widest))
     order = {"main": 0, "dense": 1, "classes": 2, "rows": 3}
     return sorted(merged, key=lambda launch: order[launch.kind])

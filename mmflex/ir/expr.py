@@ -87,7 +87,9 @@ class FirstTile(_Attribute):
     def _sympystr(self, printer: Any) -> str:
         return f"{self.label}_{_scope(self.args[1])}_{_scope(self.args[2])}({printer._print(self.args[0])})"
 
-    _latex = _sympystr
+    def _latex(self, printer: Any) -> str:
+        label, scopes = self.label.replace("_", r"\,"), ", ".join(map(_scope, self.args[1:-1]))
+        return rf"\mathrm{{{label}}}_{{\mathrm{{{scopes}}}}}({printer._print(self.args[0])})"
 
 
 class LastTile(FirstTile):
@@ -103,8 +105,6 @@ class Behind(FirstTile):
 
     def _sympystr(self, printer: Any) -> str:
         return f"{self.label}_{_scope(self.args[1])}({printer._print(self.args[0])})"
-
-    _latex = _sympystr
 
 
 class Tile(sympy.Function):
@@ -127,6 +127,19 @@ class Tile(sympy.Function):
         return rf"\left\lfloor {printer._print(self.args[0])} / {self.args[1]} \right\rfloor"
 
 
+def tiled(expr: sympy.Basic) -> sympy.Basic:
+    """An expression with `Tile` where a pattern writes ``//`` by a number, which sympy makes a floor of fractions."""
+
+    def whole(arg: sympy.Expr) -> sympy.Expr:
+        shares = [term.as_coeff_Mul()[0] for term in sympy.Add.make_args(arg)]
+        if not all(share.is_Rational for share in shares):
+            return sympy.floor(arg)
+        n = sympy.ilcm(*(share.q for share in shares)) if len(shares) > 1 else shares[0].q
+        return Tile(sympy.expand(arg * n), n) if n > 1 else sympy.floor(arg)
+
+    return expr.replace(sympy.floor, whole)
+
+
 class Number(sympy.Symbol):
     """An integer that selection finds for every head (a stride, a phase)."""
 
@@ -139,6 +152,9 @@ class Number(sympy.Symbol):
 
     def __getnewargs_ex__(self) -> Any:
         return ((self.name, self.at_least), {})
+
+    def _latex(self, printer: Any) -> str:
+        return rf"\mathrm{{{short(self.name)}}}"
 
 
 class Member(BooleanFunction):
@@ -162,7 +178,12 @@ class Touches(BooleanFunction):
         return f"({printer._print(first - key)} .. {printer._print(last - key)} meets {name})"
 
     def _latex(self, printer: Any) -> str:
-        return rf"{printer._print(self.args[0] - self.args[2])} \in \mathrm{{{short(str(self.args[3]))}}}"
+        first, last, key, name, _ = self.args
+        chosen = rf"\mathrm{{{short(str(name))}}}"
+        if first == last:
+            return rf"{printer._print(first - key)} \in {chosen}"
+        distances = rf"{printer._print(first - key)}, \ldots, {printer._print(last - key)}"
+        return rf"\left\{{{distances}\right\}} \cap {chosen} \neq \emptyset"
 
 
 class Listed(BooleanFunction):
@@ -285,7 +306,8 @@ def source(expr: sympy.Basic, leaf: Callable[[sympy.Basic], str]) -> str:
         if isinstance(e, sympy.Not):
             return f"(~{write(e.args[0])})"
         raise TypeError(
-            f"a mask expression cannot hold {type(e).__name__} ({e}): use + - * mod // comparisons and & | ~"
+            f"a mask expression cannot hold {type(e).__name__} ({e}): use + - * mod // by whole numbers, comparisons "
+            "and & | ~"
         )
 
     return write(expr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import operator
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -90,9 +91,23 @@ class Segment:
         """A Segment from ``(modality, size)`` or ``(modality, size, options)``; size is n, (h, w) or (t, h, w)."""
         if isinstance(item, Segment):
             return item
+        if isinstance(item, str) or not isinstance(item, Sequence) or len(item) not in (2, 3):
+            raise ValueError(
+                f"a segment is (modality, size) or (modality, size, options), got {item!r}: give a list of those; "
+                'the size of a video is a tuple too, ("video", (8, 16, 16))'
+            )
         modality, size, *rest = item
-        options: Mapping[str, Any] = rest[0] if rest else {}
-        sizes = (size,) if isinstance(size, int) else tuple(size)
+        options = rest[0] if rest else {}
+        if not isinstance(options, Mapping) or set(options) - {"newline", "timestamps"}:
+            raise ValueError(
+                f'the third item of a segment is {options!r}: use {{"newline": "row", "frame" or "video"}} and '
+                '{"timestamps": number}'
+            )
+        try:
+            each = size if isinstance(size, Sequence) else (size,)
+            sizes: tuple[Any, ...] = tuple(map(operator.index, each))
+        except TypeError:
+            raise ValueError(f"a segment's size is in whole tokens, got {size!r}") from None
         if len(sizes) > 3 or not sizes:
             raise ValueError(f"a segment's size is n, (height, width) or (frames, height, width), got {size!r}")
         names = ("frames", "height", "width")[3 - len(sizes) :]
@@ -250,11 +265,16 @@ class TokenLayout:
         """Ids of the modalities that occur, ascending."""
         return self._once("modalities", lambda: tuple(np.unique(self.modality[self.valid]).tolist()))
 
-    def of(self, modality: int | None) -> np.ndarray:
-        """bool [B, N]: the valid tokens of a modality (None: of all)."""
-        return self.valid if modality is None else self.valid & (self.modality == modality)
+    def of(self, modality: str | int | None) -> np.ndarray:
+        """bool [B, N]: the valid tokens of a modality, by name or id (None: of all)."""
+        number = modality_id(modality) if isinstance(modality, str) else modality
+        return self.valid if number is None else self.valid & (self.modality == number)
 
-    def coordinate(self, modality: int | None) -> np.ndarray:
+    def most(self, modality: int | None) -> int:
+        """Tokens of a modality (None: of any) in the prompt that has most of them; at least 1."""
+        return self._once(("most", modality), lambda: max(1, int(self.of(modality).sum(axis=1).max(initial=0))))
+
+    def coordinate(self, modality: str | int | None) -> np.ndarray:
         """int32 [B, N]: how many tokens of ``modality`` (None: of any) stand up to and including this one, less one.
 
         For a token of that modality this is its rank; for any other it is the rank of the last such token before it
@@ -276,7 +296,7 @@ class TokenLayout:
 
         return self._once("rank", build)
 
-    def frame_stride(self, modality: int | None) -> int | None:
+    def frame_stride(self, modality: str | int | None) -> int | None:
         """Tokens from one frame to the next (the commonest distance, in ``coordinate(modality)``); None without
         two frames in a row."""
 
@@ -321,6 +341,11 @@ class TokenLayout:
                 shown.append(f"... {len(runs) - 6} more runs")
             lines.append(" | ".join(shown) or "empty")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from ..plot import layout_html
+
+        return layout_html(self)
 
     def __repr__(self) -> str:
         return f"TokenLayout([{self.batch_size}, {self.length}]: {'; '.join(self.summary().splitlines()[:2])})"

@@ -53,7 +53,7 @@ class View:
     @property
     def size(self) -> int:
         """Keys in scope (of the longest prompt of the batch): the length of per-key masses and bitmaps."""
-        return max(1, int(self.layout.of(self.scope.key).sum(axis=1).max(initial=0)))
+        return self.layout.most(self.scope.key)
 
     @property
     def tiles(self) -> int:
@@ -63,7 +63,7 @@ class View:
     @property
     def rows(self) -> int:
         """Tokens of the query modality (of the longest prompt): queries are counted from the first of them."""
-        return max(1, int(self.layout.of(self.scope.query).sum(axis=1).max(initial=0)))
+        return self.layout.most(self.scope.query)
 
     def counts(self, device: torch.device) -> torch.Tensor:
         """int64 [B]: keys in scope of each prompt, on a device (copied there once)."""
@@ -110,7 +110,13 @@ class Tokens:
         t = Tokens(self.layout, self.tile, self.scope, self.leaves)
         t._leaf = f"{pattern}" + (f"[{self.scope}]" if str(self.scope) else "")
         self.leaves[t._leaf] = (pattern, self.scope)
-        return sympy.sympify(pattern.mask(t))
+        expr = pattern.mask(t)
+        if isinstance(expr, bool):
+            raise TypeError(
+                f"{type(pattern).__name__}.mask returned {expr}: == and != compare the expressions themselves, write "
+                "sympy.Eq(a, b) and sympy.Ne(a, b) (sympy.true and sympy.false for everything and nothing)"
+            )
+        return x.tiled(sympy.sympify(expr))
 
     # ---- coordinates ----------------------------------------------------------------------------------------------
 
@@ -199,15 +205,30 @@ class Tokens:
         return sympy.Symbol(f"{name}@{self._leaf}")
 
 
+class _Signature:
+    """What `inspect.signature`, and so help and notebooks, show of a pattern: its fields, not ``__new__``."""
+
+    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
+        found = inspect.signature(owner.__init__)  # type: ignore[misc]
+        return found.replace(parameters=list(found.parameters.values())[1:], return_annotation=found.empty)
+
+
 class Pattern:
     """What a head may see. Subclass it as a frozen dataclass and write `mask`; with `estimator` and `select` it adapts
     to the input. Patterns compose with ``|``, ``&``, ``-`` and `on`."""
 
     known: ClassVar[dict[str, type[Pattern]]] = {}
+    budgets: ClassVar[tuple[str, ...]] = ()
+    """Integer fields that say how much is kept, in tokens or blocks: what `scaled` multiplies."""
     serial: str
     """Names this object among all patterns and layouts alive, for graphs of torch.compile to refer to."""
+    __signature__: ClassVar[Any] = _Signature()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if not dataclasses.is_dataclass(cls) or cls.__hash__ is None:
+            raise TypeError(
+                f"{cls.__name__} is no frozen dataclass, as patterns are: put @dataclass(frozen=True) on it"
+            )
         self = super().__new__(cls)
         object.__setattr__(self, "serial", enlist(self))
         return self
@@ -239,6 +260,18 @@ class Pattern:
     def candidates(cls) -> tuple[Pattern, ...]:
         """What a search should try of this family."""
         return ()
+
+    def scaled(self, factor: float) -> Pattern:
+        """This pattern with its `budgets` multiplied, those of the patterns that it is composed of included: a search
+        brings candidates to equal cost with it. Rounded to five significant bits; what is not 0 stays at least 1."""
+        if factor == 1:
+            return self
+        names = set(type(self).budgets)
+        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))  # type: ignore[arg-type]
+        return dataclasses.replace(
+            self,  # type: ignore[type-var]
+            **{name: _rounded(value, factor) if name in names else _scaled(value, factor) for name, value in fields},
+        )
 
     def on(self, query: str | int | None = None, key: str | int | None = None) -> Pattern:
         """This pattern for the queries and keys of a modality alone; its lines then run in ranks within it."""
@@ -385,6 +418,19 @@ def from_json(data: Any) -> Pattern:
         return cls(**given)
     except TypeError as error:
         raise ValueError(f"{data['pattern']}: {error}; its fields are {', '.join(sorted(names))}") from None
+
+
+def _scaled(value: Any, factor: float) -> Any:
+    if isinstance(value, Pattern):
+        return value.scaled(factor)
+    return tuple(_scaled(v, factor) for v in value) if isinstance(value, tuple) else value
+
+
+def _rounded(value: int, factor: float) -> int:
+    if not value:
+        return value
+    step = 1 << max(0, int(value * factor).bit_length() - 5)
+    return max(1, round(value * factor / step) * step)
 
 
 def _plain(value: Any) -> Any:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from ..compiler import cost
+from ..compiler.constants import Constants, constants_for
 from ..compiler.orders import Order
 from ..compiler.plan import Launch, Program, build
+from ..compiler.predict import MARGIN, least_ms, predict
 from ..ir.layout import TokenLayout, listed
 from ..ir.pattern import Pattern, find
-from . import backends, steps
+from . import backends, graphs, steps
 from .backends import Backend
 
 TILE = 128
@@ -84,7 +85,7 @@ def plan(
 
     Args: as `attention`; ``block_size``: tokens per block (other than 128 for experiments on the reference backend).
     """
-    return _planned(q, k, spec, layout, scale, backend, False, None, block_size)
+    return _planned(q, k, spec, layout, scale, backend, False, None, block_size, once=False)
 
 
 _requests: dict[tuple[str, ...], tuple[Spec, TokenLayout | None]] = {}
@@ -204,6 +205,7 @@ def _planned(
     need_lse: bool,
     v: Tensor | None,
     tile: int = TILE,
+    once: bool = True,
 ) -> Plan:
     patterns = _check(q, k, v, spec, layout)
     layout = TokenLayout.text(k.shape[2]) if layout is None else layout
@@ -213,28 +215,49 @@ def _planned(
             f"return_lse: backend {runs.name!r} does not give it; use backend='reference' or a CUDA device"
         )
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    program, note = _program(patterns, layout, q.shape[2], k.shape[1], tile, runs, backend == "auto")
+    prices = constants_for(q.device, runs.name, q.dtype, q.shape[3])
+    auto = max(1, q.shape[0]) if backend == "auto" else 0
+    program, note = _program(patterns, layout, q.shape[2], k.shape[1], tile, runs, prices, auto)
     with torch.no_grad():
-        return Plan(program, runs, scale, q, k, note)
+        return Plan(program, runs, scale, q, k, note, once)
 
 
 def _program(
-    patterns: tuple[Pattern, ...], layout: TokenLayout, m: int, kv_heads: int, tile: int, runs: Backend, auto: bool
+    patterns: tuple[Pattern, ...],
+    layout: TokenLayout,
+    m: int,
+    kv_heads: int,
+    tile: int,
+    runs: Backend,
+    prices: Constants,
+    auto: int,
 ) -> tuple[Program, str]:
-    """The program of a spec, cached with the layout, and why it is dense if it is."""
-    key = ("program", patterns, m, kv_heads, tile, runs.name, auto)
+    """The program of a spec, cached with the layout, and why it is dense if it is. ``auto``: it may be, where dense is
+    predicted to be faster for that many prompts."""
+    rest = (m, kv_heads, tile, runs.name, prices, auto)
+    quick = ("program of", *(p.serial for p in patterns), *rest)  # equal patterns may be other objects, but seldom are
+    if quick in layout.memo:
+        return layout.memo[quick]
+    key = ("program", patterns, *rest)
     if key not in layout.memo:
         dense_spec = (find("Dense")(),) * len(patterns)
         note = ""
         if runs.name == "dense" or not m:
             note = "dense: asked for" if m else "no queries"
             patterns = dense_spec
-        program = build(patterns, layout, m, kv_heads, tile, lse=runs.lse, full_width=runs.full_width)
-        sparse = program.cost + cost.planning(runs.name, program)
-        if auto and any(launch.kind != "dense" for launch in program.launches) and sparse >= program.dense_cost:
-            note = f"dense: the spec would cost {sparse:.0f} blocks with planning, dense costs {program.dense_cost:.0f}"
-            program = build(dense_spec, layout, m, kv_heads, tile, lse=runs.lse, full_width=runs.full_width)
+        how: Any = {"lse": runs.lse, "full_width": runs.full_width, "constants": prices}
+        dense = build(dense_spec, layout, m, kv_heads, tile, **how) if auto else None
+        dense_ms = predict(dense, batch=auto).total_ms if dense else 0.0
+        if dense and least_ms(prices) >= dense_ms:  # not worth building
+            program, note = dense, f"dense: predicted {dense_ms:.3g} ms, any spec takes {least_ms(prices):.3g} ms"
+        else:
+            program = build(patterns, layout, m, kv_heads, tile, **how)
+        if dense and not note and any(launch.kind != "dense" for launch in program.launches):
+            sparse_ms = predict(program, batch=auto).total_ms
+            if sparse_ms * (1 + MARGIN) >= dense_ms:
+                program, note = dense, f"dense: predicted {dense_ms:.3g} ms, the spec {sparse_ms:.3g} ms with planning"
         layout.memo[key] = (program, note)
+    layout.memo[quick] = layout.memo[key]
     return layout.memo[key]
 
 
@@ -268,7 +291,10 @@ class Plan:
         note: why it runs dense, if the cost model decided so; else "".
     """
 
-    def __init__(self, program: Program, backend: Backend, scale: float, q: Tensor, k: Tensor, note: str = "") -> None:
+    def __init__(
+        self, program: Program, backend: Backend, scale: float, q: Tensor, k: Tensor, note: str = "", once: bool = False
+    ) -> None:
+        """``once``: it attends before anything else is planned with its program, whose graph may then be replayed."""
         self.program, self._backend, self.scale, self.note = program, backend, scale, note
         self.layout, self.backend = program.layout, backend.name
         self.shape = (tuple(q.shape), tuple(k.shape))
@@ -276,10 +302,8 @@ class Plan:
         for op, key in program.steps("plan"):
             if op == "estimate":
                 steps.estimate(self.state, key, q, k, scale)
-            elif op == "select":
-                steps.select(self.state, key)
-            elif op == "gather":
-                steps.gather_and_list(self.state, key)
+        if not (once and graphs.replayed(self.state)):
+            steps.after_estimates(self.state)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The attention of these tensors under this plan's mask: shapes as planned."""
@@ -404,6 +428,11 @@ class Plan:
         from .explain import explain
 
         return explain(self)
+
+    def _repr_html_(self) -> str:
+        from ..plot import plan_html
+
+        return plan_html(self)
 
     def __repr__(self) -> str:
         kinds = ", ".join(launch.label for launch in self.program.launches)

@@ -53,6 +53,8 @@ def _not_on_cpu(device: torch.device, dim: int, dtype: torch.dtype) -> str | Non
 def _not_triton(device: torch.device, dim: int, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"the tensors are on {device}, it runs on CUDA devices"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device here"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than Ampere (compute capability 8.0)"
     return None
@@ -230,15 +232,9 @@ def dense_attention(
     m, n = q.shape[2], k.shape[2]
     gqa = q.shape[1] != k.shape[1]
     if not lse:
-        if backend == "flash":
-            from flash_attn.cute import flash_attn_func
-
-            found = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), softmax_scale=scale, causal=True)
-            return (found[0] if isinstance(found, tuple) else found).transpose(1, 2), None
         if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
-            with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
-                bias = None if m == n else causal_lower_right(m, n)
-                return scaled_dot_product_attention(q, k, v, bias, is_causal=m == n, scale=scale, enable_gqa=gqa), None
+            kernel = _fastest(q, k, v, scale) if backend == "flash" else _sdpa
+            return kernel(q, k, v, scale), None
         if m == n:
             return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa), None
         return _rows_of_sdpa(q, k, v, scale, gqa), None
@@ -248,6 +244,52 @@ def dense_attention(
         return found[0], found[1]
     seen = torch.arange(n, device=q.device) <= torch.arange(n - m, n, device=q.device)[:, None]
     return reference.softmax_attention(q, k, v, seen.expand(*q.shape[:2], m, n), scale)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    m, n = q.shape[2], k.shape[2]
+    with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
+        bias = None if m == n else causal_lower_right(m, n)
+        gqa = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(q, k, v, bias, is_causal=m == n, scale=scale, enable_gqa=gqa)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    from flash_attn.cute import flash_attn_func
+
+    found = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), softmax_scale=scale, causal=True)
+    return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
+
+
+TRIED = 1 << 15
+"""Keys up to which flash-attn-4 and SDPA are tried against each other: they differ by a few per cent, now one way and
+now the other. Beyond, flash-attn-4 is the faster one, and a trial takes long."""
+
+_faster: dict[Any, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {}
+
+
+def _fastest(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """The faster dense kernel for tensors like these, tried once for each power of two of their length."""
+    n = k.shape[2]
+    if n > TRIED:
+        return _flash
+    like = tuple((*t.shape[:2], t.shape[2].bit_length(), t.shape[3], t.is_contiguous()) for t in (q, k, v))
+    key = (q.device, q.dtype, q.shape[2] == n, *like)
+    if key not in _faster:
+        if torch.cuda.is_current_stream_capturing():
+            return _flash
+        took = {}
+        for kernel in (_flash, _sdpa):
+            kernel(q, k, v, scale)
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(4):
+                kernel(q, k, v, scale)
+            end.record()
+            end.synchronize()
+            took[kernel] = start.elapsed_time(end)
+        _faster[key] = min(took, key=lambda kernel: took[kernel])
+    return _faster[key]
 
 
 def _rows_of_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, gqa: bool, step: int = 1024) -> Tensor:

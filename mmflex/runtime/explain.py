@@ -62,7 +62,7 @@ def explain(plan: Plan) -> str:
             f"  {full} full, {partial} partial, {tiles - full - partial} empty blocks; lists of width {launch.width}"
         )
         if launch.section:
-            count = len(ready.section_heads)
+            count = len(launch.section_slot)
             lines.append(
                 f"  columns gathered into {count} sections of {launch.section} keys ({launch.sections} per KV head)"
             )

@@ -135,8 +135,12 @@ def looked_up(
 
     body = x.source(expr, write)
     full = f"({_at(row)} >= limit[b, h, kv]) & ((kv >= numbers[0, h]) | {body})"
-    table = torch.tensor(numbers, dtype=torch.int32).to(values.device)[:, None].expand(-1, heads).contiguous()
-    return MaskMod(_write(names, full), (row, limit, table, *captures[2:]))
+    return MaskMod(_write(names, full), (row, limit, _table(tuple(numbers), heads, values.device), *captures[2:]))
+
+
+@lru_cache(maxsize=256)
+def _table(numbers: tuple[int, ...], heads: int, device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32).to(device)[:, None].expand(-1, heads).contiguous()
 
 
 def _below(found: Tensor, reach: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -19,6 +19,7 @@ from ..ir.pattern import View
 from . import backends, masks
 from .kernels.lists import dialect, list_blocks
 from .kernels.rows import copy_rows, put_rows, take_rows
+from .kernels.sections import fill_sections
 from .kernels.select import gathered
 
 
@@ -30,7 +31,8 @@ class Ready:
         lists: the block lists. mask_mod: the mask of partial blocks.
         row_index: int64 [B, H, S], the query in each slot, where rows differ by head, and how many are real
             (``row_count`` int64 [B, H]). key_index: likewise the key.
-        section_index: int64 [B, heads, C], tokens of each head's section, for the heads ``section_heads``.
+        section_table: int64 [B, sections of all KV heads, slots], the token in each slot of the gathered sections (-1:
+            none); a head's own is number ``launch.table_slot[head]``.
     """
 
     lists: backends.Lists
@@ -38,8 +40,6 @@ class Ready:
     row_index: Tensor | None = None
     row_count: Tensor | None = None
     key_index: Tensor | None = None
-    section_index: Tensor | None = None
-    section_heads: tuple[int, ...] = ()
     section_table: Tensor | None = None
 
 
@@ -73,7 +73,10 @@ class State:
         """What expressions read, for some heads that share them."""
         found = {}
         for name in sorted(frozenset().union(*map(names_of, exprs))):
-            leaf, table = self.program.leaves[name.split("@", 1)[1]], self.found[name]
+            short, of = name.split("@", 1)
+            if name not in self.found:
+                raise ValueError(f"{of}: its mask names {short!r}, which select() did not return: return it there")
+            leaf, table = self.program.leaves[of], self.found[name]
             if leaf.heads != heads:
                 table = table.index_select(1, self.const(tuple(leaf.heads.index(h) for h in heads)))
             found[name] = table
@@ -110,9 +113,23 @@ def select(state: State, name: str) -> None:
     chosen = leaf.pattern.select(result, view)
     index = tuple(place[h] for h in leaf.heads) if place else ()
     for short, table in chosen.items():
+        if table.dim() > 2 and table.dtype != torch.bool:
+            raise TypeError(
+                f"{name}: select() returned {short!r} as {table.dtype} {list(table.shape)}: a set is a bool tensor "
+                "[B, H, keys] or [B, H, blocks, blocks] that is true for its members"
+            )
         if place and index != tuple(range(table.shape[1])):
             table = table.index_select(1, state.const(index))
         state.found[f"{short}@{name}"] = table
+
+
+def after_estimates(state: State) -> None:
+    """Selecting, gathering and listing, in an order that respects the graph of steps."""
+    for op, key in state.program.steps("plan"):
+        if op == "select":
+            select(state, key)
+        elif op == "gather":
+            gather_and_list(state, key)
 
 
 def _positions(launch: Launch, state: State) -> tuple[Tensor, Tensor]:
@@ -152,20 +169,17 @@ class _Lists:
         place: tuple[int, ...],
         mask: Boolean,
         values: Values | None,
-        row: Tensor,
-        limit: Tensor,
-        tail: Tensor | None = None,
+        ends: Extremes,
     ) -> None:
-        """Lists the blocks of some heads, by number in the launch; row [B, 1|H, Q], limit and tail [B, H, ...]; values
-        None: all pairs."""
-        triton = dialect(row)
+        """Lists the blocks of some heads, by number in the launch; values None: all pairs."""
+        triton = dialect(ends.low)
         empty = BlockSource("True", "True", {}, {}, triton)
         source = empty if values is None else block_source(mask, values, triton)
         sections = self.launch.section // self.tile
         slot, heads = self.launch.section_slot, self.launch.heads.heads
         shift = tuple(slot.get(heads[i], 0) * sections for i in place)
         at, moved = self.state.const(place, torch.int32), self.state.const(shift, torch.int32)
-        list_blocks(source, Extremes.of(row, limit, tail, self.tile), self.table, self.counts, at, moved)
+        list_blocks(source, ends, self.table, self.counts, at, moved)
 
     def done(self) -> backends.Lists:
         if self.launch.width < self.launch.key_slots // self.tile:
@@ -180,50 +194,52 @@ def _check(fits: Tensor, what: str) -> None:
 
 
 def _main(state: State, launch: Launch) -> Ready:
-    program = state.program
-    row, at = _positions(launch, state)
     heads, batch, main = launch.heads.heads, state.batch, launch.keys.slots
+    row, at, base = _based(launch, state)
     place = launch.heads.place
-    slot_of, origin = launch.section_slot, _slot_origin(launch, program)
-    base = origin or 0
     limit = torch.full((batch, len(heads), launch.key_slots), BIG, dtype=torch.int32, device=state.device)
+    table = None
+    if launch.section:
+        shape = (batch, len(launch.heads.kv_heads) * launch.sections, launch.section)
+        table = torch.full(shape, -1, dtype=torch.int64, device=state.device)
     lists = _Lists(state, launch)
-    sections: list[Tensor] = []
-    section_heads: list[int] = []
     residual = None
     for part in launch.parts:
         values = state.part_values(launch, part)
         here = tuple(place[h] for h in part.heads)
-        own, tail = at[:, None].expand(-1, len(part.heads), -1), None
-        if part.columns != sympy.false:
-            chosen = values.of(part.columns)[:, :, 0].expand(own.shape) & (own < BIG)
-            index, count = gathered(chosen, launch.section)
-            _check(count <= launch.section, "gathered columns")
-            real = torch.arange(launch.section, device=state.device) < count[..., None]
-            tail = torch.where(real, own.gather(-1, index), BIG).int()
-            own = torch.where(chosen, BIG, own)
-            if not launch.keys.identity:
-                index = (
-                    launch.keys.on("filled", state.device)
-                    .expand(batch, -1)[:, None]
-                    .expand(own.shape)
-                    .gather(-1, index)
-                )
-            sections.append(index)
-            section_heads.extend(part.heads)
-            slots = state.const(tuple(slot_of[h] for h in part.heads))
-            limit[..., main:].unflatten(-1, (-1, launch.section))[:, state.const(here), slots] = tail - base
-        limit[:, state.const(here), :main] = own - base
-        lists.add(here, part.mask, values, row[:, None], own, tail)
+        if part.columns == sympy.false:
+            limit[:, state.const(here), :main] = at[:, None]
+            lists.add(here, part.mask, values, _ends(launch, state, len(part.heads)))
+        else:
+            assert table is not None
+            sections = tuple(launch.table_slot[h] for h in part.heads)
+            end, usable = _until(launch, part, state)
+            counts, low, high = fill_sections(
+                (values.of(part.columns)[:, :, 0] & usable[:, None]).expand(batch, len(here), -1),
+                at,
+                end,
+                None if launch.keys.identity else launch.keys.on("filled", state.device).expand(batch, -1),
+                state.const(here, torch.int32),
+                state.const(sections, torch.int32),
+                limit,
+                table,
+                state.program.tile,
+            )
+            _check(counts <= launch.section, "gathered columns")
+            tail = limit[..., main:].unflatten(-1, (launch.sections, -1, state.program.tile))
+            tail = tail[:, state.const(here), state.const(tuple(launch.section_slot[h] for h in part.heads))]
+            ends = replace(
+                _ends(launch, state, len(here)), low=low, high=high, tail_low=tail.amin(-1), tail_high=tail.amax(-1)
+            )
+            lists.add(here, part.mask, values, ends)
         if not launch.compare:
             residual = (part.mask, values)
     if residual is not None:
         _spread(residual[1], launch.parts[0].heads, heads, state)
-        mask_mod = masks.looked_up(row.contiguous(), limit + base, *residual, main, launch.key_slots, batch, len(heads))
+        mask_mod = masks.looked_up(row.contiguous(), limit, *residual, main, launch.key_slots, batch, len(heads))
     else:
-        mask_mod = masks.comparison(row.contiguous() if origin is None else None, limit)
-    joined = torch.cat(sections, 1) if sections else None
-    return Ready(lists.done(), mask_mod, section_index=joined, section_heads=tuple(section_heads))
+        mask_mod = masks.comparison(row.contiguous() if base is None else None, limit)
+    return Ready(lists.done(), mask_mod, section_table=table)
 
 
 def _spread(values: Values, own: tuple[int, ...], heads: tuple[int, ...], state: State) -> None:
@@ -234,11 +250,44 @@ def _spread(values: Values, own: tuple[int, ...], heads: tuple[int, ...], state:
         values.memo = {}
 
 
-def _slot_origin(launch: Launch, program: Program) -> int | None:
-    """The position of slot 0 where slots run with positions (the mask then compares the slot itself), else None."""
+def _based(launch: Launch, state: State) -> tuple[Tensor, Tensor, int | None]:
+    """`_positions`, counted from the first row slot where slots run with positions: the mask then compares the slot
+    itself. The third is what was taken off, None where slots do not."""
+    program, memo = state.program, state.program.memo
+    row, at = _positions(launch, state)
     if program.layout.padded or launch.rows.label != "natural" or not launch.compare:
-        return None
-    return (program.layout.length - program.queries) // program.tile * program.tile
+        return row, at, None
+    base = (program.layout.length - program.queries) // program.tile * program.tile
+    key = ("based", launch.rows, launch.keys, state.device)
+    if key not in memo:
+        memo[key] = (row[:1] - base, at[:1] - base)
+    row, at = memo[key]
+    return row.expand(state.batch, -1), at.expand(state.batch, -1), base
+
+
+def _ends(launch: Launch, state: State, heads: int) -> Extremes:
+    """Extremes of the positions of a launch's tiles, before anything is selected (cached)."""
+    memo = state.program.memo
+    key = ("ends", launch.rows, launch.keys, launch.compare, heads, state.batch, state.device)
+    if key not in memo:
+        row, at, _ = _based(launch, state)
+        memo[key] = Extremes.of(row[:, None], at[:, None].expand(-1, heads, -1), None, state.program.tile)
+    return memo[key]
+
+
+def _until(launch: Launch, part: Part, state: State) -> tuple[Tensor | None, Tensor]:
+    """`Part.until` on the device, and which keys may be gathered, bool [B, S]: all that are there, less those that the
+    mask shows to the end (cached)."""
+    memo = state.program.memo
+    key = ("until", part, launch.compare, state.batch, state.device)
+    if key not in memo:
+        _, at, base = _based(launch, state)
+        usable, end = at < BIG // 2, None
+        if part.until is not None:
+            found = torch.as_tensor(part.until).to(state.device).expand(state.batch, -1)
+            usable, end = usable & (found < BIG), (found - (base or 0)).int().contiguous()
+        memo[key] = (end, usable)
+    return memo[key]
 
 
 def _rows(state: State, launch: Launch) -> Ready:
@@ -262,7 +311,7 @@ def _rows(state: State, launch: Launch) -> Ready:
     position = torch.where(filled, position, -1).int()
     limit = at[:, None].expand(-1, len(heads), -1).contiguous()
     lists = _Lists(state, launch)
-    lists.add(tuple(range(len(heads))), sympy.true, None, position, limit)
+    lists.add(tuple(range(len(heads))), sympy.true, None, Extremes.of(position, limit, None, state.program.tile))
     token_index = token[:, None].expand(-1, len(heads), -1).gather(-1, index)
     mask_mod = masks.comparison(position, limit)
     return Ready(lists.done(), mask_mod, row_index=token_index, row_count=count)
@@ -285,7 +334,8 @@ def _classes(state: State, launch: Launch) -> Ready:
     there = state.part_values(launch, part, row_index, key_index)
     place = launch.heads.place
     lists = _Lists(state, launch)
-    lists.add(tuple(place[h] for h in part.heads), part.mask, there, row_at, key_at)
+    ends = Extremes.of(row_at, key_at, None, state.program.tile)
+    lists.add(tuple(place[h] for h in part.heads), part.mask, there, ends)
     if part.heads != heads:  # empty heads repeat the first one's rows
         pick = state.const(tuple(part.heads.index(h) if h >= 0 else 0 for h in heads))
         row_at, key_at, row_index, key_index, row_real = (
@@ -326,7 +376,7 @@ def keys(state: State, number: int, t: Tensor) -> Tensor:
         return take_rows(take_heads(t, kv, state), ready.key_index)
     t = take_heads(t, launch.heads.kv_heads, state)
     kv_heads, main = t.shape[1], launch.keys.slots
-    if ready.section_index is None and launch.keys.identity:
+    if ready.section_table is None and launch.keys.identity:
         return t
     out = t.new_empty((state.batch, kv_heads, launch.key_slots, t.shape[-1]))
     if launch.keys.identity:
@@ -334,23 +384,9 @@ def keys(state: State, number: int, t: Tensor) -> Tensor:
     else:
         index = launch.keys.on("index", state.device)[:, None].expand(state.batch, kv_heads, -1)
         take_rows(t, index, out[:, :, :main])
-    if ready.section_index is not None:
-        take_rows(t, _section_table(state, launch, ready), out[:, :, main:])
+    if ready.section_table is not None:
+        take_rows(t, ready.section_table.unflatten(1, (kv_heads, -1)).flatten(2), out[:, :, main:])
     return out
-
-
-def _section_table(state: State, launch: Launch, ready: Ready) -> Tensor:
-    """int64 [B, KV heads, sections x slots]: the token in each slot of the gathered sections, -1 for none."""
-    if ready.section_table is None:
-        assert ready.section_index is not None
-        shape = (state.batch, len(launch.heads.kv_heads), launch.sections, launch.section)
-        table = torch.full(shape, -1, dtype=torch.int64, device=state.device)
-        group = state.program.heads // state.program.kv_heads
-        at_kv = state.const(tuple(launch.heads.kv_heads.index(h // group) for h in ready.section_heads))
-        at_slot = state.const(tuple(launch.section_slot[h] for h in ready.section_heads))
-        table[:, at_kv, at_slot] = ready.section_index
-        ready.section_table = table.flatten(2)
-    return ready.section_table
 
 
 def queries(state: State, number: int, q: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ except ImportError:  # CPU builds of torch come without Triton; the twin runs th
     triton = None
 
 _HEADER = "table, counts, place, shift, row_low, row_high, low, high, chunk_low, tail_low, tail_high"
-_NUMBERS = "heads, heads_out, rows, main_tiles, tail_tiles, width, row_b, row_h"
+_NUMBERS = "heads, heads_out, rows, main_tiles, tail_tiles, chunks, width, row_b, row_h"
 
 _KERNEL = """
-def kernel({arguments}, BLOCK: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+def kernel({arguments}, BLOCK: tl.constexpr, MANY: tl.constexpr, TAIL: tl.constexpr):
     # One query tile of one head: its partial and full key tiles, ascending, into table[0] and table[1].
     row = tl.program_id(0)
     head = tl.program_id(1) % heads
@@ -34,29 +34,33 @@ def kernel({arguments}, BLOCK: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.conste
     at_row = batch * row_b + head * row_h + row
     least, most = tl.load(row_low + at_row), tl.load(row_high + at_row)
 {scalars}
-    partial, full = 0, 0
-    for chunk in range(MAIN):
-        # The same test on the bounds of the whole chunk: most chunks hold nothing for this row.
-        near = tl.load(chunk_low + own * MAIN + chunk)
+    # The same test on the bounds of whole chunks of tiles: most chunks hold nothing for this row.
+    number = tl.arange(0, MANY)
+    there = number < chunks
+    near = tl.load(chunk_low + own * chunks + number, mask=there, other=1 << 30)
 {coarse}
-        if (most >= near) & {some_coarse}:
-            at = chunk * BLOCK + tl.arange(0, BLOCK)
-            real = at < main_tiles
-            some = real & (most >= tl.load(low + own * main_tiles + at, mask=real, other=1 << 30))
-            every = least >= tl.load(high + own * main_tiles + at, mask=real, other=1 << 30)
-{vectors}
-            some = some & {some}
-            every = every & some & {every}
-            kind = some & (every == 0)
-            slot = partial + tl.cumsum(kind.to(tl.int32), 0) - 1
-            tl.store(table + out * width + slot, at, mask=kind & (slot < width))
-            partial += tl.sum(kind.to(tl.int32), 0)
-            slot = full + tl.cumsum(every.to(tl.int32), 0) - 1
-            tl.store(table + (half + out) * width + slot, at, mask=every & (slot < width))
-            full += tl.sum(every.to(tl.int32), 0)
-    moved = tl.load(shift + head) + main_tiles
-    for chunk in range(TAIL):
+    wanted = there & (most >= near) & {some_coarse}
+    partial, full = 0, 0
+    chunk = tl.min(tl.where(wanted, number, MANY), 0)
+    while chunk < MANY:
         at = chunk * BLOCK + tl.arange(0, BLOCK)
+        real = at < main_tiles
+        some = real & (most >= tl.load(low + own * main_tiles + at, mask=real, other=1 << 30))
+        every = least >= tl.load(high + own * main_tiles + at, mask=real, other=1 << 30)
+{vectors}
+        some = some & {some}
+        every = every & some & {every}
+        kind = some & (every == 0)
+        slot = partial + tl.cumsum(kind.to(tl.int32), 0) - 1
+        tl.store(table + out * width + slot, at, mask=kind & (slot < width))
+        partial += tl.sum(kind.to(tl.int32), 0)
+        slot = full + tl.cumsum(every.to(tl.int32), 0) - 1
+        tl.store(table + (half + out) * width + slot, at, mask=every & (slot < width))
+        full += tl.sum(every.to(tl.int32), 0)
+        chunk = tl.min(tl.where(wanted & (number > chunk), number, MANY), 0)
+    moved = tl.load(shift + head) + main_tiles
+    for piece in range(TAIL):
+        at = piece * BLOCK + tl.arange(0, BLOCK)
         real = at < tail_tiles
         some = real & (most >= tl.load(tail_low + own * tail_tiles + at, mask=real, other=1 << 30))
         every = some & (least >= tl.load(tail_high + own * tail_tiles + at, mask=real, other=1 << 30))
@@ -85,8 +89,9 @@ def _kernel(
         cast = " != 0" if boolean else ""
         if side == "key":
             arguments.append(f"{name}_c, {name}_cb, {name}_ch")
-            vectors.append(f"            {name} = tl.load({base} + at, mask=real, other=0){cast}")
-            coarse.append(f"        c{name} = tl.load({name}_c + batch * {name}_cb + head * {name}_ch + chunk){cast}")
+            vectors.append(f"        {name} = tl.load({base} + at, mask=real, other=0){cast}")
+            base = f"{name}_c + batch * {name}_cb + head * {name}_ch"
+            coarse.append(f"    c{name} = tl.load({base} + number, mask=there, other=0){cast}")
         else:
             scalars.append(f"    {name} = tl.load({base}{' + row' if side == 'row' else ''}){cast}")
     for name, dims in tables:
@@ -103,7 +108,7 @@ def _kernel(
         coarse="\n".join(coarse),
         some=constant.get(some, some),
         every=constant.get(every, every),
-        some_coarse={"True": "(chunk >= 0)", "False": "(chunk < 0)"}.get(some, some_coarse),
+        some_coarse={"True": "there", "False": "(number < 0)"}.get(some, some_coarse),
     )
     filename = f"<mmflex lists {hash(text):x}>"
     # Triton reads a kernel's source through linecache, where generated code may stand.
@@ -132,12 +137,13 @@ def list_blocks(
     batch, heads, _ = ends.low.shape
     rows = table.shape[3]
     block = min(_CHUNK, triton.next_power_of_2(max(main, 16)))
+    chunks = triton.cdiv(main, block)
     names, values = [], []
     for i, (name, t) in enumerate(source.names.items()):
         # A side of a single tile looks like a constant, and is one.
         side = "row" if t.shape[2] > 1 else "key" if t.shape[3] > 1 else "one"
         names.append((name, side, t.dtype == torch.bool))
-        for value in (t, _coarse(t[:, :, 0], block, low=i % 2 == 0)[:, :, None]) if side == "key" else (t,):
+        for value in (t, _kept(t, block, low=i % 2 == 0)) if side == "key" else (t,):
             step = value.shape[2] * value.shape[3]
             batch_step = step * value.shape[1] if value.shape[0] > 1 else 0
             values += [value.contiguous(), batch_step, step if value.shape[1] > 1 else 0]
@@ -155,8 +161,8 @@ def list_blocks(
     kernel = _kernel(source.some, source.every, tuple(names), tuple(tables))
     kernel[(rows, batch * heads)](
         table, counts, place, shift, row_low, row_high, low, high, _coarse(low, block, True), tail_low, tail_high,
-        heads, table.shape[2], rows, main, tail, width, row_b, row_h, *values,
-        BLOCK=block, MAIN=triton.cdiv(main, block), TAIL=triton.cdiv(tail, block),
+        heads, table.shape[2], rows, main, tail, chunks, width, row_b, row_h, *values,
+        BLOCK=block, MANY=triton.next_power_of_2(chunks), TAIL=triton.cdiv(tail, block),
     )  # fmt: skip
 
 
@@ -171,6 +177,14 @@ def _coarse(t: Tensor, chunk: int, low: bool) -> Tensor:
         t = torch.cat([t, t[..., -1:].expand(*t.shape[:-1], short)], -1)
     t = t.unflatten(-1, (-1, chunk))
     return (t.amin(-1) if low else t.amax(-1)).contiguous()
+
+
+def _kept(t: Tensor, chunk: int, low: bool) -> Tensor:
+    """`_coarse` of bounds [B, H, 1, tiles], kept with them: those of the layout serve many plans."""
+    held = t.__dict__.setdefault("_mmflex_coarse", {})
+    if (chunk, low) not in held:
+        held[chunk, low] = _coarse(t[:, :, 0], chunk, low)[:, :, None]
+    return held[chunk, low]
 
 
 def dialect(t: Tensor) -> bool:

@@ -16,26 +16,26 @@ except ImportError:
 
 SPAN = 256
 """Distances that the rows and keys of one block may span for the kernel (else the twin runs)."""
-_KEYS = 128
-"""Keys a block."""
-_BLOCKS = 8
-"""Blocks of keys that one program of the first sweep goes through."""
+
+
+_KEYS = 64
+"""Keys a block: 64 x 64 scores leave room in registers for what is summed from them."""
+_BLOCKS = 16
+"""Blocks of keys that one program goes through."""
 
 if triton is not None:
 
     @triton.jit
-    def _scores(
-        q, k, limit, position, keys, row, dim, k_n, scale, n, L: tl.constexpr, K: tl.constexpr, D: tl.constexpr
-    ):
-        """float32 [L, K]: scores of the rows against a block of keys (token numbers), -inf where unseen or infinite."""
+    def _scores(query, k, limit, position, keys, dim, k_n, scale, n, D: tl.constexpr):
+        """float32 [L, K]: scores (times log2 e) of the rows against a block of keys (token numbers), -inf where unseen
+        or infinite."""
         d = tl.arange(0, D)
-        query = tl.load(q + row[:, None] * dim + d[None], mask=(d < dim)[None], other=0.0)
         real = (keys >= 0) & (keys < n)
         key = tl.load(k + keys.to(tl.int64)[:, None] * k_n + d[None], mask=real[:, None] & (d < dim)[None], other=0.0)
-        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * (scale * 1.4426950408889634)
         at = tl.load(position + keys, mask=real, other=1 << 30)
         at = tl.where(at < 0, 1 << 30, at)
-        seen = (at[None] <= tl.load(limit + row)[:, None]) & (tl.abs(score) < float("inf"))
+        seen = (at[None] <= limit[:, None]) & (tl.abs(score) < float("inf"))
         return tl.where(seen, score, float("-inf"))
 
     @triton.jit
@@ -45,80 +45,101 @@ if triton is not None:
     ):  # fmt: skip
         """First sweep: greatest score and sum of exponentials of a chunk of keys, for the L rows of one head."""
         head = tl.program_id(0) % heads
-        batch = tl.program_id(0) // heads
-        chunk = tl.program_id(1)
-        row = tl.arange(0, L)
-        base = (batch * heads + head).to(tl.int64)
-        own = q + base * L * dim
-        k += batch.to(tl.int64) * k_b + (head // group).to(tl.int64) * k_h
+        batch = (tl.program_id(0) // heads).to(tl.int64)
+        own = batch * heads + head
+        row, d = tl.arange(0, L), tl.arange(0, D)
+        query = tl.load(q + (own * L + row)[:, None] * dim + d[None], mask=(d < dim)[None], other=0.0)
+        reach = tl.load(limit + batch * L + row)
+        k += batch * k_b + (head // group).to(tl.int64) * k_h
         high = tl.full([L], float("-inf"), tl.float32)
         sums = tl.zeros([L], tl.float32)
         for block in range(BLOCKS):
-            keys = (chunk * BLOCKS + block) * K + tl.arange(0, K)
-            score = _scores(
-                own, k, limit + batch * L, position + batch.to(tl.int64) * p_b, keys, row, dim, k_n, scale, n, L, K, D
-            )  # fmt: skip
+            keys = (tl.program_id(1) * BLOCKS + block) * K + tl.arange(0, K)
+            score = _scores(query, k, reach, position + batch * p_b, keys, dim, k_n, scale, n, D)
             new = tl.maximum(high, tl.max(score, 1))
             safe = tl.where(new == float("-inf"), 0.0, new)
-            sums = sums * tl.exp(high - safe) + tl.sum(tl.exp(score - safe[:, None]), 1)
+            sums = sums * tl.exp2(high - safe) + tl.sum(tl.exp2(score - safe[:, None]), 1)
             high = new
-        tl.store(top + (base * chunks + chunk) * L + row, high)
-        tl.store(total + (base * chunks + chunk) * L + row, sums)
+        at = (own * chunks + tl.program_id(1)) * L + row
+        tl.store(top + at, high)
+        tl.store(total + at, sums)
+
+    @triton.jit
+    def _join(top, total, lse, chunks, L: tl.constexpr, MANY: tl.constexpr):
+        """log2 of the sums of exponentials of one head's rows over all chunks; +inf for rows that see nothing."""
+        own = tl.program_id(0).to(tl.int64)
+        row = tl.arange(0, L)
+        high = tl.full([L], float("-inf"), tl.float32)
+        sums = tl.zeros([L], tl.float32)
+        for some in range(MANY):
+            chunk = some * 64 + tl.arange(0, 64)
+            at = ((own * chunks + chunk) * L)[:, None] + row[None]
+            other = tl.load(top + at, mask=(chunk < chunks)[:, None], other=float("-inf"))
+            new = tl.maximum(high, tl.max(other, 0))
+            safe = tl.where(new == float("-inf"), 0.0, new)
+            part = tl.load(total + at, mask=(chunk < chunks)[:, None], other=0.0) * tl.exp2(other - safe[None])
+            sums = sums * tl.exp2(high - safe) + tl.sum(part, 0)
+            high = new
+        found = high + tl.log2(tl.maximum(sums, 1e-38))
+        tl.store(lse + own * L + row, tl.where(high == float("-inf"), float("inf"), found))
 
     @triton.jit
     def _mass(
         q, k, limit, position, lse, stand, index, vertical, diagonal, diagonals, tiles, dim, k_b, k_h, k_n, p_b,
         scale, n, size, heads, group,
         L: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
-        GATHERED: tl.constexpr, DIAGONAL: tl.constexpr,
+        BLOCKS: tl.constexpr, GATHERED: tl.constexpr, DIAGONAL: tl.constexpr,
     ):  # fmt: skip
-        """Second sweep: masses of one block of keys in scope, for one head."""
+        """Second sweep: masses of some blocks of keys in scope, for one head."""
         head = tl.program_id(0) % heads
-        batch = tl.program_id(0) // heads
-        row = tl.arange(0, L)
-        base = (batch * heads + head).to(tl.int64)
-        query = q + base * L * dim
-        k += batch.to(tl.int64) * k_b + (head // group).to(tl.int64) * k_h
-        start = tl.program_id(1) * K
-        place = start + tl.arange(0, K)
-        if GATHERED:
-            keys = tl.load(index + batch.to(tl.int64) * size + place, mask=place < size, other=-1)
-        else:
-            keys = tl.where(place < size, place, -1)
-        score = _scores(
-                query, k, limit + batch * L, position + batch.to(tl.int64) * p_b, keys, row, dim, k_n, scale, n, L, K, D
-            )  # fmt: skip
-        sums = tl.load(lse + base * L + row)
-        mass = tl.exp(score - tl.where(sums == float("-inf"), 0.0, sums)[:, None])
-        tl.store(vertical + base * size + place, tl.sum(mass, 0), mask=place < size)
+        batch = (tl.program_id(0) // heads).to(tl.int64)
+        own = batch * heads + head
+        row, d = tl.arange(0, L), tl.arange(0, D)
+        query = tl.load(q + (own * L + row)[:, None] * dim + d[None], mask=(d < dim)[None], other=0.0)
+        reach = tl.load(limit + batch * L + row)
+        k += batch * k_b + (head // group).to(tl.int64) * k_h
+        sums = tl.load(lse + own * L + row)
         at = tl.load(stand + batch * L + row)  # -1: the row stands before every key, its mass is 0
-        least = tl.min(tl.where(at < 0, 1 << 30, at), 0)
-        first = least - start - (K - 1)  # the least distance of this block
-        # Distances of a row to these keys lie in one tile of distances or two; sums of the mass and of the share that
-        # spills over to the next block diagonal, for both and for the nearer one.
-        away = tl.maximum(at[:, None] - place[None], 0)
-        spill = (away % T).to(tl.float32) * (1.0 / T)
-        own = tl.maximum(at - start, 0) // T  # of the farthest key: the greater of the two
-        nearer = tl.where(away // T == own[:, None], 0.0, mass)
-        all_mass, near_mass = tl.sum(mass, 1), tl.sum(nearer, 1)
-        all_spill, near_spill = tl.sum(mass * spill, 1), tl.sum(nearer * spill, 1)
-        far_mass, far_spill = all_mass - near_mass, all_spill - near_spill
-        base_tile = tl.max(own, 0)
-        for j in tl.static_range(S // T + 2):
-            number = base_tile + 1 - j
-            part = tl.where(own == number, far_mass - far_spill, 0.0) + tl.where(own + 1 == number, far_spill, 0.0)
-            part += tl.where(own - 1 == number, near_mass - near_spill, 0.0) + tl.where(own == number, near_spill, 0.0)
-            total = tl.sum(part, 0)
-            tl.atomic_add(diagonals + base * tiles + number, total, mask=(number >= 0) & (number < tiles) & (total > 0))
-        if DIAGONAL:
-            distance = first + tl.arange(0, S)
-            source = at[:, None] - distance[None] - start
-            inside = (source >= 0) & (source < K) & (at >= 0)[:, None]
-            moved = tl.gather(mass, tl.where(inside, source, 0), 1)
-            part = tl.sum(tl.where(inside, moved, 0.0), 0)
-            tl.atomic_add(
-                diagonal + base * size + distance, part, mask=(distance >= 0) & (distance < size) & (part > 0)
-            )
+        j = tl.arange(0, K)
+        for block in range(BLOCKS):
+            start = (tl.program_id(1) * BLOCKS + block) * K
+            place = start + j
+            if GATHERED:
+                keys = tl.load(index + batch * size + place, mask=place < size, other=-1)
+            else:
+                keys = tl.where(place < size, place, -1)
+            score = _scores(query, k, reach, position + batch * p_b, keys, dim, k_n, scale, n, D)
+            mass = tl.exp2(score - sums[:, None])
+            tl.store(vertical + own * size + place, tl.sum(mass, 0), mask=place < size)
+            # Distances of a row to these keys lie in one tile of distances or two: the first ``edge + 1`` keys in the
+            # farther one. A share (distance mod T) / T of a key's mass spills over to the next block diagonal, which
+            # is linear in the key's number, so sums of mass and of mass times number are enough.
+            tile = tl.maximum(at - start, 0) // T
+            edge = at - start - tile * T
+            number = j.to(tl.float32)[None]
+            far = tl.where(j[None] <= edge[:, None], mass, 0.0)
+            far_mass, far_moment = tl.sum(far, 1), tl.sum(far * number, 1)
+            near_mass, near_moment = tl.sum(mass, 1) - far_mass, tl.sum(mass * number, 1) - far_moment
+            away = edge.to(tl.float32)
+            far_spill = (away * far_mass - far_moment) * (1.0 / T)
+            near_spill = ((away + T) * near_mass - near_moment) * (1.0 / T)
+            most = tl.max(tile, 0) + 1
+            for i in tl.static_range(S // T + 2):
+                share = tl.where(tile == most - i, far_mass - far_spill + near_spill, 0.0)
+                share += tl.where(tile + 1 == most - i, far_spill, 0.0)
+                share += tl.where(tile - 1 == most - i, near_mass - near_spill, 0.0)
+                total = tl.sum(share, 0)
+                there = (most - i >= 0) & (most - i < tiles) & (total > 0)
+                tl.atomic_add(diagonals + own * tiles + most - i, total, mask=there)
+            if DIAGONAL:
+                least = tl.min(tl.where(at < 0, 1 << 30, at), 0) - start - (K - 1)  # the least distance of this block
+                distance = least + tl.arange(0, S)
+                source = at[:, None] - distance[None] - start
+                found = (source >= 0) & (source < K) & (at >= 0)[:, None]
+                moved = tl.gather(mass, tl.where(found, source, 0), 1)
+                part = tl.sum(tl.where(found, moved, 0.0), 0)
+                there = (distance >= 0) & (distance < size) & (part > 0)
+                tl.atomic_add(diagonal + own * size + distance, part, mask=there)
 
 
 def block_diagonals(diagonal: Tensor, tile: int) -> Tensor:
@@ -150,26 +171,21 @@ def last_mass(
     assert triton is not None
     batch, heads, rows, dim = q.shape
     n, group = k.shape[2], heads // k.shape[1]
-    width = max(16, triton.next_power_of_2(dim))
     q = q.contiguous()
-    chunks = triton.cdiv(n, _KEYS * _BLOCKS)
+    chunks, tiles = triton.cdiv(n, _KEYS * _BLOCKS), triton.cdiv(size, tile)
     top = torch.empty((batch, heads, chunks, rows), device=q.device)
-    total = torch.empty_like(top)
-    p_b = position.stride(0) if position.shape[0] > 1 else 0
-    shape = {"L": rows, "K": _KEYS, "D": width}
-    _sum[(batch * heads, chunks)](
-        q, k, limit, position, top, total, dim, k.stride(0), k.stride(1), k.stride(2), p_b, scale, n, heads, group,
-        chunks, BLOCKS=_BLOCKS, **shape,
-    )  # fmt: skip
-    lse = torch.logsumexp(top + total.log(), 2)
-    tiles = triton.cdiv(size, tile)
+    total, lse = torch.empty_like(top), torch.empty((batch, heads, rows), device=q.device)
     vertical = torch.empty((batch, heads, size), device=q.device)
     diagonals = torch.zeros((batch, heads, tiles), device=q.device)
     diagonal = torch.zeros_like(vertical) if distances else None
-    _mass[(batch * heads, triton.cdiv(size, _KEYS))](
+    numbers = (dim, *k.stride()[:3], position.stride(0) if position.shape[0] > 1 else 0, scale, n)
+    shape = {"L": rows, "K": _KEYS, "D": max(16, triton.next_power_of_2(dim)), "BLOCKS": _BLOCKS}
+    _sum[(batch * heads, chunks)](q, k, limit, position, top, total, *numbers, heads, group, chunks, **shape)
+    many = triton.next_power_of_2(triton.cdiv(chunks, 64))
+    _join[(batch * heads,)](top, total, lse, chunks, L=rows, MANY=many)
+    _mass[(batch * heads, triton.cdiv(size, _KEYS * _BLOCKS))](
         q, k, limit, position, lse, stand, position if index is None else index, vertical,
-        vertical if diagonal is None else diagonal, diagonals, tiles, dim,
-        k.stride(0), k.stride(1), k.stride(2), p_b, scale, n, size, heads, group,
+        vertical if diagonal is None else diagonal, diagonals, tiles, *numbers, size, heads, group,
         S=SPAN, T=tile, GATHERED=index is not None, DIAGONAL=distances, **shape,
     )  # fmt: skip
     return vertical, diagonal, diagonals

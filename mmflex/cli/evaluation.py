@@ -1,0 +1,190 @@
+"""``mmflex eval``: do sparse answers stay the dense ones, and at how many FLOPs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .app import app, fail
+
+if TYPE_CHECKING:
+    from ..evaluation.report import Report
+
+
+@app.command(name="eval")
+def evaluate_(
+    specs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SPEC_OR_CONFIG]...",
+            help="Run as they are: a config or a pattern as a JSON file, one of MInference's files, or a pattern's "
+            """JSON itself, such as '{"pattern": "AShape", "version": 1, "local": 2048}'.""",
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="v-niah, mm-niah, retrieval or tracking; several times for several. Default: the first two."),
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of a prompt, separated by commas.")] = "1024,2048,4096,8192",
+    depths: Annotated[int, typer.Option(help="Parts of the prompt that needles are sorted into.")] = 5,
+    prompts: Annotated[int, typer.Option(help="Prompts of a seed.")] = 8,
+    questions: Annotated[int, typer.Option(help="Questions in a prompt.")] = 8,
+    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
+    first_seed: Annotated[int, typer.Option(help="The first seed; the sample prompt has the one before.")] = 1000,
+    flops: Annotated[
+        str, typer.Option(help="Shares of the dense attention FLOPs to bring methods to, separated by commas.")
+    ] = "0.15,0.25,0.4",
+    sweep: Annotated[
+        int | None,
+        typer.Option(help="The length at which all shares are run (the others: the largest); default: the longest."),
+    ] = None,
+    methods: Annotated[str, typer.Option(help="'all', 'none', or names separated by commas.")] = "all",
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A config from mmflex search, for the methods mminference and mminference-intra."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'auto': a GPU if there is one.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="'auto', 'reference', 'cpu', 'triton' or 'flash'. A spec never runs dense here.")
+    ] = "auto",
+    add: Annotated[
+        list[Path] | None,
+        typer.Option(help="An earlier --json file, to show and draw with this run; without --task nothing is run."),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw heat maps and curves to this file (PNG, SVG, PDF).")
+    ] = None,
+) -> None:
+    """Needles in long prompts: accuracy of sparse attention beside dense, at matched attention FLOPs.
+
+    Runs the small trained models that come with mmflex on generated prompts: questions about needle frames in a long
+    video ([bold]v-niah[/]), the same with text between the frames ([bold]mm-niah[/]), and two tasks of text alone.
+    Every method is brought to the same share of the dense attention FLOPs (pairs in computed blocks, read from plans on
+    the model's own queries and keys) and answers the same prompts. Intervals are Wilson's, over the questions of all
+    seeds.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise fail("the evaluation needs transformers: pip install 'mmflex\\[transformers,plot]'")
+    import torch
+
+    from ..evaluation.evaluate import Settings, evaluate
+    from ..evaluation.methods import chosen
+    from ..evaluation.models import load
+    from ..evaluation.pictures import drawable, save_picture
+    from ..evaluation.report import Report, writable
+    from ..tuning.config import load_config
+
+    console = Console()
+    try:
+        tasks = _tasks(task or ([] if add else ["v-niah", "mm-niah"]))
+        given = dict(map(_spec, specs or ()))
+        wanted = [] if methods == "none" else [name.strip() for name in methods.split(",")]
+        chosen(wanted)
+        numbers = _numbers(lengths, int, "--lengths")
+        options: dict[str, Any] = {
+            "lengths": tuple(numbers),
+            "flops": tuple(_numbers(flops, float, "--flops")),
+            "sweep": max(numbers) if sweep is None else sweep,
+            "depths": depths,
+            "prompts": prompts,
+            "questions": questions,
+            "seeds": seeds,
+            "first_seed": first_seed,
+            "backend": backend,
+        }
+        checked = Settings(**options)
+        options |= {"config": None if config is None else load_config(config), "methods": wanted}
+        writable([json_file, picture])
+        if picture is not None:
+            drawable(picture)
+        report = sum(map(Report.load, add or ()), Report(()))
+        where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+        if tasks:
+            used = ", ".join(map(str, checked.numbers()))
+            console.print(f"seeds of the prompts: {used}; of the sample prompts: {checked.sample}; on {where}")
+        with console.status("loading") as status:
+            for group in _models(tasks):
+                model = load(group[0], device=where, dtype=dtype)
+                report = report + evaluate(model, given, group, progress=status.update, **options)
+        _show(report, console)
+        if json_file is not None:
+            report.save(json_file)
+            console.print(f"written to {json_file}")
+        if picture is not None:
+            save_picture(report, picture)
+            console.print(f"drawn to {picture}")
+    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
+        raise fail(str(error)) from error
+
+
+def _show(report: Report, console: Console) -> None:
+    for name in report.tasks:
+        console.print(report.table(name))
+    console.print(
+        "blocks: pairs in computed blocks, as sized on each seed's first prompt; ran: as it ran; pairs: allowed pairs; "
+        "lost / gained: answers against the dense model's; over: no setting is within the target.",
+        style="dim",
+    )
+    seconds = sum(run["seconds"] for run in report.runs)
+    console.print(f"{len(report.rows)} rows in {seconds:.0f} seconds", style="dim")
+    for entry in report.skipped:
+        console.print(f"left out on {entry.task}: {entry.method}: {entry.reason}", style="yellow")
+
+
+def _tasks(names: list[str]) -> list[str]:
+    from ..evaluation.samples import TASKS
+
+    unknown = sorted(set(names) - set(TASKS))
+    if unknown:
+        raise ValueError(f"unknown task {', '.join(map(repr, unknown))}: use some of {', '.join(TASKS)}")
+    return list(dict.fromkeys(names))
+
+
+def _models(tasks: list[str]) -> list[list[str]]:
+    """Tasks that one model does, together."""
+    from ..evaluation.samples import VISION
+
+    groups = ([t for t in tasks if t in VISION], [t for t in tasks if t not in VISION])
+    return [group for group in groups if group]
+
+
+def _numbers(text: str, kind: type, option: str) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} is {text!r}: give numbers separated by commas, such as 0.25 or 1024,2048") from None
+
+
+def _spec(text: str) -> tuple[str, Any]:
+    """(label, spec) of an argument: a file, or a pattern's JSON itself."""
+    from ..ir.pattern import Pattern
+    from ..tuning.config import load_config, load_minference_config
+
+    if text.lstrip().startswith("{"):
+        try:
+            pattern = Pattern.from_json(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{text!r} is not JSON: {error}") from None
+        return str(pattern), pattern
+    path = Path(text)
+    if not path.is_file():
+        raise ValueError(f"there is no file {text}; give a config, or a pattern's JSON in quotes")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if isinstance(data, list):
+        return path.stem, load_minference_config(path)
+    if isinstance(data, dict) and "pattern" in data:
+        try:
+            return path.stem, Pattern.from_json(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return path.stem, load_config(path)

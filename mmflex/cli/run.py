@@ -1,0 +1,109 @@
+"""``mmflex demo``, ``mmflex families``, ``mmflex bench``."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .app import app, fail
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Where the picture of the masks goes (PNG, SVG, PDF).")
+    ] = Path("mmflex_demo.png"),
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'auto': a GPU if there is one.")] = "auto",
+    backend: Annotated[str, typer.Option(help="Kernels: 'auto', 'cpu', 'triton', 'flash' or 'reference'.")] = "auto",
+    frames: Annotated[int, typer.Option(hidden=True)] = 512,
+    size: Annotated[int, typer.Option(hidden=True)] = 224,
+    layers: Annotated[int, typer.Option(hidden=True)] = 2,
+    runs: Annotated[int, typer.Option(hidden=True)] = 2,
+) -> None:
+    """See it work: a small Qwen2.5-VL reads a video of 16 thousand tokens, dense and sparse, side by side.
+
+    Builds the real model class with random weights, draws a video of moving shapes (nothing is downloaded), and
+    prefills it with PyTorch's attention and through [bold]mmflex.patch[/]. Prints times with planning counted, what
+    each pattern computes, how far the outputs are apart and why the plan is what it is. Under two minutes on two cores.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise fail("the demo needs transformers: pip install 'mmflex\\[transformers,plot]'")
+    from .. import demo as demo_
+
+    settings = demo_.Settings(frames=frames, size=size, layers=layers, runs=runs, device=device, backend=backend)
+    try:
+        demo_.run(settings, Console(), output)
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise fail(str(error)) from error
+
+
+@app.command()
+def families() -> None:
+    """List the transformers model families whose prompts mmflex can read, and what runs sparse in each.
+
+    Any other causal language model works as well, its tokens taken as text; for a vision-language model that is not
+    listed, give the layout yourself: [bold]with mmflex.token_layout(layout):[/]
+    """
+    from ..integrations import layouts
+
+    table = Table(title="model families")
+    for name in ("model_type", "images and videos", "attention"):
+        table.add_column(name)
+    for row in family_rows(layouts):
+        table.add_row(*row)
+    Console().print(table)
+
+
+SPECIAL = {
+    "gemma3": "image blocks see both ways: those layers run dense, with a notice",
+    "paligemma": "prefixes see both ways: runs dense, with a notice",
+    "mistral": "sliding layers keep their window, exactly",
+    "phi3": "sliding layers keep their window, exactly",
+}
+TEXT_ONLY = ("llama (also Yi)", "qwen2", "qwen3", "glm4", "mistral", "phi3")
+
+
+def family_rows(layouts: Any) -> list[tuple[str, str, str]]:
+    """(model type, what its prompts hold, what runs sparse) of every family with a layout rule, then of text models."""
+    rows = []
+    for model_type, entry in layouts.FAMILIES.items():
+        holds = getattr(entry, "note", "") or ", ".join(getattr(entry, "names", ()) or ("image", "video"))
+        rows.append((model_type, holds, SPECIAL.get(model_type, "sparse prefill")))
+    rows += [(name, "text", SPECIAL.get(name, "sparse prefill")) for name in TEXT_ONLY]
+    return rows
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    which: Annotated[
+        str, typer.Argument(help="'auto', or a module of benchmarks/: cpu, attention, prefill, ...")
+    ] = "auto",
+) -> None:
+    """Measure it here: attention against PyTorch's, planning counted.
+
+    Runs [bold]python -m benchmarks.cpu[/] without a GPU and [bold]python -m benchmarks.attention[/] with one; further
+    options are passed on (try [bold]mmflex bench cpu --help[/]). The benchmarks come with the source, not with the
+    installed package: run it from a checkout.
+    """
+    if which == "auto":
+        import torch
+
+        which = "attention" if torch.cuda.is_available() else "cpu"
+    root = next(
+        (p for p in (Path.cwd(), Path(__file__).parents[2]) if (p / "benchmarks" / "__init__.py").exists()), None
+    )
+    if root is None:
+        raise fail("there is no benchmarks folder here: run it from a checkout of mmflex")
+    if not (root / "benchmarks" / f"{which}.py").exists():
+        known = sorted(p.stem for p in (root / "benchmarks").glob("*.py") if not p.stem.startswith("_"))
+        raise fail(f"there is no benchmark {which!r} in {root / 'benchmarks'}: choose one of {', '.join(known)}")
+    command = [sys.executable, "-m", f"benchmarks.{which}", *context.args]
+    raise typer.Exit(subprocess.run(command, cwd=root, check=False).returncode)

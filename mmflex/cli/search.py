@@ -1,0 +1,270 @@
+"""``mmflex search``: find which pattern each head of a model gets."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .app import app, fail
+
+if TYPE_CHECKING:
+    from ..ir.pattern import Pattern
+    from ..tuning.config import Config
+
+TASKS = ("v-niah", "mm-niah", "retrieval", "tracking")
+
+
+@app.command()
+def search(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A folder with a transformers model, or a task of the models that come with mmflex: "
+            f"{', '.join(TASKS)}. Left out with --qkv.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the config goes.")] = Path("mmflex_config.json"),
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="What attention may cost: cost=0.2 (a share of dense attention), cost=12ms, density=0.15 (share of "
+            "the pairs that are computed), or error=0.05 (relative error of its output to stay under).",
+            show_default="for each head, the cost of 1k first and 4k last keys",
+        ),
+    ] = None,
+    per_head: Annotated[
+        bool, typer.Option("--per-head", help="Every head keeps to the budget; else heads share it.")
+    ] = False,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Length of the sample: of a task's prompt (default 8192), or to cut a text to."),
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="For a model in a folder: a video file to read.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image file; may be given several times.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="The question about them, or a long text; @file.txt reads a file.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames to take from the video.")] = None,
+    qkv: Annotated[
+        Path | None,
+        typer.Option(help="Instead of a model: a safetensors file with 0.q, 0.k, 0.v, 1.q, ... each [1, heads, N, D]."),
+    ] = None,
+    segments: Annotated[
+        str | None,
+        typer.Option(help='With --qkv, what the tokens are: "text 40, video 24x16x16, text 60".', show_default="text"),
+    ] = None,
+    candidates: Annotated[
+        Path | None,
+        typer.Option(help="A JSON list of patterns to try instead of the papers' table, from simple to complex."),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help="Query rows of each modality to measure errors on.")] = None,
+    seed: Annotated[int, typer.Option(help="Of a task's prompt.")] = 1 << 20,
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'auto': a GPU if there is one.")] = "auto",
+    backend: Annotated[str, typer.Option(help="Whose costs count; 'auto' for the one that would run.")] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a search that was interrupted (OUTPUT.progress).")
+    ] = False,
+) -> None:
+    """Find which pattern each head of a model gets, on one sample prompt.
+
+    Runs the prompt through the model once, densely, and tries a table of patterns on every layer: which one keeps the
+    attention output closest to dense within the budget. Writes a config for [bold]mmflex.patch(model, config)[/], and
+    looks at nothing else: take a sample like the prompts that the config is for, at best as long.
+
+      mmflex search v-niah --budget density=0.25 -o v-niah.json
+      mmflex search ./Qwen2.5-VL-7B-Instruct --video film.mp4 --frames 96 --text "What happens?" --budget cost=0.3
+      mmflex search --qkv layers.safetensors --segments "text 40, video 24x16x16, text 60"
+
+    Progress is kept in OUTPUT.progress, layer by layer, until the config is written.
+    """
+    if (model is None) == (qkv is None):
+        raise fail("give a model (a folder, or a task) or --qkv FILE, one of the two")
+    if not output.parent.is_dir():
+        raise fail(f"there is no folder {output.parent} for the config: make it first")
+    progress = output.with_name(output.name + ".progress")
+    if progress.exists() and not resume:
+        raise fail(f"{progress} holds a search that was interrupted: go on with --resume, or remove it")
+    from ..integrations.search import search as find
+    from ..tuning.budget import Budget
+    from ..tuning.config import save_config
+
+    console = Console()
+    try:
+        limit = None if budget is None else Budget.parse(budget, shared=not per_head)
+        table = None if candidates is None else _patterns(candidates)
+        options: dict[str, Any] = {"budget": limit, "candidates": table, "backend": backend, "rows": rows}
+        where = _device(device)
+        if qkv is not None:
+            given, sample = _tensors(qkv, where), None
+            options["layout"] = None if segments is None else _layout(segments)
+        else:
+            assert model is not None
+            media = {"video": video, "image": image or [], "text": text, "frames": frames}
+            given, sample = _task(model, tokens or 8192, seed, where) if model in TASKS else _folder(
+                Path(model), tokens, media, where
+            )  # fmt: skip
+        config = find(given, sample, checkpoint=progress, **options)
+        save_config(config, output)
+    except (ValueError, TypeError, OSError, NotImplementedError, RuntimeError, ImportError) as error:
+        raise fail(_plain(error)) from error
+    progress.unlink(missing_ok=True)
+    _summary(config, console)
+    console.print(f"written to {output}; look at it with [bold]mmflex show {output}[/]", soft_wrap=True)
+
+
+def _plain(error: BaseException) -> str:
+    return str(error).replace("[", "\\[")
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _patterns(path: Path) -> list[Pattern]:
+    from ..ir.pattern import from_json
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(data, list):
+        raise ValueError(f"{path}: a list of patterns is needed, got {type(data).__name__}")
+    return [from_json(item) for item in data]
+
+
+# ---- what is searched ------------------------------------------------------------------------------------------------
+
+
+def _task(task: str, tokens: int, seed: int, device: str) -> tuple[Any, Any]:
+    """The shipped model of a task, and a prompt that no evaluation has (its seeds are small)."""
+    from ..evaluation import models, samples
+
+    drawn = samples.prompts(task, tokens, batch=1, questions=8, seed=seed, device=device)
+    return models.load(task, device=device), drawn.inputs
+
+
+def _folder(path: Path, tokens: int | None, media: dict[str, Any], device: str) -> tuple[Any, Any]:
+    """A model from a folder and its processor's output for the files given."""
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"{path} is neither a folder with a transformers model (there is no config.json) nor a task: the tasks are "
+            f"{', '.join(TASKS)}"
+        )
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError("this needs transformers: pip install 'mmflex[transformers]'")
+    import transformers
+
+    asked = media["text"]
+    if asked is not None and asked.startswith("@"):
+        asked = Path(asked[1:]).read_text(encoding="utf-8")
+    files = [*media["image"], *([media["video"]] if media["video"] else [])]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"there is no file {file}")
+    if asked is None and not files:
+        raise ValueError(
+            "a model in a folder needs a sample: --video FILE, --image FILE or --text, at best all it is for"
+        )
+    load: dict[str, Any] = {"dtype": "auto", "local_files_only": True}
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    if files:
+        model: Any = transformers.AutoModelForImageTextToText.from_pretrained(path, **load)
+        processor = transformers.AutoProcessor.from_pretrained(path, local_files_only=True)
+        content: list[dict[str, Any]] = [{"type": "image", "path": str(file)} for file in media["image"]]
+        if media["video"]:
+            content.append({"type": "video", "path": str(media["video"])})
+        content.append({"type": "text", "text": asked or "Describe this in detail."})
+        more = {} if media["frames"] is None else {"num_frames": media["frames"]}
+        sample = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **more,
+        )  # fmt: skip
+    else:
+        kind = "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
+        model = getattr(transformers, kind).from_pretrained(path, **load)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        sample = tokenizer(asked, return_tensors="pt")
+        if tokens is not None:
+            sample = {name: value[:, :tokens] for name, value in sample.items()}
+    model.eval().to(device)
+    return model, dict(sample)
+
+
+class _tensors:
+    """(layer, q, k, v) of a safetensors file, one layer at a time."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        if importlib.util.find_spec("safetensors") is None:
+            raise ImportError("this needs safetensors: pip install safetensors")
+        from safetensors import SafetensorError, safe_open
+
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}")
+        try:
+            self.file = safe_open(os.fspath(path), framework="pt", device=device)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a safetensors file: {error}") from None
+        names = set(self.file.keys())
+        layers = sorted({int(name.split(".")[0]) for name in names if name.split(".")[0].isdecimal()})
+        wanted = {f"{layer}.{side}" for layer in layers for side in "qkv"}
+        if not layers or names != wanted:
+            odd = ", ".join(sorted(names ^ wanted)[:5]) or "nothing"
+            raise ValueError(f"{path}: tensors 0.q, 0.k, 0.v, 1.q, ... are needed; missing or unknown: {odd}")
+        self.layers = layers
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Any:
+        for layer in self.layers:
+            yield (layer, *(self.file.get_tensor(f"{layer}.{side}") for side in "qkv"))
+
+
+def _layout(text: str) -> Any:
+    from ..ir.layout import TokenLayout
+
+    segments = []
+    for part in text.split(","):
+        words = part.split()
+        try:
+            name, size = words
+            segments.append((name, tuple(int(n) for n in size.split("x"))))
+        except ValueError:
+            raise ValueError(f'--segments: {part.strip()!r} is no segment: write "text 40, video 24x16x16"') from None
+    return TokenLayout.from_segments(segments)
+
+
+# ---- what was found --------------------------------------------------------------------------------------------------
+
+
+def _summary(config: Config, console: Console) -> None:
+    found = config.provenance
+    console.print(
+        f"[bold]{config.model or 'tensors'}[/]: {config.layers} layers x {config.heads} heads, "
+        f"{found['tokens']:,} tokens, budget {found['budget']}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    table = Table()
+    for name in ("error of outputs", "mass kept", "density", "share of dense cost"):
+        table.add_column(name, justify="right")
+    table.add_row(
+        f"{found['error']:.2%}", f"{found['recall']:.2%}", f"{found['density']:.2%}",
+        f"{found['share of dense cost']:.2%}",
+    )  # fmt: skip
+    console.print(table)
+    kinds = Counter(type(p).__name__ for patterns in config.patterns.values() for p in patterns)
+    console.print(", ".join(f"{count} heads {name}" for name, count in kinds.most_common()), soft_wrap=True)
+    if "own attention" in found:
+        layers = ", ".join(found["own attention"])
+        console.print(f"layers that keep the model's own attention: {layers}", soft_wrap=True)

@@ -1,0 +1,113 @@
+"""Planning as one CUDA graph.
+
+Selecting, gathering and listing is some fifty small kernels, which the host takes longer to launch than the device to
+run: from the second call of a program on they are replayed at once. Estimates run outside: they read q and k, which
+stand elsewhere at every call. What they find is copied into the graph's own tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import steps
+
+LONGEST = 1 << 18
+"""Keys up to which planning is replayed: beyond, the device is the slower one, and the graph would hold memory."""
+
+_NEW, _NEVER = "new", "never"
+
+
+def replayed(state: steps.State) -> bool:
+    """Does the steps after the estimates by a graph, into ``state``; False where they have to be run one by one.
+
+    What ``state`` then holds is overwritten by the next call with this program on the same stream.
+    """
+    program = state.program
+    if all(op == "estimate" for op, _ in program.steps("plan")):
+        return False  # nothing is left to do
+    if state.device.type != "cuda" or program.layout.length > LONGEST or torch.cuda.is_current_stream_capturing():
+        return False
+    key = ("replay", state.device, state.batch, torch.cuda.current_stream(state.device).cuda_stream)
+    held = program.memo.setdefault(key, _NEW)
+    if held is _NEW:  # The first call compiles kernels and moves constants to the device, which no graph may do.
+        program.memo[key] = None
+        return False
+    if held is None:
+        held = program.memo[key] = _captured(state) or _NEVER
+    if held is _NEVER:
+        return False
+    return held.run(state)
+
+
+@dataclasses.dataclass(eq=False)
+class _Replay:
+    """A captured graph, the tensors that it reads and what it leaves."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    found: dict[str, Tensor]
+    ready: dict[int, steps.Ready]
+
+    def run(self, state: steps.State) -> bool:
+        given = _tensors([result for result, _ in state.estimates.values()])
+        if given is None or [(t.shape, t.dtype) for t in given] != [(t.shape, t.dtype) for t in self.inputs]:
+            return False
+        if given:
+            torch._foreach_copy_(self.inputs, given)
+        self.graph.replay()
+        state.found, state.ready = self.found, self.ready
+        return True
+
+
+def _captured(state: steps.State) -> _Replay | None:
+    """A graph of the steps; None where an estimate is not understood, or a pattern does what no graph may do."""
+    given = _tensors([result for result, _ in state.estimates.values()])
+    if given is None:
+        return None
+    inputs = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in given]
+    own = steps.State(state.program, state.device, state.batch)
+    left = list(inputs)
+    own.estimates = {key: (_replaced(result, left), place) for key, (result, place) in state.estimates.items()}
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(state.device)
+    side = torch.cuda.Stream(state.device)
+    side.wait_stream(current)
+    try:
+        with torch.cuda.stream(side):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                steps.after_estimates(own)
+            finally:
+                graph.capture_end()
+    except RuntimeError:  # a selection that reads a value back, say
+        return None
+    finally:
+        current.wait_stream(side)
+    return _Replay(graph, inputs, own.found, own.ready)
+
+
+def _tensors(value: Any) -> list[Tensor] | None:
+    """The tensors in an estimate, in order; None for what may hold them unseen."""
+    if isinstance(value, Tensor):
+        return [value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, f.name) for f in dataclasses.fields(value) if f.init and f.name != "view"]
+    if isinstance(value, (list, tuple)):
+        parts = [_tensors(item) for item in value]
+        return None if any(part is None for part in parts) else [t for part in parts for t in part or ()]
+    return [] if value is None or isinstance(value, (bool, int, float, str)) else None
+
+
+def _replaced(value: Any, tensors: list[Tensor]) -> Any:
+    """The estimate with other tensors, taken from the front of the list."""
+    if isinstance(value, Tensor):
+        return tensors.pop(0)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [f.name for f in dataclasses.fields(value) if f.init and f.name != "view"]
+        return dataclasses.replace(value, **{name: _replaced(getattr(value, name), tensors) for name in names})
+    if isinstance(value, (list, tuple)):
+        return type(value)([_replaced(item, tensors) for item in value])
+    return value

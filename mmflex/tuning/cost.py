@@ -1,0 +1,82 @@
+"""What a plan, a program or a spec costs in milliseconds (`predict`), before or after planning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..compiler.constants import Constants, constants_for
+from ..compiler.expected import Work
+from ..compiler.plan import Program, build
+from ..compiler.predict import Prediction, expected_work
+from ..compiler.predict import predict as _predict
+from ..ir.layout import TokenLayout
+from ..ir.pattern import Pattern
+from ..runtime import backends
+from ..runtime.attention import TILE, Plan
+
+
+def predict(planned: Plan | Program, constants: Constants | None = None, batch: int = 1) -> Prediction:
+    """Predicted milliseconds of ``mmflex.attention``, planning counted.
+
+    Args:
+        planned: a plan (its block lists are counted, which waits for the device), or a program (expected from the
+            expressions alone; see `program_of`).
+        constants: those of the device and backend that it was made for, if None.
+        batch: prompts, for a program; a plan knows its own.
+
+    Raises:
+        TypeError: ``planned`` is neither.
+    """
+    if isinstance(planned, Plan):
+        return _predict(planned.program, constants, planned.shape[0][0], counted(planned))
+    if not isinstance(planned, Program):
+        raise TypeError(f"predict takes a plan (mmflex.plan(...)) or a program, got {type(planned).__name__}")
+    return _predict(planned, constants, batch)
+
+
+def counted(plan: Plan) -> dict[int, Work]:
+    """Launch number -> what it does over the whole batch, from the block lists."""
+    out, lists = expected_work(plan.program, plan.shape[0][0]), iter(plan.block_masks)
+    for number, launch in enumerate(plan.program.launches):
+        if launch.kind == "dense":
+            continue
+        mask = next(lists)[1]
+        partial = mask.kv_num_blocks
+        full = torch.zeros_like(partial) if mask.full_kv_num_blocks is None else mask.full_kv_num_blocks
+        longest = int((full + partial).max()) if partial.numel() else 0
+        was = out[number]
+        out[number] = Work(
+            float(full.sum()), float(partial.sum()), was.looked_up, was.tiles, longest, was.moved, was.copies
+        )
+    return out
+
+
+def program_of(
+    spec: Pattern | Sequence[Pattern],
+    layout: TokenLayout,
+    heads: int,
+    kv_heads: int,
+    *,
+    queries: int | None = None,
+    backend: str = "auto",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
+) -> Program:
+    """The program of a spec without any tensors, to predict what it would cost; never dense by break-even.
+
+    Args:
+        spec: one pattern for all heads, or one for each. queries: the last so many tokens; all if None.
+        backend, device, dtype, head_dim: whose constants to reckon with. A backend that cannot run here is an error;
+            give `predict` other constants to ask about another device.
+    """
+    patterns = (spec,) * heads if isinstance(spec, Pattern) else tuple(spec)
+    if len(patterns) != heads or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"{len(patterns)} patterns for {heads} query and {kv_heads} KV heads do not fit")
+    runs = backends.resolve(backend, torch.device(device), head_dim, dtype)
+    how: Any = {"lse": runs.lse, "full_width": runs.full_width}
+    how["constants"] = constants_for(device, runs.name, dtype, head_dim)
+    return build(patterns, layout, layout.length if queries is None else queries, kv_heads, TILE, **how)
