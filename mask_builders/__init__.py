@@ -3,10 +3,12 @@
 from .a_shape import AShape, TriShape
 from .block_topk import BlockTopK
 from .dense import Dense
+from .flex_prefill import FlexPrefill
 from .grid import Grid
 from .permuted_modality import Boundary2D, QBoundary
 from .strided import Dilated, Strided, StridedFixed
 from .vertical_slash import VerticalSlash
+from .x_attention import XAttention
 
 __all__ = [
     "AShape",
@@ -14,10 +16,12 @@ __all__ = [
     "Boundary2D",
     "Dense",
     "Dilated",
+    "FlexPrefill",
     "Grid",
     "QBoundary",
     "Strided",
     "StridedFixed",
     "TriShape",
     "VerticalSlash",
+    "XAttention",
 ]

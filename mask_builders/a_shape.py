@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sympy.logic.boolalg import Boolean
 
@@ -18,6 +19,7 @@ class AShape(Pattern):
 
     sink: int = 128
     local: int = 1024
+    budgets: ClassVar[tuple[str, ...]] = ("local",)
 
     def __post_init__(self) -> None:
         check_counts(self, "sink", "local")
@@ -37,6 +39,7 @@ class TriShape(Pattern):
     sink: int = 128
     local: int = 4096
     last: int = 128
+    budgets: ClassVar[tuple[str, ...]] = ("local",)
 
     def __post_init__(self) -> None:
         check_counts(self, "sink", "local", "last")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from sympy.logic.boolalg import Boolean
@@ -26,6 +27,7 @@ class BlockTopK(Pattern):
 
     blocks: int = 100
     block_size: int = 128
+    budgets: ClassVar[tuple[str, ...]] = ("blocks",)
 
     def __post_init__(self) -> None:
         check_counts(self, "blocks", "block_size", minimum=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import sympy
 import torch
@@ -42,10 +42,13 @@ class Grid(Pattern):
     last_q: int = 64
     shortest: int = 64
     longest: int = 2048
+    budgets: ClassVar[tuple[str, ...]] = ("local",)
 
     def __post_init__(self) -> None:
         check_counts(self, "local", "sink")
         check_counts(self, "last_q", "shortest", minimum=1)
+        if isinstance(self.stride, str) and self.stride not in ("frame", "search"):
+            raise TypeError(f'Grid.stride is {self.stride!r}: use "frame", "search" or a number of tokens')
         if self.stride not in ("frame", "search"):
             check_counts(self, "stride", minimum=1)
         if self.phase != "search":

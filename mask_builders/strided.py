@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -59,6 +59,7 @@ class Dilated(Pattern):
     sink: int = 128
     local: int = 4096
     dilation: int = 2
+    budgets: ClassVar[tuple[str, ...]] = ("local",)
 
     def __post_init__(self) -> None:
         check_counts(self, "sink", "local")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from sympy.logic.boolalg import Boolean
@@ -30,6 +31,7 @@ class VerticalSlash(Pattern):
     vertical: int = 1000
     slash: int = 2048
     last_q: int = 64
+    budgets: ClassVar[tuple[str, ...]] = ("vertical", "slash")
 
     def __post_init__(self) -> None:
         check_counts(self, "vertical", "slash")

@@ -22,12 +22,14 @@ from mask_builders import (
     Boundary2D,
     Dense,
     Dilated,
+    FlexPrefill,
     Grid,
     QBoundary,
     Strided,
     StridedFixed,
     TriShape,
     VerticalSlash,
+    XAttention,
 )
 from mmflex.compiler import plan as compiler
 
@@ -106,6 +108,7 @@ ONE_COMPARISON = [
     [VerticalSlash(128, 750, 64), TriShape(1, 1, 1), VerticalSlash(30, 100), TriShape(128, 256, 130)],
     [BlockTopK(2), LINES, BlockTopK(1), LINES],
     [BlockTopK(3, 256), LINES, BlockTopK(1, 384), VerticalSlash(77, 129)],
+    [FlexPrefill(0.9, 0.1, 100, 256, 2, 0), XAttention(8, 0.8, 2), FlexPrefill(0.7, 0.0, 64, 256), XAttention(16, 0.5)],
     [Grid(30, local=64, sink=32), A, Grid(7, phase=3, local=1, sink=1), A],
     [A, Grid("frame", local=64, sink=32, last_q=16), BlockTopK(2), Grid("frame", phase=5, local=0, sink=0)],
     [

@@ -20,12 +20,14 @@ from mask_builders import (
     Boundary2D,
     Dense,
     Dilated,
+    FlexPrefill,
     Grid,
     QBoundary,
     Strided,
     StridedFixed,
     TriShape,
     VerticalSlash,
+    XAttention,
 )
 from mmflex.ir.pattern import from_json
 
@@ -35,6 +37,8 @@ EVERY = [
     TriShape(16, 32, 16),
     VerticalSlash(20, 40, 16),
     BlockTopK(3, 16),
+    FlexPrefill(0.8, 0.2, 20, 40, 3, 16, 16, 16),
+    XAttention(4, 0.8, 3, 16),
     Grid(20, rows=True, slash=True, local=16, sink=16, last_q=16),
     Grid("search", slash=True, local=16, sink=16, last_q=16, shortest=8, longest=40),
     StridedFixed(20, 3),

@@ -20,12 +20,14 @@ from mask_builders import (
     Boundary2D,
     Dense,
     Dilated,
+    FlexPrefill,
     Grid,
     QBoundary,
     Strided,
     StridedFixed,
     TriShape,
     VerticalSlash,
+    XAttention,
 )
 from mmflex.runtime.reference import softmax_attention
 
@@ -42,6 +44,11 @@ def cases() -> list[tuple[str, object]]:
         ("vertical-slash", vs),
         ("block top-k", BlockTopK(6)),
         ("block top-k 64", BlockTopK(10, 64)),
+        ("flex prefill", FlexPrefill(0.9, 0.2, 256, 512, 8, 128)),
+        ("flex prefill, blocks", FlexPrefill(0.9, 1.0, 256, 512, 8, 128)),
+        ("flex prefill, lines", FlexPrefill(0.9, 0.0, 256, 512, 8, 128)),
+        ("x attention", XAttention(8, 0.8, 8)),
+        ("x attention 16", XAttention(16, 0.8, 8)),
         ("grid", grid),
         ("grid rows", Grid(192, rows=True, local=256)),
         ("grid slash", Grid(192, columns=False, slash=True, local=256)),
@@ -81,6 +88,8 @@ def short(backend: str, dtype: torch.dtype, only: str = "") -> list[dict]:
                 continue
             if kind != "plain" and name not in (
                 "vertical-slash",
+                "flex prefill",
+                "x attention",
                 "grid all, searched",
                 "q-boundary",
                 "2d-boundary",

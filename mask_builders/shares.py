@@ -1,0 +1,125 @@
+"""Selection by a share of the mass ("top-p"): the fewest entries that hold enough of it, within a bound.
+
+No sort and no value read back: what is kept is the part of a ranking above a threshold, and the threshold is bisected.
+Ranks are those of `estimate.heaviest` (23 significant bits, of equals the lower index), so both agree where they meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mmflex.runtime.kernels.select import gathered, heaviest
+
+_TOP = 1 << 30
+"""Above the rank of every number."""
+
+
+def fewest(mass: Tensor, wanted: Tensor, always: Tensor | None = None) -> Tensor:
+    """bool like ``mass`` float32 [..., n]: the fewest entries that together hold ``wanted`` float64 [..., 1].
+
+    ``always`` bool [..., n] come first and count; then the heaviest, of equals the lower index. Where all of them
+    hold less than wanted, all that hold any mass are kept. Entries below 0 never are; masses are finite.
+    """
+    rank = (mass.float().contiguous().view(torch.int32) >> 1).masked_fill(mass < 0, -1)
+    if always is not None:
+        rank = rank.masked_fill(always, _TOP)
+
+    def held(chosen: Tensor) -> Tensor:
+        return torch.where(chosen, mass, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
+
+    low = torch.zeros_like(rank[..., :1])
+    high = torch.full_like(low, _TOP)
+    for _ in range(30):  # ranks from `low` on hold enough (or low is 0), ranks from `high` on do not
+        middle = (low + high) >> 1
+        enough = held(rank >= middle) >= wanted
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    above, equal = rank > low, (rank == low) & (low > 0)
+    share = torch.where(equal, mass, 0.0).double()
+    before = held(above) + share.cumsum(-1) - share
+    return above | (equal & (before < wanted))
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """The heaviest entries of rows of masses, so that the search for a threshold is over few.
+
+    Attributes:
+        index: int64 [..., s], ascending; empty slots repeat the last one.
+        mass: float32 [..., s], -1 in empty slots.
+        first: bool [..., s], entries that are kept in any case.
+        total: float64 [..., 1], the mass of all entries of the row, listed or not.
+    """
+
+    index: Tensor
+    mass: Tensor
+    first: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, mass: Tensor, at_most: int, first: Tensor) -> Shortlist:
+        """``mass`` float32 [..., n], below 0 for entries that do not exist; ``first`` bool, broadcastable. The
+        ``first`` come first and count towards ``at_most``."""
+        first = (first & (mass >= 0)).expand(mass.shape)
+        ranked = mass.masked_fill(first, float("inf"))
+        size = min(at_most, mass.shape[-1])
+        index, count = gathered(heaviest(ranked, size) & (mass >= 0), size)
+        real = torch.arange(size, device=mass.device) < count[..., None]
+        kept = torch.where(real, mass.gather(-1, index), -1.0)
+        total = mass.clamp(min=0.0).sum(-1, keepdim=True, dtype=torch.float64)
+        return cls(index, kept, first.gather(-1, index) & real, total)
+
+    @classmethod
+    def of_blocks(cls, mass: Tensor, reach: Tensor, at_most: int) -> Shortlist:
+        """For ``mass`` [B, H, query blocks, key blocks] and the last key block that each query block sees, ``reach``
+        int [B, query blocks] (-1: none): that block and the first one come first."""
+        number, last = torch.arange(mass.shape[-1], device=mass.device), reach[:, None, :, None]
+        return cls.of(mass.masked_fill(number > last, -1.0), at_most, (number == 0) | (number == last))
+
+    @classmethod
+    def join(cls, parts: Sequence[Shortlist]) -> Shortlist:
+        """Lists of consecutive rows as one (along the dimension before the last)."""
+        size = max(part.index.shape[-1] for part in parts)
+
+        def joined(name: str, value: int = 0) -> Tensor:
+            rows = [getattr(part, name) for part in parts]
+            return torch.cat([pad(r, (0, size - r.shape[-1]), value=value) for r in rows], -2)
+
+        total = torch.cat([part.total for part in parts], -2)
+        return cls(joined("index"), joined("mass", -1), joined("first"), total)
+
+    def at_least(self, count: int) -> Tensor:
+        """bool [..., s]: the ``first``, and the heaviest up to ``count`` of the row in all."""
+        ranked = self.mass.masked_fill(self.first, float("inf"))
+        return self.first | (heaviest(ranked, count) & (self.mass >= 0))
+
+    def spread(self, kept: Tensor, n: int) -> Tensor:
+        """bool [..., n] from ``kept`` bool [..., s]."""
+        real = self.mass >= 0
+        last = (real.sum(-1, keepdim=True) - 1).clamp(min=0)
+        # Empty slots point at some index too: they write what its real slot writes (nothing, where there is none).
+        slot = torch.arange(kept.shape[-1], device=kept.device).minimum(last)
+        index, kept = self.index.gather(-1, slot), (kept & real).gather(-1, slot)
+        return torch.zeros((*kept.shape[:-1], n), dtype=torch.bool, device=kept.device).scatter_(-1, index, kept)
+
+
+def top_share(mass: Tensor, share: float, at_most: int, first: Tensor, least: int = 0) -> Tensor:
+    """bool like ``mass`` float32 [..., n]: the fewest entries that hold ``share`` of its sum; ``first`` bool [n] and
+    the heaviest up to ``least`` in any case, and never more than ``at_most``."""
+    listed = Shortlist.of(mass, at_most, first)
+    kept = fewest(listed.mass, share * listed.total, listed.at_least(least))
+    return listed.spread(kept, mass.shape[-1])
+
+
+def check_share(pattern: object, *names: str) -> None:
+    """TypeError, ValueError unless the named fields are shares of mass, above 0 and at most 1."""
+    for name in names:
+        value = getattr(pattern, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{type(pattern).__name__}.{name} is a share of the mass, got {value!r}: use a float")
+        if not 0.0 < value <= 1.0:
+            raise ValueError(f"{type(pattern).__name__}.{name} is {value}: use a share above 0 and at most 1")
