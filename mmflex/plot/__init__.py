@@ -1,0 +1,47 @@
+"""Pictures of masks, orders, estimates and heads (needs matplotlib: ``pip install 'mmflex[plot]'``).
+
+Every ``plot_`` function returns the matplotlib Figure and takes ``ax=`` to draw into one of yours. Tones differ in
+lightness as well as in colour, so they hold in grey and for colour-blind eyes; figures made here are light in any
+notebook theme.
+
+    from mmflex import plot
+
+    plan = mmflex.plan(q, k, spec, layout=layout)
+    plot.plot_mask(plan, head=3).savefig("mask.png")
+    plot.save_plan(plan, "plan.mmflex.npz")  # then: mmflex show plan.mmflex.npz
+
+One module per picture: `masks`, `orders`, `estimates`, `heads`, `recall`, `text`; `bands` and `style` are theirs in
+common, `html` is what notebooks show of a plan, `files` holds `save_plan` and `load_plan`.
+"""
+
+from ..snapshot import family
+from .estimates import plot_estimate
+from .files import load_plan, save_plan
+from .heads import plot_config, plot_heads
+from .html import layout_html, plan_html
+from .masks import plot_mask, plot_masks
+from .orders import plot_orders
+from .recall import attention_recall, plot_recall
+from .recorded import recorded
+from .style import FAMILIES, look
+from .text import mask_text
+
+__all__ = [
+    "FAMILIES",
+    "attention_recall",
+    "family",
+    "layout_html",
+    "load_plan",
+    "look",
+    "mask_text",
+    "plan_html",
+    "plot_config",
+    "plot_estimate",
+    "plot_heads",
+    "plot_mask",
+    "plot_masks",
+    "plot_orders",
+    "plot_recall",
+    "recorded",
+    "save_plan",
+]
