@@ -1,34 +1,166 @@
-"""The ```python blocks of the README and of docs/ run, page by page, from top to bottom.
+"""The documentation: its Python runs and prints what it says, and what is made from the code is up to date.
 
-A block that starts with ```python no-run is left out. docs/design.md is run by test_readme.py, which compares output.
+The blocks of the README and of docs/ run page by page (docs/tools/blocks.py). docs/design.md is run by test_readme.py.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
-import torch
+
+import mask_builders
+import mmflex
 
 pytest.importorskip("transformers")
+pytest.importorskip("PIL")
+
+from docs.tools import blocks, commands, markers, results
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
-PAGES = [
-    page
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
-    if page.name != "design.md" and BLOCK.search(page.read_text("utf-8"))
-]
+ALL = [ROOT / "README.md", *markers.pages()]
+PAGES = [page for page in ALL if page.name != "design.md" and blocks.BLOCK.search(page.read_text("utf-8"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # blocks may write files
-    torch.manual_seed(0)
+    for ran in blocks.run(page):
+        if ran.says is not None:
+            assert ran.printed.strip() == ran.says.strip(), f"{page}, line {ran.line}: python -m docs.tools --prints"
+
+
+def test_blocks_that_are_not_run_are_python_and_say_why(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```python needs-gpu\nraise RuntimeError\n```\n")
+    assert list(blocks.run(page)) == []
+    for text, error in (("needs-gpu\nx =\n", SyntaxError), ("no-run\nx = 1\n", ValueError)):
+        page.write_text(f"```python {text}```\n")
+        with pytest.raises(error):
+            list(blocks.run(page))
+
+
+def test_prints_are_renewed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```python\nx = 2\nprint(x)\n```\n\n```text\n1\n```\n\nand\n\n```python\nprint(x)\n```\n")
+    assert [(ran.line, ran.printed, ran.says) for ran in blocks.run(page)] == [(1, "2\n", "1\n"), (12, "2\n", None)]
+    assert blocks.with_prints(page) == page.read_text().replace("```text\n1\n", "```text\n2\n")
+
+
+# ---- what is made from the code -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [p for p in ALL if markers.EXAMPLE.search(p.read_text("utf-8"))], ids=name_of)
+def test_formulas_and_pictures_are_those_of_the_code(page: Path) -> None:
     text = page.read_text("utf-8")
-    namespace = {"__name__": __name__}
-    for block in BLOCK.finditer(text):
-        line = text.count("\n", 0, block.start()) + 1
-        source = "\n" * line + block[1]  # so that a traceback shows the page's own line numbers
-        exec(compile(source, str(page), "exec", dont_inherit=True), namespace)
+    assert markers.with_examples(text, page) == text, "run: python -m docs.tools"
+    for example in markers.found_examples(page):
+        for view in example.views:
+            assert example.drawn(view) == example.fingerprint(), f"{example.picture(view)}: run python -m docs.tools"
+
+
+def test_every_pattern_has_a_page_with_its_mask() -> None:
+    shown = set()
+    for page in (ROOT / "docs" / "patterns").glob("*.md"):
+        text = page.read_text("utf-8")
+        described = re.findall(r"autoclass:: mask_builders\.(\w+)", text)
+        drawn = {name for example in markers.found_examples(page) for name in re.findall(r"\w+", example.source)}
+        assert set(described) <= drawn, f"{page.name} describes {described} and draws {sorted(drawn)}"
+        shown |= set(described)
+    assert shown == set(mask_builders.__all__)
+
+
+def test_everything_public_is_in_the_reference() -> None:
+    text = "".join(page.read_text("utf-8") for page in markers.pages())
+    missing = [name for name in mmflex.__all__ if not re.search(rf":: mmflex\.{name}\b", text)]
+    assert not missing, f"the pages leave out {missing}"
+    from mmflex import plot
+
+    drawing = [name for name in plot.__all__ if name.startswith("plot_")]
+    assert not [name for name in drawing if f":: mmflex.plot.{name}\n" not in text]
+
+
+def test_every_page_is_in_the_contents() -> None:
+    listed = set()
+    for page in markers.pages():
+        for contents in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text("utf-8"), re.S):
+            for entry in re.findall(r"^(?!:)(\S+)$", contents, re.M):
+                listed.add((page.parent / f"{entry}.md").resolve())
+    assert listed == {page.resolve() for page in markers.pages()} - {ROOT / "docs" / "index.md"}
+
+
+def test_commands_are_all_described() -> None:
+    import typer.main
+
+    from mmflex.cli import app
+
+    text = commands.commands()
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        assert f"## mmflex {name}\n" in text
+        for parameter in command.params:
+            if parameter.param_type_name == "option" and not parameter.hidden and parameter.name != "help":
+                assert f"`{parameter.opts[0]}`" in text
+
+
+# ---- tables of results ----------------------------------------------------------------------------------------------
+
+
+def rows(table: str) -> list[str]:
+    """The lines of Markdown tables, without their heads."""
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    heads = {i + d for i, line in enumerate(lines) if set(line) <= set("|:- ") for d in (-1, 0)}
+    return [line for i, line in enumerate(lines) if i not in heads]
+
+
+def test_tables_hold_every_row_of_the_results() -> None:
+    for name in ("attention", "prefill", "cpu"):
+        given = [row for _, data in results.load(f"{name}*.json") for row in data.get("rows", [])]
+        assert len(rows(results.TABLES[name]())) == len(given) > 0
+    text = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    assert {"attention", "prefill", "cpu", "check", "files"} <= set(markers.TABLE.findall(text))
+    for page in markers.pages():
+        assert set(markers.TABLE.findall(page.read_text("utf-8"))) <= set(markers.TABLES), page
+
+
+def test_tables_say_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times in their units, the best dense kernel, what is missing as "-", unknown fields and files left alone."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    times = {"dense_ms": {"fa2": 8.0, "cudnn": 4.0, "new": 5.0}, "total_ms": 0.5, "S": 8.0}
+    row = {
+        "tokens": 131072,
+        "spec": "A | B",
+        "backend": "flash",
+        **times,
+        "later": 1,
+    }
+    attention = {"device": "D", "rows": [row, {"tokens": 1000}], "more": {}}
+    (tmp_path / "attention-x.json").write_text(json.dumps(attention))
+    methods = {
+        "mmflex": {"seconds": 2.0, "peak_gb": 70.7},
+        "fa2": {"seconds": 300.0, "extrapolated": True},
+        "cudnn": {},
+    }
+    prefill = {"machine": {"device": "E", "torch": "3"}, "rows": [{"tokens": 1 << 20, "methods": methods}]}
+    (tmp_path / "prefill-x.json").write_text(json.dumps(prefill))
+    (tmp_path / "other.json").write_text(json.dumps([1, 2]))
+    first, second = sorted(rows(results.attention()), reverse=True)
+    assert first == "| 128k | `A \\| B` | flash | 4.00 ms (cuDNN) | 500 us | 8.00x | - | - | - | - |"
+    assert second == "| 1,000 | `-` | - | - | - | - | - | - | - | - |"
+    assert rows(results.prefill()) == ["| 1M | 300 s\\* | - | 2.00 s | 150x | - | 71 GB |"]
+    assert rows(results.files()) == [
+        "| `attention-x.json` | D | 2 |",
+        "| `other.json` | - | 2 |",
+        "| `prefill-x.json` | E, torch 3 | 1 |",
+    ]
+    assert results.cpu() == results.check() == ""
+
+
+def test_an_unknown_table_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no table 'nothing': use one of attention"):
+        markers.with_tables("<!-- table: nothing -->")

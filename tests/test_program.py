@@ -27,7 +27,7 @@ from mask_builders import (
 from mmflex.compiler import plan as compiler
 
 ROOT = Path(mmflex.__file__).resolve().parent
-LAYERS = ["ir", "compiler", "runtime", "tuning", "integrations", "cli"]
+LAYERS = ["ir", "compiler", "runtime", "tuning", "integrations", "evaluation", "cli"]
 
 
 def make(heads: int, kv_heads: int, m: int, n: int | None = None, dim: int = 16, seed: int = 0, batch: int = 1):

@@ -1,0 +1,208 @@
+"""Tables of ``benchmarks/results/*.json`` in Markdown: what a file lacks is "-", what it has besides is left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+DENSE = {"fa2": "FlashAttention-2", "cudnn": "cuDNN", "fa4": "flash-attn-4", "sdpa": "SDPA"}
+"""Dense kernels, as people call them."""
+
+
+def load(pattern: str) -> list[tuple[str, dict[str, Any]]]:
+    """(file name, contents) of the result files of a name."""
+    found = []
+    for path in sorted(RESULTS.glob(pattern)):
+        data = json.loads(path.read_text("utf-8"))
+        found.append((path.name, data if isinstance(data, dict) else {"rows": data}))
+    return found
+
+
+def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]], right: bool = True) -> str:
+    """A table; all columns but the first are aligned right, if asked."""
+    head = list(columns)
+    lines = [head, [":---", *["---:" if right else ":---"] * (len(head) - 1)], *map(list, rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def where(data: dict[str, Any]) -> str:
+    """Device and versions, wherever a file keeps them."""
+    facts = {**data, **data.get("machine", {})}
+    names = ("device", "torch", "flash-attn-4", "triton", "transformers", "mmflex")
+    return ", ".join(str(facts[n]) if n == "device" else f"{n} {facts[n]}" for n in names if facts.get(n))
+
+
+def tokens(n: Any) -> str:
+    """131072 -> 128k."""
+    if not isinstance(n, int):
+        return "-"
+    for unit, name in ((1 << 20, "M"), (1 << 10, "k")):
+        if n >= unit and n % unit == 0:
+            return f"{n // unit}{name}"
+    return f"{n:,}"
+
+
+def seconds(value: Any) -> str:
+    """Three figures, in the unit that fits."""
+    if not isinstance(value, (int, float)):
+        return "-"
+    for unit, name in ((1.0, "s"), (1e-3, "ms")):
+        if value >= unit:
+            return f"{_figures(value / unit)} {name}"
+    return f"{_figures(value / 1e-6)} us"
+
+
+def _figures(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
+
+
+def _number(value: Any, form: str) -> str:
+    return format(value, form) if isinstance(value, (int, float)) else "-"
+
+
+def _times(value: Any) -> str:
+    return f"{_figures(value)}x" if isinstance(value, (int, float)) else "-"
+
+
+def _milli(value: Any) -> str:
+    return seconds(value / 1e3) if isinstance(value, (int, float)) else "-"
+
+
+# ---- the tables ------------------------------------------------------------------------------------------------------
+
+
+def attention() -> str:
+    """One layer's attention on a GPU: a table for each file."""
+    columns = ("tokens", "pattern", "kernels", "best dense", "mmflex", "faster", "density", "planning", "rate", "error")
+    parts = []
+    for name, data in load("attention*.json"):
+        rows = []
+        for row in sorted(data.get("rows", []), key=lambda r: (r.get("backend", ""), r.get("tokens", 0))):
+            dense = {k: v for k, v in row.get("dense_ms", {}).items() if isinstance(v, (int, float))}
+            best = min(dense, key=dense.__getitem__) if dense else ""
+            ran = "dense" if row.get("runs") == "dense" else "sparse"
+            kernels = f"auto, {ran}" if row.get("backend") == "auto" else row.get("backend", "-")
+            rows.append(
+                (
+                    tokens(row.get("tokens")),
+                    f"`{row.get('spec', row.get('pattern', '-'))}`",
+                    kernels,
+                    f"{_milli(dense[best])} ({DENSE.get(best, best)})" if best else "-",
+                    _milli(row.get("total_ms")),
+                    _times(row.get("S")),
+                    _number(row.get("density"), ".1%"),
+                    _milli(row.get("plan_ms")) if ran != "dense" else "-",
+                    _number(row.get("rate"), ".2f"),
+                    _number(row.get("error"), ".1e"),
+                )
+            )
+        parts.append(f"`{name}`: {where(data)}.\n\n{markdown(columns, rows)}")
+    return "\n\n".join(parts)
+
+
+def prefill() -> str:
+    """Time to the first token of a model."""
+    parts = []
+    for name, data in load("prefill*.json"):
+        rows, settings = data.get("rows", []), data.get("settings", {})
+        dense = [m for m in ("sdpa", "fa2", "cudnn", "fa4") if any(m in row.get("methods", {}) for row in rows)]
+        names = [DENSE[m] for m in dense]
+        columns = ["tokens", *names, "mmflex", *(f"vs {n}" for n in names), "peak memory"]
+        table = markdown(columns, (_prefill_row(row, dense) for row in rows))
+        about = [f"`{name}`: {where(data)}."]
+        if "model" in settings:
+            about.append(f"{settings['model']}, {settings.get('dtype', '-')}.")
+        if "note" in data:
+            about.append(str(data["note"]))
+        stars = "\n\n\\* counted up to all layers from fewer." if "*" in table else ""
+        parts.append(f"{' '.join(about)}\n\n{table}{stars}")
+    return "\n\n".join(parts)
+
+
+def _prefill_row(row: dict[str, Any], dense: list[str]) -> list[str]:
+    found = {m: r for m, r in row.get("methods", {}).items() if isinstance(r.get("seconds"), (int, float))}
+    own = found.get("mmflex", {})
+    taken, faster = [], []
+    for name in dense:
+        other = found.get(name, {})
+        taken.append(seconds(other.get("seconds")) + ("\\*" if other.get("extrapolated") else ""))
+        faster.append(_times(other["seconds"] / own["seconds"] if own and other else None))
+    peak = f"{own['peak_gb']:.0f} GB" if "peak_gb" in own else "-"
+    return [tokens(row.get("tokens")), *taken, seconds(own.get("seconds")), *faster, peak]
+
+
+def cpu() -> str:
+    """One layer's attention on a CPU."""
+    columns = ("input", "density", "SDPA", "mmflex", "faster", "at most", "planning", "first call", "error")
+    parts = []
+    for name, data in load("cpu*.json"):
+        s = data.get("settings", {})
+        shape = (
+            f"{tokens(s.get('tokens'))} tokens, {s.get('heads', '-')} query / {s.get('kv_heads', '-')} KV heads of "
+            f"{s.get('dim', '-')}, {s.get('dtype', '-')}, {s.get('threads', '-')} threads, "
+            f"`VerticalSlash({s.get('vertical', '-')}, {s.get('slash', '-')})`"
+        )
+        rows = [
+            (
+                str(row.get("input", "-")),
+                _number(row.get("density"), ".1%"),
+                seconds(row.get("dense_s")),
+                seconds(row.get("mmflex_s")),
+                _times(row.get("speedup")),
+                _times(row.get("ideal_speedup")),
+                seconds(row.get("plan_s")),
+                seconds(row.get("first_call_s")),
+                _number(row.get("relative_error"), ".1e"),
+            )
+            for row in data.get("rows", [])
+        ]
+        parts.append(f"`{name}`: {where(data)}. {shape}.\n\n{markdown(columns, rows)}")
+    return "\n\n".join(parts)
+
+
+def check() -> str:
+    """The correctness runs on a device: cases, verdicts, worst error."""
+    parts = []
+    for name, data in load("check*.json"):
+        rows = []
+        for run in ("short", "long"):
+            cases = [case for case in data.get(run, []) if isinstance(case, dict)]
+            for backend in dict.fromkeys(case.get("backend", "-") for case in cases):
+                own = [case for case in cases if case.get("backend", "-") == backend]
+                errors = [e for case in own if (e := _float(case.get("error"))) is not None]
+                verdicts = [str(case.get("verdict", "-")) for case in own]
+                said = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
+                rows.append((run, str(backend), str(len(own)), said, f"{max(errors):.1e}" if errors else "-"))
+        table = markdown(("run", "backend", "cases", "verdicts", "largest error"), rows)
+        note = f" {data['note']}." if "note" in data else ""
+        parts.append(f"`{name}`: {where(data)}.{note}\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def _float(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def files() -> str:
+    """Every file of results."""
+    rows = [
+        (f"`{name}`", where(data) or "-", str(sum(len(v) for v in data.values() if isinstance(v, list)) or "-"))
+        for name, data in load("*.json")
+    ]
+    return markdown(("file", "measured on", "rows"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "attention": attention,
+    "prefill": prefill,
+    "cpu": cpu,
+    "check": check,
+    "files": files,
+}
