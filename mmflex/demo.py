@@ -334,7 +334,29 @@ def _run(settings: Settings, console: Console, picture: Path | None, device: tor
     if picture is not None:
         result.picture = step(f"drawing masks to {picture}", lambda: draw(plan, picture))
     report(result, len(calls) // 2, console)
+    console.print(needles(device))
     return result
+
+
+def needles(device: torch.device, tokens: int = 1024) -> Table:
+    """What masks cost in answers: the small trained model that comes with mmflex looks for glyphs hidden in a video,
+    under three masks, by the eager reference (short prompts save nothing)."""
+    from mask_builders import AShape, Dense, VerticalSlash
+
+    from .evaluation import models, samples
+    from .evaluation.trace import logits_at
+    from .integrations.transformers import patched
+
+    model = models.load("v-niah", device=device)
+    asked = samples.prompts("v-niah", tokens, batch=2, questions=6, seed=1, device=device)
+    table = Table(title=f"a trained model: {asked.answers.numel()} questions about videos of {tokens:,} tokens")
+    table.add_column("mask")
+    table.add_column("right answers", justify="right")
+    for spec in (Dense(), VerticalSlash(256, 384), AShape(128, 256)):
+        with patched(model, spec, backend="reference"):
+            found = logits_at(model, asked.inputs, asked.rows).argmax(-1)
+        table.add_row(str(spec), str(int((found == asked.answers).sum())))
+    return table
 
 
 def draw(plan: Any, path: Path) -> Path | None:

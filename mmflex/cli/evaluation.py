@@ -83,7 +83,7 @@ def evaluate_(
     console = Console()
     try:
         tasks = _tasks(task or ([] if add else ["v-niah", "mm-niah"]))
-        given = dict(map(_spec, specs or ()))
+        given = dict(map(_spec, specs or ())) or None
         wanted = [] if methods == "none" else [name.strip() for name in methods.split(",")]
         chosen(wanted)
         numbers = _numbers(lengths, int, "--lengths")

@@ -43,11 +43,13 @@ class Tiles:
         return np.broadcast_to(value, order.index.shape)
 
     def bounds(self, e: sympy.Basic) -> tuple[np.ndarray, np.ndarray]:
-        """Least and greatest per tile, [B, tiles]."""
-        tiled = self.value(e).reshape(
-            len(self.rows.index if x.q in e.free_symbols else self.keys.index), -1, self.rows.tile
-        )
-        return tiled.min(-1), tiled.max(-1)
+        """Least and greatest per tile, [B, tiles]; kept with the order."""
+        order = self.rows if x.q in e.free_symbols else self.keys
+        held: dict[sympy.Basic, tuple[np.ndarray, np.ndarray]] = order.__dict__.setdefault("_tile_bounds", {})
+        if e not in held:
+            tiled = self.value(e).reshape(len(order.index), -1, order.tile)
+            held[e] = tiled.min(-1), tiled.max(-1)
+        return held[e]
 
     def constant(self, e: sympy.Basic) -> bool:
         """Whether an expression of one side follows from the layout and is constant on every tile."""
