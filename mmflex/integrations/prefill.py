@@ -56,6 +56,8 @@ def attention_forward(
     patch = slot.patch
     patch.called = True
     layer = module.layer_idx
+    if patch.observer is not None:
+        patch.observer(module, query, key, value, attention_mask, scaling, kwargs)
     out = None
     if query.shape[2] > 1 and layer in patch.spec:
         _refuse(module, dropout, kwargs)

@@ -24,7 +24,7 @@ Hidden states of padding are not those of the previous attention: nothing reads 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,6 +69,7 @@ class Patch:
         slots = [_Slot(self, module, self.previous) for module in modules]
         self.noticed: set[str] = set()
         self.called = False
+        self.observer: Callable[..., None] | None = None  # sees q, k and v of every layer (`capture`)
         # from here on the model is changed
         self.chunks: list[RowChunks] = chunk_rows(self.text_model, mlp_chunk)
         # the prompt's hooks come after, because they forget the forward that is over

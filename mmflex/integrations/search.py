@@ -1,0 +1,323 @@
+"""`mmflex.search`: which pattern each head of a model gets, found on one calibration prompt."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from mmflex.compiler.constants import device_name
+from mmflex.ir.layout import TokenLayout
+from mmflex.ir.pattern import Pattern
+from mmflex.runtime.attention import TILE
+from mmflex.tuning import candidates as table
+from mmflex.tuning.budget import Budget, Option, allocate
+from mmflex.tuning.checkpoint import Checkpoint, Done, Header, digest
+from mmflex.tuning.config import Config
+from mmflex.tuning.probe import Layer
+from mmflex.tuning.rows import Rows
+from mmflex.tuning.search import Search, Settings
+
+Given = Layer | tuple[int, str]
+"""A layer, or the number of one that keeps the model's own attention and why."""
+
+
+@dataclass(eq=False)
+class _Source:
+    """Where layers come from.
+
+    Attributes:
+        name: of the model. model, sample: hashes. layers: how many the model has (None: as many as come).
+        heads: query heads of all layers (None: not known ahead).
+        wanted: numbers of the layers with attention, where known.
+    """
+
+    name: str
+    model: str
+    sample: str
+    layers: int | None
+    heads: int | None
+    wanted: tuple[int, ...] | None
+
+    def run(self) -> Iterator[Given]:
+        raise NotImplementedError
+
+
+class _Model(_Source):
+    def __init__(self, model: nn.Module, sample: Any, layout: TokenLayout | None) -> None:
+        from .capture import tokens_of
+        from .transformers import _language_model
+
+        self.root: nn.Module = getattr(model, "_orig_mod", model)
+        self.given, self.layout = sample, layout
+        tokens_of(sample)
+        config, _, _, modules = _language_model(self.root)
+        layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
+        weights = [p for _, p in sorted(self.root.named_parameters())]
+        name = str(getattr(self.root.config, "_name_or_path", "") or type(self.root).__name__)
+        shown = sample if isinstance(sample, Tensor) else {k: v for k, v in sample.items() if isinstance(v, Tensor)}
+        super().__init__(
+            name,
+            digest(type(self.root).__name__, *(w.flatten()[:: max(1, w.numel() // 16)][:16] for w in weights)),
+            digest(shown, "" if layout is None else layout.fingerprint),
+            layers,
+            heads * len(modules),
+            tuple(sorted({int(module.layer_idx) for module in modules})),  # type: ignore[arg-type]
+        )
+
+    def run(self) -> Iterator[Given]:
+        from .capture import capture
+
+        yield from capture(self.root, self.given, layout=self.layout)
+
+
+class _Tensors(_Source):
+    def __init__(self, given: Any, layout: TokenLayout | None, scale: float | None, tile: int) -> None:
+        single = isinstance(given, (tuple, list)) and len(given) == 3 and all(isinstance(t, Tensor) for t in given)
+        self.given: Iterable[Any] = [(0, *given)] if single else given
+        self.layout, self.scale, self.tile = layout, scale, tile
+        if not isinstance(self.given, Iterable) or isinstance(self.given, (str, Mapping, Tensor)):
+            raise TypeError(
+                f"search takes a transformers model and a sample, (q, k, v), or an iterable of (layer, q, k, v); got "
+                f"{type(given).__name__}"
+            )
+        count = len(self.given) if isinstance(self.given, Sized) else None
+        heads = None
+        if isinstance(self.given, Sequence) and count:
+            heads = sum(int(item[1].shape[1]) for item in self.given)
+        super().__init__("", "", "" if layout is None else layout.fingerprint, None, heads, None)
+
+    def run(self) -> Iterator[Given]:
+        for item in self.given:
+            if not isinstance(item, (tuple, list)) or len(item) != 4:
+                raise TypeError(f"an iterable of (layer, q, k, v) is needed, got {type(item).__name__}")
+            index, q, k, v = item
+            if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+                raise TypeError(f"an iterable of (layer, q, k, v) is needed, with numbers of layers; got {index!r}")
+            shape = k.shape if isinstance(k, Tensor) and k.dim() == 4 else (1, 1, 0)
+            layout = TokenLayout.text(int(shape[2])) if self.layout is None else self.layout
+            yield Layer(index, q, k, v, layout, self.scale, self.tile)
+
+
+def search(
+    model_or_qkv: Any,
+    sample: Mapping[str, Any] | Tensor | None = None,
+    *,
+    budget: Budget | str | None = None,
+    candidates: Sequence[Pattern] | None = None,
+    layout: TokenLayout | None = None,
+    backend: str = "auto",
+    rows: Rows | int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    levels: Sequence[float] | None = None,
+    tie: float = 0.05,
+    scale: float | None = None,
+    block_size: int = TILE,
+) -> Config:
+    """The pattern of every head, so that attention stays within a budget and its output close to dense.
+
+    Runs one prompt through the dense model and tries every candidate on each layer's q, k and v (see
+    `mmflex.tuning.search` for the steps). Errors are those of the attention *output*, relative to dense attention, on
+    sampled rows; no sparse kernel is compiled or run.
+
+    Args:
+        model_or_qkv: a transformers model in eval mode; or (q, k, v) of one layer, or an iterable of
+            (layer, q, k, v), taken one at a time: q [1, Hq, N, D], k and v [1, Hkv, N, D].
+        sample: for a model, what its processor returns for one prompt (64 to 32768 tokens, at best as long as
+            the config's prompts will be), or input ids [1, N].
+        budget: ``Budget.cost(0.2)``, ``Budget.density(0.15)``, ``Budget.error(0.05)``, their text form "cost=0.2", or
+            None for the paper's: for every head the cost of an A-shape with a sink of 1k and a window of 4k tokens.
+        candidates: patterns to try, from simple to complex, scaled to equal cost where they declare ``budgets``; None
+            for the papers' table (`mmflex.tuning.candidates.paper`), to which own ones can be added.
+        layout: what the tokens are; read from a model's sample if None, text for tensors.
+        backend: whose costs count; "auto" for the one that would run here.
+        rows: where errors are measured: a number of rows of each query modality, or `Rows`; by default 512 of each
+            and the last 64, which count alike.
+        checkpoint: JSON lines, written after every layer. If the file is there, the search goes on where it stopped.
+        progress: show a bar.
+        levels, tie: as in `mmflex.tuning.search.Settings`.
+        scale: of the scores, for tensors; ``1 / sqrt(D)`` if None.
+        block_size: tokens per block, for tensors (other than 128 for experiments).
+
+    Returns:
+        A `Config`. Its provenance has the sample's and the model's hash, versions, the budget, and under ``per_head``
+        lists of error, recall, density and ms over heads, by layer.
+
+    Raises:
+        ValueError: a budget below the cheapest candidates (the least is named), a sample too short or too long, a
+            checkpoint of another search, or cut off. TypeError: no model whose attention can be captured.
+    """
+    chosen = tuple(table.paper() if candidates is None else candidates)
+    for pattern in chosen:
+        if not isinstance(pattern, Pattern):
+            raise TypeError(f"candidates holds {pattern!r}: give patterns (see mask_builders)")
+    settings = Settings(
+        chosen,
+        Budget.parse(budget) if isinstance(budget, str) else budget,
+        rows if isinstance(rows, Rows) else Rows() if rows is None else Rows(count=rows),
+        backend,
+        None if levels is None else tuple(levels),
+        tie,
+    )
+    source: _Source
+    if isinstance(model_or_qkv, nn.Module):
+        if sample is None:
+            raise TypeError("search(model, sample): give what the model's processor returns for one prompt")
+        source = _Model(model_or_qkv, sample, layout)
+    else:
+        source = _Tensors(model_or_qkv, layout, scale, block_size)
+    same = {"model": source.model, "sample": source.sample, "settings": _settings_hash(settings, block_size)}
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} for the checkpoint: make it first")
+    held = Checkpoint.open(path, **same)
+    missing = source.wanted is None or bool(set(source.wanted) - set(held.layers))
+    if missing:
+        _run(source, settings, held, same, progress)
+    if held.header is None or not any(done.heads for done in held.layers.values()):
+        reasons = sorted({done.skipped for done in held.layers.values() if done.skipped})
+        raise ValueError("no layer could be searched" + (f": {'; '.join(reasons)}" if reasons else ": none was given"))
+    return _config(source, settings, held)
+
+
+def _settings_hash(settings: Settings, block_size: int) -> str:
+    import mmflex
+
+    table_ = [p.to_json() for p in settings.candidates]
+    budget = None if settings.budget is None else settings.budget.to_json()
+    rest = (asdict(settings.rows), settings.backend, settings.levels or (), settings.tie, block_size)
+    return digest(mmflex.__version__, table_, budget or {}, *rest)
+
+
+def _run(source: _Source, settings: Settings, held: Checkpoint, same: dict[str, str], progress: bool) -> None:
+    """Searches the layers that the checkpoint does not have."""
+    run: Search | None = None
+    layout: TokenLayout | None = None
+    if settings.budget is not None and settings.budget.unit == "ms" and source.heads is None:
+        raise ValueError(
+            "a budget in ms is for all layers together: give them as a list, so that their number is known"
+        )
+    total = 1 if source.heads is None else source.heads
+    total_layers = len(source.wanted) if source.wanted else source.layers
+    if total_layers is None and source.heads is not None and isinstance(source, _Tensors):
+        total_layers = len(source.given)  # type: ignore[arg-type]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not progress)
+    with bar:
+        task = bar.add_task("searching patterns", total=total_layers)
+        layers = source.run()
+        try:
+            for given in layers:
+                index = given[0] if isinstance(given, tuple) else given.index
+                bar.update(task, description=f"searching patterns, layer {index}")
+                if isinstance(given, tuple):
+                    held.layers[index] = Done("", skipped=given[1])
+                else:
+                    layout = given.layout if layout is None else layout
+                    _same_layout(layout, given)
+                    mark = "" if source.wanted else digest(given.q, given.k, given.v)
+                    known = held.layers.get(index)
+                    if known is None:
+                        if run is None:
+                            run = Search(settings, total)
+                            _prepare(run, given, held, same)
+                        held.layers[index] = Done(mark, tuple(run.run(given)))
+                        held.save()
+                    elif known.digest != mark:
+                        raise ValueError(
+                            f"{held.path}: it is of other tensors: layer {index} has hash {known.digest} there, {mark} "
+                            "here; give another path, or remove the file to start afresh"
+                        )
+                del given
+                bar.advance(task)
+        finally:
+            getattr(layers, "close", lambda: None)()
+    held.save()
+
+
+def _prepare(run: Search, layer: Layer, held: Checkpoint, same: dict[str, str]) -> None:
+    if held.header is None:
+        run.prepare(layer)
+        facts = {
+            "tokens": layer.layout.length,
+            "prompt": layer.layout.summary(),
+            "device": device_name(layer.q.device),
+            "dtype": str(layer.q.dtype).removeprefix("torch."),
+        }
+        held.header = Header(
+            **same, budget=run.budget, table=run.table, levels=run.levels, dense=run.dense, facts=facts
+        )
+    else:
+        run.prepare(layer, held.header.table, held.header.levels)
+
+
+def _same_layout(first: TokenLayout, layer: Layer) -> None:
+    if layer.layout.fingerprint != first.fingerprint:
+        raise ValueError(
+            f"layer {layer.index} has {layer.layout.length} tokens in another layout than the first layer's "
+            f"{first.length}: a search takes one prompt"
+        )
+
+
+def _config(source: _Source, settings: Settings, held: Checkpoint) -> Config:
+    """The options that the budget chooses, with where they come from."""
+    import mmflex
+
+    header = held.header
+    assert header is not None
+    found = {layer: done.heads for layer, done in sorted(held.layers.items()) if done.heads}
+    heads = [(layer, h, options) for layer, rows in found.items() for h, options in enumerate(rows)]
+    picked = allocate(header.budget, [options for _, _, options in heads], header.dense)
+    chosen: dict[int, list[Option]] = {}
+    for (layer, _, options), i in zip(heads, picked, strict=True):
+        chosen.setdefault(layer, []).append(options[i])
+    every = [o for options in chosen.values() for o in options]
+    dense = sum(options[-1].ms for _, _, options in heads)
+    versions = {"mmflex": mmflex.__version__, "torch": torch.__version__}
+    if source.wanted:
+        import transformers
+
+        versions["transformers"] = transformers.__version__
+    provenance: dict[str, Any] = {
+        "method": "mmflex.search",
+        "budget": str(header.budget),
+        "error": _short(float(np.sqrt(np.mean([o.error**2 for o in every])))),
+        "recall": _short(float(np.mean([o.recall for o in every]))),
+        "density": _short(float(np.mean([o.density for o in every]))),
+        "share of dense cost": _short(sum(o.ms for o in every) / dense),
+        "ms": _short(sum(o.ms for o in every)),
+        "sample": source.sample,
+        "model hash": source.model,
+        "rows": asdict(settings.rows),
+        "backend": settings.backend,
+        "candidates": len(settings.candidates),
+        "settings": header.settings,
+        "versions": versions,
+        **header.facts,
+    }
+    skipped = {str(layer): done.skipped for layer, done in sorted(held.layers.items()) if done.skipped}
+    if skipped:
+        provenance["own attention"] = skipped
+    provenance["per_head"] = {
+        name: {str(layer): [_short(getattr(o, name)) for o in options] for layer, options in chosen.items()}
+        for name in ("error", "recall", "density", "ms")
+    }
+    layers = source.layers if source.layers is not None else max(held.layers) + 1
+    counts = {len(options) for options in chosen.values()}
+    if len(counts) > 1:
+        raise ValueError(f"layers have {sorted(counts)} heads: a config is for layers of equally many")
+    spec = {layer: tuple(o.pattern for o in options) for layer, options in chosen.items()}
+    return Config(source.name, layers, counts.pop(), spec, provenance)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

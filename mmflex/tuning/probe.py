@@ -1,0 +1,255 @@
+"""What patterns keep of one layer's attention, measured on sampled query rows, without any sparse kernel.
+
+The dense weights of the sampled rows are computed once. Every candidate is then a token mask over them: the kept
+weights, renormalised, times v. So nothing is compiled, and one mask tells about all heads of the layer at once.
+
+Errors: with dense outputs o and sparse outputs s, the squared relative error of a head is the mean over strata (see
+`rows.Rows`) of ``sum |s - o|^2 / sum |o|^2``; recall is the mean share of attention mass kept. Both come as sums over
+query modalities, because a boundary pattern is chosen modality by modality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+from torch import Tensor
+
+from ..compiler.blocks import Values
+from ..compiler.orders import Order
+from ..ir import expr as x
+from ..ir.layout import TokenLayout
+from ..ir.pattern import Pattern, Scope, Tokens, View, find
+from ..runtime.attention import TILE, _check
+from .rows import LAST_QUERIES, Group
+
+LONGEST = 1 << 15
+"""Tokens of the longest sample. Half-precision sums of so many weights do not overflow."""
+_HELD = {"cuda": 1 << 28, "cpu": 1 << 23}
+"""Weights held at a time, in elements."""
+
+
+@dataclass(eq=False)
+class Layer:
+    """q, k and v of one layer and one prompt, as attention sees them (after rotary embedding).
+
+    Attributes:
+        index: number of the layer.
+        q: [1, Hq, N, D]. k: [1, Hkv, N, D]. v: [1, Hkv, N, Dv]. float32, bfloat16 or float16, one device.
+        layout: what the N tokens are.
+        scale: of the scores; None: ``1 / sqrt(D)``.
+        tile: block size in tokens.
+    """
+
+    index: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: TokenLayout
+    scale: float | None = None
+    tile: int = TILE
+    found: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _estimates: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _selected: set[str] = field(default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        try:
+            _check(self.q, self.k, self.v, find("Dense")(), self.layout)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"layer {self.index}: {error}") from None
+        batch, _, queries, dim = self.q.shape
+        if batch != 1 or self.layout.batch_size != 1:
+            raise ValueError(f"layer {self.index} holds {batch} prompts: a search takes one prompt, q [1, heads, N, D]")
+        if queries != self.k.shape[2]:
+            raise ValueError(
+                f"layer {self.index} has {queries} queries but {self.k.shape[2]} keys: a search takes a whole prompt"
+            )
+        check_length(int(self.layout.valid.sum()))
+        self.scale = dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def heads(self) -> int:
+        return int(self.q.shape[1])
+
+    @property
+    def kv_heads(self) -> int:
+        return int(self.k.shape[1])
+
+    def select(self, leaves: dict[str, tuple[Pattern, Scope]]) -> None:
+        """Runs estimates and selections of patterns by name into ``found``, each once."""
+        for name, (pattern, scope) in leaves.items():
+            if name in self._selected:
+                continue
+            view = View(self.layout, scope, self.layout.length, self.tile)
+            estimator, result = pattern.estimator(), None
+            if estimator is not None:
+                if (estimator, scope) not in self._estimates:
+                    assert self.scale is not None
+                    self._estimates[estimator, scope] = estimator(self.q, self.k, view, self.scale)
+                result = self._estimates[estimator, scope]
+            for short, table in pattern.select(result, view).items():
+                self.found[f"{short}@{name}"] = table
+            self._selected.add(name)
+
+
+def check_length(tokens: int) -> None:
+    """ValueError for a sample that is too short to estimate from or too long to search on."""
+    if tokens < LAST_QUERIES:
+        raise ValueError(
+            f"the sample has {tokens} tokens: patterns are estimated from the last {LAST_QUERIES} queries, so give a "
+            "longer one (it should be as long as the prompts are that the config is for)"
+        )
+    if tokens > LONGEST:
+        raise ValueError(f"the sample has {tokens} tokens: a search takes at most {LONGEST}, so give a shorter one")
+
+
+@dataclass(frozen=True, eq=False)
+class Denoted:
+    """A pattern in a scope: its expression, and the patterns that select for it."""
+
+    expr: Boolean
+    leaves: dict[str, tuple[Pattern, Scope]]
+
+
+def denote(pattern: Pattern, layout: TokenLayout, tile: int) -> Denoted:
+    """The expression of a pattern. ValueError where it makes no sense with this layout (frames, but no video)."""
+    t = Tokens(layout, tile)
+    return Denoted(sympy.sympify(pattern.denote(t)), t.leaves)
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a mask keeps of dense weights, before it is renormalised: ``sums`` [h, R, Dv] (weights times v) and
+    ``mass`` float32 [h, R]."""
+
+    sums: Tensor
+    mass: Tensor
+
+
+class Probe:
+    """Dense attention of some heads on the rows of one group.
+
+    Args:
+        layer: q, k, v. group: the rows.
+        kv: the KV heads, as a slice; the query heads are those that they serve.
+        keys: modalities whose keys can be masked on their own (for `keep` with a ``key``).
+    """
+
+    def __init__(self, layer: Layer, group: Group, kv: slice, keys: Sequence[int] = ()) -> None:
+        self.layer, self.group = layer, group
+        share = layer.heads // layer.kv_heads
+        self.heads = slice(kv.start * share, kv.stop * share)
+        self._share = share
+        layout, device = layer.layout, layer.q.device
+        half = torch.float16 if device.type == "cuda" else torch.float32
+        rows = torch.as_tensor(group.rows).to(device)
+        q = layer.q[0, self.heads].index_select(1, rows).float() * (layer.scale or 1.0)
+        k, v = layer.k[0, kv].float(), layer.v[0, kv].float()
+        # Half precision takes the sum of 32k weights if no |v| is above 1. Errors are relative: a scale is no matter.
+        v = (v / v.abs().amax().clamp(min=1e-30)).to(half)
+        position = torch.as_tensor(layout.position[0]).to(device)
+        seen = (position <= position[rows][:, None]) & (position >= 0)
+        scores = (q.unflatten(0, (-1, share)).flatten(1, 2) @ k.mT).unflatten(1, (share, -1)).flatten(0, 1)
+        scores = scores.nan_to_num_(0.0).masked_fill_(~seen, float("-inf"))
+        weights = (scores - scores.amax(-1, keepdim=True)).exp_().to(half)
+        del scores
+        every = np.arange(layout.length, dtype=np.int32)
+        self._sides: dict[int | None, tuple[Tensor, Tensor, Order]] = {None: (weights, v, self._order(every))}
+        for m in keys:
+            own = np.flatnonzero(layout.of(m)[0]).astype(np.int32)
+            at = torch.as_tensor(own).to(device).long()
+            self._sides[m] = (weights.index_select(2, at), v.index_select(1, at), self._order(own))
+        self._rows = Order("tokens", group.rows[None].astype(np.int32), layout.length, 1)
+        self.whole = {key: self._times(side[0], side[1]) for key, side in self._sides.items()}
+        self.dense = self.whole[None].sums.float() / self.whole[None].mass[..., None]
+        self._strata = torch.as_tensor(group.share).to(device)
+
+    def _order(self, keys: np.ndarray) -> Order:
+        """Keys by slot, kept with the layout (with it stay the values of attributes on the device)."""
+        layout = self.layer.layout
+        return layout._once(("probe keys", keys.tobytes()), lambda: Order("tokens", keys[None], layout.length, 1))
+
+    def _times(self, weights: Tensor, v: Tensor) -> Kept:
+        sums = weights.unflatten(0, (-1, self._share)).flatten(1, 2) @ v
+        sums = sums.unflatten(1, (self._share, -1)).flatten(0, 1)
+        return Kept(sums, weights.sum(-1, dtype=torch.float32))
+
+    def keep(self, denoted: Denoted, key: int | None = None) -> Kept:
+        """What an expression keeps of the weights (``key``: of those on keys of this modality)."""
+        weights, v, keys = self._sides[key]
+        layer = self.layer
+        layer.select(denoted.leaves)
+        names = {str(a.args[-2]) for a in denoted.expr.atoms(*x.SETS)} | {str(n) for n in denoted.expr.atoms(x.Number)}
+        found = {name: layer.found[name][:, self.heads] for name in names}
+        values = _Sampled(layer.layout, self._rows, keys, found, layer.q.device, tile=layer.tile)
+        mask = values.of(denoted.expr)[0]
+        return self._times(weights * mask, v)
+
+    def error(self, kept: Kept, head: int | slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """float64 [strata, ...] twice, for the heads that ``kept`` is of: sums over the rows of the squared difference
+        from dense, and of the share of mass kept."""
+        out = kept.sums.float() / kept.mass[..., None].clamp(min=1e-30)
+        difference = (out - self.dense[head]).double().square().sum(-1)
+        recall = (kept.mass / self.whole[None].mass[head]).double()
+        return (self._strata @ difference.mT, self._strata @ recall.mT) if difference.dim() > 1 else (
+            self._strata @ difference, self._strata @ recall
+        )  # fmt: skip
+
+    def rest(self, key: int) -> Kept:
+        """The dense weights on keys of all other modalities."""
+        others = [kept for m, kept in self.whole.items() if m not in (None, key)]
+        return total(others) if others else Kept(self.dense * 0.0, self.whole[None].mass * 0.0)
+
+    @property
+    def norm(self) -> Tensor:
+        """float64 [strata, h]: sums over the rows of the squared dense output."""
+        return self._strata @ self.dense.double().square().sum(-1).mT
+
+
+@dataclass(eq=False)
+class _Sampled(Values):
+    """Values of expressions on sampled rows. Set tests of whole tiles are looked up once a key tile."""
+
+    tile: int = TILE
+
+    def _test_tokens(self, atom: Boolean) -> Tensor:
+        if isinstance(atom, x.Member):
+            return super()._test_tokens(atom)
+        key = atom.args[2] if isinstance(atom, x.Touches) else atom.args[1]
+        if not self._by_tile(key):
+            return super()._test_tokens(atom)
+        memo = self.keys.__dict__.setdefault("_coarse", {})
+        if self.tile not in memo:
+            index = self.keys.index[:, :: self.tile]
+            memo[self.tile] = Order("tokens", index, self.keys.tokens, 1)
+        coarse = Values(self.layout, self.rows, memo[self.tile], self.found, self.device)
+        return coarse._test_tokens(atom).repeat_interleave(self.tile, -1)[..., : self.keys.slots]
+
+    def _by_tile(self, key: sympy.Expr) -> bool:
+        """Whether an expression of the keys is constant on every tile of slots."""
+        memo = self.keys.__dict__.setdefault("_by_tile", {})
+        if (key, self.tile) not in memo:
+            value = self.of(key).flatten()
+            first = value[:: self.tile].repeat_interleave(self.tile)[: len(value)]
+            memo[key, self.tile] = bool((value == first).all())
+        return memo[key, self.tile]
+
+
+def total(parts: Sequence[Kept]) -> Kept:
+    """Parts of the same weights together."""
+    sums = torch.stack([part.sums.float() for part in parts]).sum(0)
+    return Kept(sums, torch.stack([part.mass for part in parts]).sum(0))
+
+
+def chunks(layer: Layer, groups: Iterable[Group]) -> Iterator[slice]:
+    """KV heads in portions that a probe can hold the weights of."""
+    rows = max(len(group.rows) for group in groups)
+    each = rows * layer.layout.length * (layer.heads // layer.kv_heads)
+    step = max(1, _HELD.get(layer.q.device.type, 1 << 23) // max(1, each))
+    for first in range(0, layer.kv_heads, step):
+        yield slice(first, min(first + step, layer.kv_heads))
