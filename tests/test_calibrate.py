@@ -427,7 +427,12 @@ TINY = ["--lengths", "256,384", "--heads", "2", "--kv-heads", "1", "--head-dim",
 
 
 def test_calibrate_on_the_command_line(cache: Path) -> None:
-    run = CliRunner().invoke(app, ["calibrate", "--quick", "--backend", "reference", "--seconds", "60", *TINY])
+    for _ in range(4):  # tiny runs on a busy machine may tell nothing, and then say so
+        run = CliRunner().invoke(app, ["calibrate", "--quick", "--backend", "reference", "--seconds", "60", *TINY])
+        if run.exit_code == 0:
+            break
+        assert "or a quieter machine" in run.output.replace("\n", " ")
+        assert not cache.exists()
     assert run.exit_code == 0, run.output
     for word in ("full block", "query tile", "held out:", "fitted to:", "vertical-slash", "largest error", str(cache)):
         assert word in run.output.replace("\n", ""), word

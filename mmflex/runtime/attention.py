@@ -16,7 +16,7 @@ from ..compiler.orders import Order
 from ..compiler.plan import Launch, Program, build
 from ..compiler.predict import MARGIN, least_ms, predict
 from ..ir.layout import TokenLayout, listed
-from ..ir.pattern import Pattern, find
+from ..ir.pattern import Pattern, Tokens, find
 from . import backends, graphs, steps
 from .backends import Backend
 
@@ -248,7 +248,8 @@ def _program(
         how: Any = {"lse": runs.lse, "full_width": runs.full_width, "constants": prices}
         dense = build(dense_spec, layout, m, kv_heads, tile, **how) if auto else None
         dense_ms = predict(dense, batch=auto).total_ms if dense else 0.0
-        if dense and least_ms(prices) >= dense_ms:  # not worth building
+        if dense and least_ms(prices) >= dense_ms:  # not worth building, but a spec must make sense
+            _check_spec(patterns, layout, tile)
             program, note = dense, f"dense: predicted {dense_ms:.3g} ms, any spec takes {least_ms(prices):.3g} ms"
         else:
             program = build(patterns, layout, m, kv_heads, tile, **how)
@@ -259,6 +260,19 @@ def _program(
         layout.memo[key] = (program, note)
     layout.memo[quick] = layout.memo[key]
     return layout.memo[key]
+
+
+_sensible: set[tuple[Any, ...]] = set()
+
+
+def _check_spec(patterns: tuple[Pattern, ...], layout: TokenLayout, tile: int) -> None:
+    """ValueError where a pattern makes no sense with a layout (frames, but no video). Layouts with the same modalities
+    and strides are asked once."""
+    like = (tile, layout.modalities, *(layout.frame_stride(m) for m in (None, *layout.modalities)))
+    for pattern in dict.fromkeys(patterns):
+        if (pattern, *like) not in _sensible:
+            pattern.denote(Tokens(layout, tile))
+            _sensible.add((pattern, *like))
 
 
 # ---- plan ------------------------------------------------------------------------------------------------------------
