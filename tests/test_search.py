@@ -635,6 +635,6 @@ def test_a_config_of_a_search_is_a_file_as_any(tmp_path: Path) -> None:
     config = find(llama(1))
     save_config(config, tmp_path / "config.json")
     assert load_config(tmp_path / "config.json") == config
-    assert set(config.provenance["per_head"]) == {"error", "recall", "density", "ms"}
+    assert set(config.provenance["per_head"]) == {"error", "recall", "density", "ms", "weight"}
     assert len(config.provenance["per_head"]["error"]["0"]) == config.heads
     assert config.provenance["versions"]["torch"] == torch.__version__

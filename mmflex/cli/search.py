@@ -67,6 +67,13 @@ def search(
         typer.Option(help="A JSON list of patterns to try instead of the papers' table, from simple to complex."),
     ] = None,
     rows: Annotated[int | None, typer.Option(help="Query rows of each modality to measure errors on.")] = None,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="'answers': errors count by how much the model's predictions at the prompt's end depend on them (it "
+            "takes gradients); 'outputs': all heads and tokens alike. With --qkv it is outputs."
+        ),
+    ] = "answers",
     seed: Annotated[int, typer.Option(help="Of a task's prompt.")] = 1 << 20,
     device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'auto': a GPU if there is one.")] = "auto",
     backend: Annotated[str, typer.Option(help="Whose costs count; 'auto' for the one that would run.")] = "auto",
@@ -102,6 +109,7 @@ def search(
         limit = None if budget is None else Budget.parse(budget, shared=not per_head)
         table = None if candidates is None else _patterns(candidates)
         options: dict[str, Any] = {"budget": limit, "candidates": table, "backend": backend, "rows": rows}
+        options["objective"] = objective
         where = _device(device)
         if qkv is not None:
             given, sample = _tensors(qkv, where), None

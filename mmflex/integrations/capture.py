@@ -50,7 +50,7 @@ def capture(
     root: nn.Module = getattr(model, "_orig_mod", model)
     if root.training:
         raise ValueError(f"{type(root).__name__} is in training mode: call model.eval()")
-    inputs = _inputs(root, sample)
+    inputs = inputs_of(root, sample)
     patch(root, {})
     try:
         yield from _Run(root, inputs, layout).layers()
@@ -75,7 +75,8 @@ def tokens_of(sample: Any) -> int:
     return int(ids.shape[1])
 
 
-def _inputs(root: nn.Module, sample: Mapping[str, Any] | Tensor) -> dict[str, Any]:
+def inputs_of(root: nn.Module, sample: Mapping[str, Any] | Tensor) -> dict[str, Any]:
+    """What the forward of a model is called with for a sample: on its device, without a cache."""
     tokens_of(sample)
     given = {"input_ids": sample} if isinstance(sample, Tensor) else dict(sample)
     given.pop("labels", None)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,12 +52,12 @@ class _Source:
 
 
 class _Model(_Source):
-    def __init__(self, model: nn.Module, sample: Any, layout: TokenLayout | None) -> None:
+    def __init__(self, model: nn.Module, sample: Any, layout: TokenLayout | None, objective: str) -> None:
         from .capture import tokens_of
         from .transformers import _language_model
 
         self.root: nn.Module = getattr(model, "_orig_mod", model)
-        self.given, self.layout = sample, layout
+        self.given, self.layout, self.objective = sample, layout, objective
         tokens_of(sample)
         config, _, _, modules = _language_model(self.root)
         layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
@@ -76,7 +76,23 @@ class _Model(_Source):
     def run(self) -> Iterator[Given]:
         from .capture import capture
 
-        yield from capture(self.root, self.given, layout=self.layout)
+        weights = self.importance()
+        for given in capture(self.root, self.given, layout=self.layout):
+            if isinstance(given, Layer):
+                given.importance = weights.get(given.index)
+            yield given
+            del given
+
+    def importance(self) -> dict[int, Tensor]:
+        from .capture import inputs_of
+        from .importance import Unknown, importance
+
+        if self.objective == "outputs":
+            return {}
+        try:
+            return importance(self.root, inputs_of(self.root, self.given))
+        except (Unknown, torch.OutOfMemoryError) as error:
+            raise ValueError(f"{error}; search with objective='outputs', which needs no gradients") from error
 
 
 class _Tensors(_Source):
@@ -120,6 +136,7 @@ def search(
     progress: bool = True,
     levels: Sequence[float] | None = None,
     tie: float = 0.05,
+    objective: Literal["answers", "outputs"] = "answers",
     scale: float | None = None,
     block_size: int = TILE,
 ) -> Config:
@@ -145,12 +162,16 @@ def search(
         checkpoint: JSON lines, written after every layer. If the file is there, the search goes on where it stopped.
         progress: show a bar.
         levels, tie: as in `mmflex.tuning.search.Settings`.
+        objective: "answers": a model's errors count by how much its predictions at the last 64 tokens depend on them
+            (`mmflex.integrations.importance`; one more forward pass and two backward, memory as for gradient
+            checkpointing), so the sample should end with a question. "outputs": all rows and heads count alike, as in
+            the paper; so they do for tensors.
         scale: of the scores, for tensors; ``1 / sqrt(D)`` if None.
         block_size: tokens per block, for tensors (other than 128 for experiments).
 
     Returns:
         A `Config`. Its provenance has the sample's and the model's hash, versions, the budget, and under ``per_head``
-        lists of error, recall, density and ms over heads, by layer.
+        lists of error, recall, density, ms and weight over heads, by layer.
 
     Raises:
         ValueError: a budget below the cheapest candidates (the least is named), a sample too short or too long, a
@@ -168,14 +189,17 @@ def search(
         None if levels is None else tuple(levels),
         tie,
     )
+    if objective not in ("answers", "outputs"):
+        raise ValueError(f"objective is {objective!r}: use 'answers' or 'outputs'")
     source: _Source
     if isinstance(model_or_qkv, nn.Module):
         if sample is None:
             raise TypeError("search(model, sample): give what the model's processor returns for one prompt")
-        source = _Model(model_or_qkv, sample, layout)
+        source = _Model(model_or_qkv, sample, layout, objective)
     else:
         source = _Tensors(model_or_qkv, layout, scale, block_size)
-    same = {"model": source.model, "sample": source.sample, "settings": _settings_hash(settings, block_size)}
+    hashed = _settings_hash(settings, block_size, objective if isinstance(source, _Model) else "outputs")
+    same = {"model": source.model, "sample": source.sample, "settings": hashed}
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.parent.is_dir():
         raise ValueError(f"there is no folder {path.parent} for the checkpoint: make it first")
@@ -189,12 +213,12 @@ def search(
     return _config(source, settings, held)
 
 
-def _settings_hash(settings: Settings, block_size: int) -> str:
+def _settings_hash(settings: Settings, block_size: int, objective: str) -> str:
     import mmflex
 
     table_ = [p.to_json() for p in settings.candidates]
     budget = None if settings.budget is None else settings.budget.to_json()
-    rest = (asdict(settings.rows), settings.backend, settings.levels or (), settings.tie, block_size)
+    rest = (asdict(settings.rows), settings.backend, settings.levels or (), settings.tie, block_size, objective)
     return digest(mmflex.__version__, table_, budget or {}, *rest)
 
 
@@ -290,7 +314,7 @@ def _config(source: _Source, settings: Settings, held: Checkpoint) -> Config:
     provenance: dict[str, Any] = {
         "method": "mmflex.search",
         "budget": str(header.budget),
-        "error": _short(float(np.sqrt(np.mean([o.error**2 for o in every])))),
+        "error": _short(float(np.sqrt(np.average([o.error**2 for o in every], weights=[o.weight for o in every])))),
         "recall": _short(float(np.mean([o.recall for o in every]))),
         "density": _short(float(np.mean([o.density for o in every]))),
         "share of dense cost": _short(sum(o.ms for o in every) / dense),
@@ -309,7 +333,7 @@ def _config(source: _Source, settings: Settings, held: Checkpoint) -> Config:
         provenance["own attention"] = skipped
     provenance["per_head"] = {
         name: {str(layer): [_short(getattr(o, name)) for o in options] for layer, options in chosen.items()}
-        for name in ("error", "recall", "density", "ms")
+        for name in ("error", "recall", "density", "ms", "weight")
     }
     layers = source.layers if source.layers is not None else max(held.layers) + 1
     counts = {len(options) for options in chosen.values()}

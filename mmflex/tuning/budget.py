@@ -1,9 +1,10 @@
 """Budgets, and how heads share one: a multiple-choice knapsack.
 
 Every head comes with a few options (`Option`), each with a cost, a density and an error. Per head, the best option
-within the budget is taken. Shared, one option a head is chosen so that the sum of squared errors is least while the
-mean cost (or density) of all heads stays within the budget; or the other way round, the cost is least while the root
-mean square of the errors stays within it. So heads that need more get it from those that need less.
+within the budget is taken. Shared, one option a head is chosen so that the sum of squared errors is least, each times
+the weight of its head, while the mean cost (or density) of all heads stays within the budget; or the other way round,
+the cost is least while the root of the weighted mean of squared errors stays within it. So heads that need more get it
+from those that need less.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Option:
         boundary: "none", "query" (Q-Boundary), "2d" (2D-Boundary) or "dense".
         ms: predicted kernel time of the head, milliseconds. density: pairs in computed blocks over causal pairs.
         error: of the output relative to dense attention (see `probe`). recall: share of attention mass kept.
+        weight: how much the squared error of its head counts among all heads.
     """
 
     pattern: Pattern
@@ -38,6 +40,7 @@ class Option:
     density: float
     error: float
     recall: float
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class Budget:
 
     @classmethod
     def error(cls, value: float, *, shared: bool = True) -> Budget:
-        """Error of attention outputs relative to dense to stay under (shared: root mean square over heads)."""
+        """Error of attention outputs relative to dense to stay under (shared: root of the weighted mean square over
+        heads)."""
         return cls("error", value, "", shared)
 
     @classmethod
@@ -153,9 +157,10 @@ def allocate(budget: Budget, heads: Sequence[Sequence[Option]], dense_ms: float)
     """
     prices = [np.array([getattr(o, budget.measure) for o in options]) for options in heads]
     errors = [np.array([o.error for o in options]) for options in heads]
+    harms = [np.array([o.weight * o.error**2 for o in options]) for options in heads]
     if budget.kind == "error":
         if budget.shared:
-            return knapsack([e**2 for e in errors], prices, budget.value**2 * len(heads))
+            return knapsack(harms, prices, budget.value**2 * sum(options[0].weight for options in heads))
         return [_best(e, p, budget.value) for e, p in zip(errors, prices, strict=True)]
     limit = budget.limit(dense_ms, len(heads))
     least = [float(p.min()) for p in prices]
@@ -163,7 +168,7 @@ def allocate(budget: Budget, heads: Sequence[Sequence[Option]], dense_ms: float)
     if lowest > limit * (1 + 1e-9):
         raise unreachable(budget, lowest, dense_ms, len(heads))
     if budget.shared:
-        return knapsack(prices, [e**2 for e in errors], limit * len(heads))
+        return knapsack(prices, harms, limit * len(heads))
     return [_best(p, e, limit) for p, e in zip(prices, errors, strict=True)]
 
 

@@ -16,8 +16,8 @@ from .budget import Budget, Option
 from .config import _write
 
 SCHEMA = "mmflex.search"
-VERSION = 1
-_NUMBERS = ("ms", "density", "error", "recall")
+VERSION = 2
+_NUMBERS = ("ms", "density", "error", "recall", "weight")
 _SAME = {
     "model": "another model",
     "sample": "another sample",

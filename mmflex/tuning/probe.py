@@ -4,8 +4,9 @@ The dense weights of the sampled rows are computed once. Every candidate is then
 weights, renormalised, times v. So nothing is compiled, and one mask tells about all heads of the layer at once.
 
 Errors: with dense outputs o and sparse outputs s, the squared relative error of a head is the mean over strata (see
-`rows.Rows`) of ``sum |s - o|^2 / sum |o|^2``; recall is the mean share of attention mass kept. Both come as sums over
-query modalities, because a boundary pattern is chosen modality by modality.
+`rows.Rows`) of ``sum |s - o|^2 / sum |o|^2``. Where it is known how much the model's answers depend on each output
+(`Layer.importance`), rows are weighed by it in both sums instead of by strata. Recall is the mean share of attention
+mass kept. All come as sums over query modalities, because a boundary pattern is chosen modality by modality.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Layer:
         layout: what the N tokens are.
         scale: of the scores; None: ``1 / sqrt(D)``.
         tile: block size in tokens.
+        importance: float32 [Hq, N], how much a squared error in a head's output for a token counts. None: all alike.
     """
 
     index: int
@@ -53,6 +55,7 @@ class Layer:
     layout: TokenLayout
     scale: float | None = None
     tile: int = TILE
+    importance: Tensor | None = field(default=None, repr=False)
     found: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _estimates: dict[Any, Any] = field(default_factory=dict, repr=False)
     _selected: set[str] = field(default_factory=set, repr=False)
@@ -151,7 +154,8 @@ class Probe:
         q = layer.q[0, self.heads].index_select(1, rows).float() * (layer.scale or 1.0)
         k, v = layer.k[0, kv].float(), layer.v[0, kv].float()
         # Half precision takes the sum of 32k weights if no |v| is above 1. Errors are relative: a scale is no matter.
-        v = (v / v.abs().amax().clamp(min=1e-30)).to(half)
+        self._unit = v.abs().amax().clamp(min=1e-30)
+        v = (v / self._unit).to(half)
         position = torch.as_tensor(layout.position[0]).to(device)
         seen = (position <= position[rows][:, None]) & (position >= 0)
         scores = (q.unflatten(0, (-1, share)).flatten(1, 2) @ k.mT).unflatten(1, (share, -1)).flatten(0, 1)
@@ -167,7 +171,11 @@ class Probe:
         self._rows = Order("tokens", group.rows[None].astype(np.int32), layout.length, 1)
         self.whole = {key: self._times(side[0], side[1]) for key, side in self._sides.items()}
         self.dense = self.whole[None].sums.float() / self.whole[None].mass[..., None]
-        self._strata = torch.as_tensor(group.share).to(device)
+        self._strata = torch.as_tensor(group.share).to(device)  # [strata, R]
+        self._weights = self._strata[:, None].expand(-1, len(q), -1)  # [strata, h, R]
+        if layer.importance is not None:
+            important = layer.importance[self.heads].index_select(1, rows).double()
+            self._weights = (torch.as_tensor(group.tokens).to(device) * important)[None]
 
     def _order(self, keys: np.ndarray) -> Order:
         """Keys by slot, kept with the layout (with it stay the values of attributes on the device)."""
@@ -191,14 +199,12 @@ class Probe:
         return self._times(weights * mask, v)
 
     def error(self, kept: Kept, head: int | slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """float64 [strata, ...] twice, for the heads that ``kept`` is of: sums over the rows of the squared difference
-        from dense, and of the share of mass kept."""
+        """float64 [strata, ...] twice, for the heads that ``kept`` is of: weighed sums over the rows of the squared
+        difference from dense (one stratum where rows have an importance), and sums of the share of mass kept."""
         out = kept.sums.float() / kept.mass[..., None].clamp(min=1e-30)
         difference = (out - self.dense[head]).double().square().sum(-1)
         recall = (kept.mass / self.whole[None].mass[head]).double()
-        return (self._strata @ difference.mT, self._strata @ recall.mT) if difference.dim() > 1 else (
-            self._strata @ difference, self._strata @ recall
-        )  # fmt: skip
+        return (self._weights[:, head] * difference).sum(-1), torch.einsum("sr,...r->s...", self._strata, recall)
 
     def rest(self, key: int) -> Kept:
         """The dense weights on keys of all other modalities."""
@@ -208,7 +214,13 @@ class Probe:
     @property
     def norm(self) -> Tensor:
         """float64 [strata, h]: sums over the rows of the squared dense output."""
-        return self._strata @ self.dense.double().square().sum(-1).mT
+        return (self._weights * self.dense.double().square().sum(-1)).sum(-1)
+
+    @property
+    def weight(self) -> Tensor:
+        """float64 [h]: `norm` in units of v squared, where rows have an importance: how much the squared relative
+        errors of heads count beside each other."""
+        return self.norm[0] * self._unit.double() ** 2
 
 
 @dataclass(eq=False)

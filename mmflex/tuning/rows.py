@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from ..ir.layout import TokenLayout
 
@@ -36,30 +37,41 @@ class Rows:
                 f"Rows(count={self.count}, last={self.last}): use a count of 1 or more (None: all), last >= 0"
             )
 
-    def groups(self, layout: TokenLayout) -> tuple[Group, ...]:
-        """The sampled rows of the (one) prompt of a layout, by query modality."""
+    def groups(self, layout: TokenLayout, importance: Tensor | None = None) -> tuple[Group, ...]:
+        """The sampled rows of the (one) prompt of a layout, by query modality.
+
+        Args:
+            importance: float [H, N]; the rows where the heads have the most of it, up to ``count`` in all, are measured
+                besides, and the random ones stand for the rest.
+        """
         generator = np.random.default_rng(self.seed)
         tail = np.zeros(layout.length, bool)
         there = np.flatnonzero(layout.valid[0])
         tail[there[max(0, len(there) - self.last) :]] = True
+        top = np.zeros(layout.length, bool)
+        if importance is not None and self.count is not None:
+            most = (importance / importance.sum(1, keepdim=True).clamp(min=1e-30)).sum(0)
+            top[most.topk(min(self.count, len(most))).indices.cpu().numpy()] = True
         found = []
         for m in layout.modalities:
-            own = np.flatnonzero(layout.of(m)[0])
+            every = np.flatnonzero(layout.of(m)[0])
+            first, own = every[top[every]], every[~top[every]]
             picked = own
             if self.count is not None and self.count < len(own):
                 places = (np.arange(self.count) + generator.random(self.count)) * len(own) / self.count
                 picked = own[np.unique(np.minimum(places.astype(np.int64), len(own) - 1))]
-            rows = np.union1d(picked, own[tail[own]])
-            found.append((m, rows, np.isin(rows, picked) * (len(own) / len(picked))))
+            rows = np.union1d(np.union1d(picked, every[tail[every]]), first)
+            share = np.isin(rows, picked) * (len(own) / max(1, len(picked))) + np.isin(rows, first)
+            found.append((m, rows, share))
         if not self.even:
-            return tuple(Group(m, rows, share[None]) for m, rows, share in found)
+            return tuple(Group(m, rows, share[None], share) for m, rows, share in found)
         out = []
         for i, (m, rows, share) in enumerate(found):
             strata = np.zeros((len(found) + (self.last > 0), len(rows)))
             strata[i] = share
             if self.last:
                 strata[-1] = tail[rows]
-            out.append(Group(m, rows, strata))
+            out.append(Group(m, rows, strata, share))
         return tuple(out)
 
 
@@ -71,8 +83,10 @@ class Group:
         modality: its id.
         rows: int64 [R], token numbers, ascending.
         share: float64 [strata, R], how many tokens of each stratum a row stands for.
+        tokens: float64 [R], how many of all.
     """
 
     modality: int
     rows: np.ndarray
     share: np.ndarray
+    tokens: np.ndarray

@@ -4,6 +4,8 @@ Three steps, as in the paper: the best pattern for the queries of each modality;
 and a key modality; then the boundary type, none, Q-Boundary or 2D-Boundary, by the error of the whole head (a
 K-Boundary is the same as none). What the paper leaves open is done so:
 
+- Errors of rows and heads count by how much the model's answer depends on them, where that is known
+  (`probe.Layer.importance`): most heads write next to nothing that the answer needs, for most tokens.
 - Candidates are scaled to equal predicted cost (`candidates.scaled_to`), at one *level* for a budget per head, at
   several for a shared one, so that every head brings options at several costs to the knapsack (`budget`).
 - The parts of a boundary pattern divide the head's cost among them by the same knapsack; their squared errors add up
@@ -141,7 +143,7 @@ class Search:
     def run(self, layer: Layer) -> list[tuple[Option, ...]]:
         """The options of every head, from cheap to dear, dense last."""
         self._prices.move_to(layer)
-        groups = self.settings.rows.groups(layer.layout)
+        groups = self.settings.rows.groups(layer.layout, layer.importance)
         modalities = tuple(group.modality for group in groups)
         out: list[tuple[Option, ...]] = []
         for kv in chunks(layer, groups):
@@ -173,7 +175,10 @@ class _Heads:
         self.probes = [Probe(layer, group, kv, modalities if several else ()) for group in groups]
         self.first, self.count = self.probes[0].heads.start, self.probes[0].heads.stop - self.probes[0].heads.start
         self.norm = np.maximum(np.sum([_host(p.norm) for p in self.probes], axis=0), 1e-300)  # [strata, h]
-        self.weight = np.sum([group.share.sum(1) for group in groups], axis=0)[:, None]
+        self.rows = np.sum([group.share.sum(1) for group in groups], axis=0)[:, None]
+        self.weight = np.ones(self.count)
+        if layer.importance is not None:
+            self.weight = np.sum([_host(p.weight) for p in self.probes], axis=0)
         self.kept: dict[tuple[int, int], list[Kept | None]] = {}
         table = search.table
         whole = [self._measured(table, table, [p.keep for p in self.probes])]
@@ -227,7 +232,7 @@ class _Heads:
         if there:
             sums = [[sum(part[which] for part in found[i] or ()) for i in there] for which in (0, 1)]
             lost, held = (_host(torch.stack(which)) for which in sums)  # type: ignore[arg-type]
-            error[there], recall[there] = (lost / self.norm).mean(1), (held / self.weight).mean(1)
+            error[there], recall[there] = (lost / self.norm).mean(1), (held / self.rows).mean(1)
         for i in there:
             of = prices[i]
             assert of is not None
@@ -245,7 +250,8 @@ class _Heads:
                 found.append(option)
         dense = self.search._prices.dense
         head = self.first + h
-        found.append(Option(find("Dense")(), "dense", float(dense.ms[head]), float(dense.density[head]), 0.0, 1.0))
+        price = float(dense.ms[head]), float(dense.density[head])
+        found.append(Option(find("Dense")(), "dense", *price, 0.0, 1.0, float(self.weight[h])))
         return tuple(found)
 
     def _at(self, h: int, level: float) -> Option | None:
@@ -267,7 +273,7 @@ class _Heads:
     ) -> Option:
         head = self.first + h
         ms, density = (sum(float(getattr(p, name)[head]) for p in prices) for name in ("ms", "density"))
-        return Option(pattern, boundary, ms, density, error, recall)
+        return Option(pattern, boundary, ms, density, error, recall, float(self.weight[h]))
 
     def _single(self, h: int, level: float) -> Option | None:
         table = self.whole
@@ -333,7 +339,7 @@ class _Heads:
             found = probe.error(total([Kept(part.sums[h], part.mass[h]) for part in parts]), h)
             lost, held = lost + _host(found[0]), held + _host(found[1])
         error = float((lost / self.norm[:, h]).mean())
-        return error**0.5, float((held / self.weight[:, 0]).mean())
+        return error**0.5, float((held / self.rows[:, 0]).mean())
 
 
 def _host(t: Tensor) -> np.ndarray:
