@@ -10,6 +10,7 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
+from mmflex.ir import expr as x
 from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
 
 from .estimate import LastMass, LastQueries, comb_excess, likely_strides
@@ -112,11 +113,11 @@ class Grid(Pattern):
         )
         out = t.sink(self.sink) | t.local(self.local)
         if self.columns:
-            out |= sympy.Eq(sympy.Mod(t.k - phase, stride), 0)
+            out |= sympy.Eq(x.mod(t.k - phase, stride), 0)
         if self.rows:
-            out |= sympy.Eq(sympy.Mod(t.row - phase, stride), 0)
+            out |= sympy.Eq(x.mod(t.row - phase, stride), 0)
         if self.slash:
-            out |= sympy.Eq(sympy.Mod(t.q - t.k, stride), 0)
+            out |= sympy.Eq(x.mod(t.q - t.k, stride), 0)
         return out
 
     @classmethod

@@ -51,7 +51,7 @@ class Values:
     def _leaf(self, e: sympy.Basic) -> Tensor:
         if isinstance(e, x.Number):
             return self.found[str(e)][:, :, None, None]
-        side = x.q if x.q in e.free_symbols else x.k
+        side = x.q if x.q in x.sides(e) else x.k
         order, index = (self.rows, self.row_index) if side == x.q else (self.keys, self.key_index)
         token = side_attribute(e, self.layout, order, index, self.device)
         return token[..., None] if side == x.q else token[:, :, None]
@@ -86,7 +86,7 @@ class Values:
     def bounds(self, e: sympy.Basic) -> tuple[Tensor, Tensor]:
         """Least and greatest value of an expression of one side on each tile; kept with the order where they
         follow from the layout."""
-        side = x.q if x.q in e.free_symbols else x.k
+        side = x.q if x.q in x.sides(e) else x.k
         order, index = (self.rows, self.row_index) if side == x.q else (self.keys, self.key_index)
         if index is not None or x.selected(e):
             return bounds(self.of(e), self.rows.tile)

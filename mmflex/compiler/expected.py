@@ -18,7 +18,7 @@ from ..ir import expr as x
 from ..ir.layout import TokenLayout
 from . import cost
 from .orders import BIG
-from .spans import FAR, Counts, hits, modulus, population, spans, union
+from .spans import FAR, Counts, hits, modulus, population, together, union
 
 if TYPE_CHECKING:
     from .plan import Launch, Part
@@ -47,23 +47,30 @@ class Work:
 
 def work(launch: Launch, layout: TokenLayout, heads: int | None = None) -> Work:
     """The expected work of a launch for one prompt of a batch; ``heads``: of the layer (None: as if all were here)."""
-    tiles = cost.Tiles(layout, launch.rows, launch.keys)
+    tiles = cost.Tiles.between(layout, launch.rows, launch.keys)
     if launch.kind == "dense":
         own = sum(h >= 0 for h in launch.heads.heads)
         blocks = float(cost.causal(tiles).sum() / max(1, layout.batch_size)) * own
         return Work(dense=blocks, moved=moved(launch, heads), copies=moved(launch, heads) > 0)
-    count = {"main": _main, "rows": _rows, "classes": _classes}[launch.kind]
     full = partial = longest = 0.0
     for part in launch.parts:
-        touched, sure = count(part, tiles)
-        touched = np.maximum(touched, 0.0)
-        sure = np.clip(sure, 0.0, touched)
-        full += float(sure.mean(0).sum()) * len(part.heads)
-        partial += float((touched - sure).mean(0).sum()) * len(part.heads)
-        longest = max(longest, float(touched.max(initial=0.0)))
+        sure, rest, most = _counts(launch.kind, part, tiles)
+        full, partial, longest = full + sure * len(part.heads), partial + rest * len(part.heads), max(longest, most)
     copied = moved(launch, heads)
     rows = launch.row_slots // launch.rows.tile * len(launch.heads.heads)
     return Work(full, partial, not launch.compare, rows, longest, copied, copied > 0)
+
+
+def _counts(kind: str, part: Part, tiles: cost.Tiles) -> tuple[float, float, float]:
+    """Full and partial blocks of a head, and blocks of its longest query tile; kept with the part."""
+    held = part.__dict__  # a part belongs to one launch, or to several of the same tiles
+    if "_counts" not in held:
+        touched, sure = {"main": _main, "rows": _rows, "classes": _classes}[kind](part, tiles)
+        touched = np.maximum(touched, 0.0)
+        sure = np.clip(sure, 0.0, touched)
+        partial = float((touched - sure).mean(0).sum())
+        held["_counts"] = float(sure.mean(0).sum()), partial, float(touched.max(initial=0.0))
+    return held["_counts"]
 
 
 def moved(launch: Launch, heads: int | None = None) -> float:
@@ -88,11 +95,12 @@ def moved(launch: Launch, heads: int | None = None) -> float:
 
 
 def _main(part: Part, tiles: cost.Tiles) -> Counts:
-    found = [span for term in cost.terms(part.mask) for span in spans(cost.causally_once(term), tiles)]
+    found = [span for term in cost.terms(part.mask) for span in together(cost.causally(term), tiles)]
     seen = np.clip(cost.causal(tiles), 0, None)
     each = np.ones((len(tiles.keys.index), tiles.key_tiles))
     # What is gathered leaves a hole, unless the section takes over where the main section leaves off.
-    whole = each - hits(part.columns, x.k, tiles) if part.until is None else each
+    holes = part.columns != sympy.false and part.until is None
+    whole = each - hits(part.columns, x.k, tiles) if holes else each
     ranges = [span for span in found if span.solid]
     touched = union([(span.first, span.last) for span in ranges], each, tiles)
     sure = union([span.inside for span in ranges], whole, tiles)
@@ -100,15 +108,16 @@ def _main(part: Part, tiles: cost.Tiles) -> Counts:
     for span in found:
         if not span.solid:
             some, all_ = span.counts()
-            share = union([span.inside], whole, tiles) / np.maximum(union([span.inside], each, tiles), 1)
-            touched, sure = touched + some * free, sure + all_ * free * share
+            if holes:
+                all_ = all_ * union([span.inside], whole, tiles) / np.maximum(union([span.inside], each, tiles), 1)
+            touched, sure = touched + some * free, sure + all_ * free
     over = np.maximum(1.0, touched / np.maximum(seen, 1))
     touched, sure = touched / over, np.minimum(sure / over, seen)
     if part.columns != sympy.false:
         low, high = _seen(part, tiles)
         listed, whole = np.ceil(high / tiles.rows.tile), np.floor(low / tiles.rows.tile)
         touched, sure = touched + listed, sure + whole
-    real = cost.real(tiles.rows)
+    real = tiles.rows.real
     return np.where(real, touched, 0), np.where(real, sure, 0)
 
 
@@ -122,10 +131,10 @@ def _seen(part: Part, tiles: cost.Tiles) -> Counts:
         start = np.maximum(start, np.where(slot >= 0, shown, BIG))
     first, last = tiles.bounds(x.q)
     low, high = np.zeros((2, len(layout.valid), tiles.row_tiles))
-    for term in sympy.Or.make_args(part.columns):
-        may, count = population(term, x.k, layout)
-        for b, own in enumerate(may):
-            begin = np.sort(start[b % len(start)][own])
+    for term in x.alternatives(part.columns):
+        pool, count = population(term, layout)
+        for b, own in enumerate(pool.may):
+            begin = np.sort(start[b % len(start)][own], kind="stable")  # fast where sorted already
             rate = count / max(1, len(begin))
             low[b] += rate * np.searchsorted(begin, first[b % len(first)], "right")
             high[b] += rate * np.searchsorted(begin, last[b % len(last)], "right")
@@ -135,15 +144,16 @@ def _seen(part: Part, tiles: cost.Tiles) -> Counts:
 def _rows(part: Part, tiles: cost.Tiles) -> Counts:
     """Gathered rows see all keys before them: those between the first and the last row of a tile are partial."""
     tile, layout = tiles.rows.tile, tiles.layout
-    first, last = (np.sort(np.where(cost.real(tiles.keys), b, FAR), 1) for b in tiles.bounds(x.k))
+    first, last = (np.sort(np.where(tiles.keys.real, b, FAR), 1) for b in tiles.bounds(x.k))
     inside = np.zeros(layout.valid.shape, bool)
     for b, index in enumerate(tiles.rows.index):
         inside[b % len(inside), index[index >= 0] + tiles.rows.origin] = True
     found = []
     for b in range(len(inside)):
         place: list[np.ndarray] = []
-        for term in sympy.Or.make_args(part.chosen):
-            may, count = population(term, x.q, layout)
+        for term in x.alternatives(part.chosen):
+            pool, count = population(term, layout)
+            may = pool.may
             at = layout.position[b][may[b % len(may)] & inside[b]]
             count = min(count * len(at) / max(1, int(may[b % len(may)].sum())), len(at))
             place.append(at[np.linspace(0, len(at) - 1, round(count)).astype(int)] if len(at) else at)
@@ -164,12 +174,12 @@ def _classes(part: Part, tiles: cost.Tiles) -> Counts:
     assert part.classes is not None
     tile, stride = tiles.rows.tile, modulus(part.classes[1])
     rows, keys = (order.tokens / stride / tile for order in (tiles.rows, tiles.keys))
-    others = sympy.And(*(e for e in sympy.And.make_args(part.mask) if cost.class_pair(e) != part.classes))
+    others = x.all_of(*(e for e in x.conditions(part.mask) if cost.class_pair(e) != part.classes))
     seen = float(cost.causal(tiles).sum())
     wanted = sum(float(span.counts()[0].sum()) for term in cost.terms(others)
-                 for span in spans(cost.causally_once(term), tiles))  # fmt: skip
+                 for span in together(cost.causally(term), tiles))  # fmt: skip
     before = min(1.0, wanted / max(1.0, seen)) * keys / 2
     both = min(1.0, 1 / max(rows, 1e-9))  # of the tiles: those with the end of a class and the start of the next
     touched = (1 - both) * (before + 2) + both * (2 * max(keys, 1.0) + 1)
-    there = np.asarray(cost.real(tiles.rows), float)
+    there = np.asarray(tiles.rows.real, float)
     return touched * there, (1 - both) * max(before - 1, 0.0) * there

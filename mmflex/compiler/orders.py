@@ -81,6 +81,11 @@ class Order:
         np.put_along_axis(out, np.where(self.index < 0, self.tokens, self.index), np.arange(self.slots)[None], axis=1)
         return out[:, :-1]
 
+    @cached_property
+    def real(self) -> np.ndarray:
+        """bool [B, tiles]: tiles that hold a token."""
+        return np.asarray((self.index >= 0).reshape(len(self.index), -1, self.tile).any(-1))
+
     def on(self, name: str, device: torch.device) -> Tensor:
         """``index``, ``filled`` or ``inverse`` as an int64 tensor on a device (cached)."""
         cache: dict[Any, Tensor] = self.__dict__.setdefault("_on", {})
@@ -100,7 +105,13 @@ class Order:
             value = np.where(
                 layout.modality == m, value, np.where(layout.modality < m, -1, layout.of(m).sum(1, keepdims=True))
             )
-        return np.take_along_axis(value, self.filled + self.origin, axis=1).astype(np.int32)
+        return self.take(value, layout).astype(np.int32, copy=False)
+
+    def take(self, value: np.ndarray, layout: TokenLayout) -> np.ndarray:
+        """[B, S]: values [B, N] of all tokens in slot order; empty slots have those of the nearest token."""
+        if self.in_place(layout):
+            return np.concatenate([value, value[:, -1:].repeat(self.slots - self.tokens, 1)], 1)
+        return np.take_along_axis(value, self.filled + self.origin, axis=1)
 
 
 def _aligned(label: str, coordinate: np.ndarray, member: np.ndarray, tile: int, origin: int = 0) -> Order:
@@ -162,8 +173,9 @@ def _hull(leaf: sympy.Basic, layout: TokenLayout) -> np.ndarray:
     lowest = isinstance(leaf, x.LastTile) is False
     out = np.zeros_like(own)
     for b in range(layout.batch_size):
-        tiles = np.full(int(own[b].max(initial=0)) + 1, BIG if lowest else -1, np.int64)
-        (np.minimum if lowest else np.maximum).at(tiles, own[b][of_rows[b]], stand[b][of_rows[b]])
+        tiles = np.zeros(int(own[b].max(initial=0)) + 1, np.int32)
+        step = -1 if lowest else 1  # both coordinates only grow, and what is assigned last stays
+        tiles[own[b][of_rows[b]][::step]] = stand[b][of_rows[b]][::step]
         out[b] = np.where(of_rows[b], tiles[np.maximum(own[b], 0)], 0)
     return out
 

@@ -236,11 +236,11 @@ def build(
         pieces.extend(best)
     launches = tuple(_finish(launch, full_width) for launch in _merge(pieces, group_size, constants))
     used = {
-        name: Leaf(name, pattern, scope, tuple(h for g in groups if _uses(g.expr, name) for h in g.heads))
+        name: Leaf(name, pattern, scope, tuple(h for g in groups if name in _leaves_of(g.expr) for h in g.heads))
         for name, (pattern, scope) in leaves.items()
-        if any(_uses(g.expr, name) for g in groups)
+        if any(name in _leaves_of(g.expr) for g in groups)
     }
-    natural = cost.Tiles(layout, row_order(layout, queries, tile), key_order(layout, tile))
+    natural = cost.Tiles.between(layout, row_order(layout, queries, tile), key_order(layout, tile))
     dense = float(cost.causal(natural).sum() / max(1, layout.batch_size)) * len(spec) * constants.dense / constants.full
     program = Program(
         layout, queries, len(spec), kv_heads, tile, tuple(groups), used, launches, nx.DiGraph(), dense,
@@ -253,11 +253,15 @@ def build(
 @lru_cache(maxsize=4096)
 def names_of(expr: sympy.Basic) -> frozenset[str]:
     """Sets and numbers that an expression reads."""
-    return frozenset({x.set_name(a) for a in expr.atoms(*x.SETS)} | {str(n) for n in expr.atoms(x.Number)})
+    if isinstance(expr, x.Number):
+        return frozenset({str(expr)})
+    own = {x.set_name(expr)} if isinstance(expr, x.SETS) else ()
+    return frozenset(own).union(*map(names_of, expr.args))
 
 
-def _uses(expr: Boolean, leaf: str) -> bool:
-    return any(name.split("@", 1)[1] == leaf for name in names_of(expr))
+@lru_cache(maxsize=1024)
+def _leaves_of(*exprs: sympy.Basic) -> frozenset[str]:
+    return frozenset(name.split("@", 1)[1] for expr in exprs for name in names_of(expr))
 
 
 def _link(program: Program) -> None:
@@ -280,10 +284,8 @@ def _link(program: Program) -> None:
             continue
         graph.add_node(("gather", i), stage="plan")
         graph.add_edge(("gather", i), ("attend", i))
-        for name in program.leaves:
-            for part in launch.parts:
-                if any(_uses(e, name) for e in (part.mask, part.columns, part.chosen, *(part.classes or ()))):
-                    graph.add_edge(("select", name), ("gather", i))
+        read = [_leaves_of(part.mask, part.columns, part.chosen, *(part.classes or ())) for part in launch.parts]
+        graph.add_edges_from((("select", name), ("gather", i)) for name in program.leaves if name in set().union(*read))
 
 
 # ---- lowering one expression ---------------------------------------------------------------------------------------
@@ -302,11 +304,10 @@ def _lowerings(
     """The ways to compute an expression: rows and keys in natural or modality-major order."""
     natural = row_order(layout, queries, tile)
     if expr == sympy.true:
-        tiles = cost.Tiles(layout, natural, key_order(layout, tile), constants)
-        return [("dense", [_launch("dense", tiles, Part(heads, expr), group, True, 0, 0, 0)])]
-    mentions = expr.atoms(x.Modality, x.Rank, x.FirstTile)
-    row_choices = [False, True] if any(x.q in e.free_symbols for e in mentions) else [False]
-    key_choices = [False, True] if any(x.k in e.free_symbols for e in mentions) else [False]
+        tiles = cost.Tiles.between(layout, natural, key_order(layout, tile))
+        return [("dense", [_launch("dense", tiles, Part(heads, expr), group, constants)])]
+    mentioned = _mentioned(expr)
+    row_choices, key_choices = ([False, True] if token in mentioned else [False] for token in (x.q, x.k))
     options = []
     for by_rows in row_choices:
         for by_keys in key_choices:
@@ -315,14 +316,21 @@ def _lowerings(
             pieces = []
             for m in present:
                 order = row_order(layout, queries, tile, m)
-                tiles = cost.Tiles(layout, order, key_order(layout, tile, by_keys), constants)
+                tiles = cost.Tiles.between(layout, order, key_order(layout, tile, by_keys))
                 inner = expr if m is None else _assume(expr, x.q, m)
-                pieces += _pieces(inner, heads, tiles, group, lse)
+                pieces += _pieces(inner, heads, tiles, group, lse, constants)
             label = f"{'modality-major' if by_rows else 'natural'} queries, "
             options.append((label + f"{'modality-major' if by_keys else 'natural'} keys", pieces))
     return options
 
 
+@lru_cache(maxsize=1024)
+def _mentioned(expr: Boolean) -> frozenset[sympy.Symbol]:
+    """Which of q and k an expression asks for what modality-major order has side by side."""
+    return frozenset().union(*map(x.sides, expr.atoms(x.Modality, x.Rank, x.FirstTile)))
+
+
+@lru_cache(maxsize=1024)
 def _assume(expr: Boolean, token: sympy.Symbol, modality: int) -> Boolean:
     """The expression where a token is known to be of a modality."""
     found = expr.atoms(sympy.Eq)
@@ -330,14 +338,16 @@ def _assume(expr: Boolean, token: sympy.Symbol, modality: int) -> Boolean:
     return expr.xreplace(known)
 
 
-def _pieces(expr: Boolean, heads: tuple[int, ...], tiles: cost.Tiles, group: int, lse: bool) -> list[Launch]:
+def _pieces(
+    expr: Boolean, heads: tuple[int, ...], tiles: cost.Tiles, group: int, lse: bool, constants: Constants
+) -> list[Launch]:
     """Launches that together compute an expression with these rows."""
     layout, tile, n = tiles.layout, tiles.rows.tile, tiles.layout.length
     columns, rows, classes, rest = [], [], [], []
     for term in cost.terms(expr):
         side = x.sides(term)
         fixed = cost.tile_constant(term, tiles)
-        if side == {x.k} and not fixed and cost.count(term, x.k, layout) <= n // 2:
+        if side == {x.k} and not fixed and cost.count(term, layout) <= n // 2:
             columns.append(term)
         elif side == {x.q} and not (fixed and tiles.row_tiles * tiles.key_tiles <= INLINE_TILES):
             rows.append(term)
@@ -346,22 +356,22 @@ def _pieces(expr: Boolean, heads: tuple[int, ...], tiles: cost.Tiles, group: int
         else:
             rest.append(term)
     out = []
-    if rows and cost.count(sympy.Or(*rows), x.q, layout) > max(tile, tiles.rows.tokens // 2):
+    if rows and cost.count(x.any_of(*rows), layout) > max(tile, tiles.rows.tokens // 2):
         rest, rows = rest + rows, []
-    gathered = sympy.Or(*columns)
-    if classes and _class_cost(classes, tiles) > _looked_up_cost(classes, tiles):
+    gathered = x.any_of(*columns)
+    if classes and _class_cost(classes, tiles, constants) > _looked_up_cost(classes, tiles, constants):
         rest, classes = rest + classes, []
-    main = sympy.Or(*rest)
+    main = x.any_of(*rest)
     if main != sympy.false or columns:
-        out.append(_main(Part(heads, main, gathered), tiles, group))
+        out.append(_main(Part(heads, main, gathered), tiles, group, constants))
     if rows:
-        out.append(_rows(Part(heads, sympy.true, chosen=sympy.Or(*rows)), tiles, group))
+        out.append(_rows(Part(heads, sympy.true, chosen=x.any_of(*rows)), tiles, group, constants))
     done: list[Boolean] = [main, gathered]
     for term in classes:
         pair = cost.class_pair(term)
         assert pair is not None
-        part = Part(heads, term & ~sympy.Or(*done), classes=pair)
-        out.append(_launch("classes", tiles, part, group, False, 0, 0, _class_width(pair, tiles)))
+        part = Part(heads, x.all_of(term, ~x.any_of(*done)), classes=pair)
+        out.append(_launch("classes", tiles, part, group, constants, width=_class_width(pair, tiles), compare=False))
         done.append(term)
     return out
 
@@ -371,33 +381,33 @@ def _launch(
     tiles: cost.Tiles,
     part: Part,
     group: int,
-    compare: bool,
-    section: int,
-    capacity: int,
-    width: int,
+    constants: Constants,
+    width: int = 0,
+    compare: bool = True,
+    section: int = 0,
+    capacity: int = 0,
 ) -> Launch:
     heads = HeadMap.of(part.heads, group)
     launch = Launch(kind, tiles.rows, tiles.keys, (part,), heads, compare, section, capacity, width, 0.0)
-    return replace(launch, cost=predict.blocks(launch, tiles.layout, tiles.constants))
+    return replace(launch, cost=predict.blocks(launch, tiles.layout, constants))
 
 
-def _main(part: Part, tiles: cost.Tiles, group: int) -> Launch:
+def _main(part: Part, tiles: cost.Tiles, group: int, constants: Constants) -> Launch:
     tile = tiles.rows.tile
     compare = cost.tile_constant(part.mask, tiles)
     section = 0
     if part.columns != sympy.false:
         part = replace(part, until=until(part.mask, tiles) if compare else None)
-        section = bucket(cost.count(part.columns, x.k, tiles.layout), tile)
-    per_row = cost.touched(sympy.Or(*(cost.causally(term) for term in cost.terms(part.mask))), tiles)
-    width = int(per_row.max(initial=0)) + section // tile
-    return _launch("main", tiles, part, group, compare, section, 0, width)
+        section = bucket(cost.count(part.columns, tiles.layout), tile)
+    width = int(cost.touched(part.mask, tiles).max(initial=0)) + section // tile
+    return _launch("main", tiles, part, group, constants, width, compare=compare, section=section)
 
 
-def _rows(part: Part, tiles: cost.Tiles, group: int) -> Launch:
+def _rows(part: Part, tiles: cost.Tiles, group: int, constants: Constants) -> Launch:
     tile = tiles.rows.tile
-    count = min(cost.count(part.chosen, x.q, tiles.layout), tiles.rows.tokens)
+    count = min(cost.count(part.chosen, tiles.layout), tiles.rows.tokens)
     capacity = bucket(count, tile)
-    return _launch("rows", tiles, part, group, True, 0, capacity, tiles.key_tiles)
+    return _launch("rows", tiles, part, group, constants, tiles.key_tiles, capacity=capacity)
 
 
 def _stride(residue: sympy.Mod) -> int:
@@ -413,21 +423,27 @@ def _class_width(pair: tuple[sympy.Expr, sympy.Expr], tiles: cost.Tiles) -> int:
     are bounded whatever the stride s turns out to be. It takes both sides to run without gaps; else all tiles.
     """
     tile, m, n = tiles.rows.tile, tiles.rows.tokens, tiles.keys.tokens
-    for residue, order in zip(pair, (tiles.rows, tiles.keys), strict=True):
-        leaves = [leaf for leaf in residue.atoms(sympy.Symbol, x.Rank) if x.sides(leaf) and leaf not in (x.q, x.k)]
-        leaf = (leaves or [x.q if x.q in residue.free_symbols else x.k])[0]
-        value = order.attribute(leaf, tiles.layout)
-        real = (order.index[:, 1:] >= 0) & (order.index[:, :-1] >= 0)
-        gaps = bool((np.diff(value, axis=1)[real] != 1).any()) or bool((order.index >= 0).sum(1).min() < order.tokens)
-        if gaps:
+    for residue, token, order in zip(pair, (x.q, x.k), (tiles.rows, tiles.keys), strict=True):
+        if _gaps(next(iter(residue.atoms(x.Rank)), token), order, tiles):
             return tiles.key_tiles
     met = tile * n // max(1, m) + 2 * n // _stride(pair[1]) + tile + 2
     return min(tiles.key_tiles, -(-met // tile) + 1)
 
 
-def _class_cost(terms: list[Boolean], tiles: cost.Tiles) -> float:
+def _gaps(leaf: sympy.Basic, order: Order, tiles: cost.Tiles) -> bool:
+    """Whether a coordinate does not count all tokens of an order one by one."""
+
+    def find() -> bool:
+        value, real = order.attribute(leaf, tiles.layout), order.index >= 0
+        steps = np.diff(value, axis=1)[real[:, 1:] & real[:, :-1]]
+        return bool((steps != 1).any() or real.sum(1).min() < order.tokens)
+
+    return tiles.once(("gaps", leaf), find)
+
+
+def _class_cost(terms: list[Boolean], tiles: cost.Tiles, prices: Constants) -> float:
     """Milliseconds of residue classes in launches of their own, for one head."""
-    prices, total = tiles.constants, 0.0
+    total = 0.0
     for term in terms:
         pair = cost.class_pair(term)
         assert pair is not None
@@ -438,14 +454,15 @@ def _class_cost(terms: list[Boolean], tiles: cost.Tiles) -> float:
     return total
 
 
-def _looked_up_cost(terms: list[Boolean], tiles: cost.Tiles) -> float:
+def _looked_up_cost(terms: list[Boolean], tiles: cost.Tiles, prices: Constants) -> float:
     """Of the same in the main launch, where about every block that they touch is partial."""
     share = 0.0
     for term in terms:
         pair = cost.class_pair(term)
         assert pair is not None
         share += (2 * tiles.rows.tile - 1) / _stride(pair[1])
-    return min(1.0, share) * float(cost.touched(sympy.true, tiles).sum()) / 2 * tiles.constants.lookup
+    blocks = int(tiles.rows.real.sum()) * int(tiles.keys.real.sum(1).max(initial=0))
+    return min(1.0, share) * blocks / 2 * prices.lookup
 
 
 # ---- joining launches ----------------------------------------------------------------------------------------------

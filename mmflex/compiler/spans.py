@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,6 @@ from sympy.logic.boolalg import Boolean
 from ..ir import expr as x
 from ..ir.layout import TokenLayout
 from . import cost
-from .orders import attribute
 
 Counts = tuple[np.ndarray, np.ndarray]
 """Blocks of each query tile [B, tiles]: touched, and full among them."""
@@ -34,43 +35,59 @@ def modulus(residue: sympy.Mod) -> int:
 # ---- one-sided sets --------------------------------------------------------------------------------------------------
 
 
-def population(term: Boolean, token: sympy.Symbol, layout: TokenLayout) -> tuple[np.ndarray, float]:
-    """(bool [B, N]: tokens that may be chosen, as far as the layout tells; how many are expected to be)."""
-    may = layout.valid
-    share = 1.0
-    most = float("inf")
-    for e in sympy.And.make_args(term):
-        if not x.selected(e):
-            may = may & np.broadcast_to(cost.evaluate(e, lambda leaf: attribute(leaf, layout)), may.shape)
-        elif isinstance(e, x.Member):
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Tokens that may be chosen, as far as the layout tells, bool [B, N]; how many there are in a prompt on average."""
+
+    may: np.ndarray
+    total: float
+
+    def held(self, token: sympy.Symbol, tiles: cost.Tiles) -> np.ndarray:
+        """int [B, tiles]: how many of them each tile of one side holds."""
+
+        def count() -> np.ndarray:
+            order = tiles.rows if token == x.q else tiles.keys
+            may = np.broadcast_to(self.may, (len(order.index), self.may.shape[1]))
+            there = order.take(may, tiles.layout) & (order.index >= 0)
+            return np.asarray(there.reshape(*order.real.shape, -1).sum(-1))
+
+        return tiles.once(("held", self, token), count)
+
+
+def population(term: Boolean, layout: TokenLayout) -> tuple[Pool, float]:
+    """(the tokens that a term may choose, kept with the layout; how many it is expected to choose)."""
+    known = tuple(e for e in x.conditions(term) if not x.selected(e))
+
+    def find() -> Pool:
+        may = reduce(operator.and_, (cost.holds(e, layout) for e in known), layout.valid)
+        return Pool(may, float(may.sum(1).mean()))
+
+    pool = layout._once(("pool", known), find)
+    share, most = 1.0, float("inf")
+    for e in x.conditions(term):
+        if isinstance(e, x.Member):
             most = min(most, float(e.args[2]))
-        elif isinstance(e, sympy.Eq) and isinstance(e.lhs, sympy.Mod):
+        elif isinstance(e, sympy.Eq) and isinstance(e.lhs, sympy.Mod) and x.selected(e):
             share /= modulus(e.lhs)
-    total = float(may.sum(1).mean())
-    return may, min(most, total * share)
+    return pool, min(most, pool.total * share)
 
 
 def hits(expr: Boolean, token: sympy.Symbol, tiles: cost.Tiles) -> np.ndarray:
     """[B, tiles]: how likely each tile of one side holds a token that satisfies an expression over that side."""
-    order = tiles.rows if token == x.q else tiles.keys
-    missed = np.ones((len(order.index), order.slots // order.tile))
-    for term in sympy.Or.make_args(expr):
+    missed = np.ones((tiles.rows if token == x.q else tiles.keys).real.shape)
+    for term in x.alternatives(expr):
         if term == sympy.false:
             continue
-        may, count = population(term, token, tiles.layout)
-        there = np.take_along_axis(
-            np.broadcast_to(may, (len(order.index), may.shape[1])), order.filled + order.origin, 1
-        )
-        held = (there & (order.index >= 0)).reshape(*missed.shape, -1).sum(-1)
-        rate = min(1.0, count / max(1.0, float(may.sum(1).mean())))
-        regular = any(isinstance(e, sympy.Eq) and x.selected(e) for e in sympy.And.make_args(term))
+        pool, count = population(term, tiles.layout)
+        rate, held = min(1.0, count / max(1.0, pool.total)), pool.held(token, tiles)
+        regular = any(isinstance(e, sympy.Eq) and x.selected(e) for e in x.conditions(term))
         missed = missed * (1 - np.minimum(1.0, held * rate) if regular else (1 - rate) ** held)
     return 1 - missed
 
 
 def _share(expr: Boolean, tiles: cost.Tiles) -> float:
     """Share of the key tiles that hold a key which satisfies an expression."""
-    real = cost.real(tiles.keys)
+    real = tiles.keys.real
     return float((hits(expr, x.k, tiles) * real).sum() / max(1, real.sum()))
 
 
@@ -121,24 +138,33 @@ class Span:
 
 def spans(expr: Boolean, tiles: cost.Tiles) -> list[Span]:
     """The alternatives of a mask."""
-    end = tiles.key_tiles - 1
-    everywhere = Span(0, end, 0, end)
-    if expr == sympy.true:
-        return [everywhere]
-    if expr == sympy.false:
-        return []
     if isinstance(expr, sympy.Or):
         return [span for arg in expr.args for span in spans(arg, tiles)]
     if isinstance(expr, sympy.And):
-        out = [everywhere]
-        for arg in expr.args:
-            out = [a & b for a in out for b in spans(arg, tiles)]
-        return out
+        return together(expr.args, tiles)
+    return _spans(expr, tiles) if x.selected(expr) else tiles.once(("spans", expr), lambda: _spans(expr, tiles))
+
+
+def together(exprs: Iterable[Boolean], tiles: cost.Tiles) -> list[Span]:
+    """The alternatives where all of several expressions hold."""
+    out: list[Span] = []
+    for number, expr in enumerate(exprs):
+        found = spans(expr, tiles)
+        out = [a & b for a in out for b in found] if number else found
+    return out
+
+
+def _spans(expr: Boolean, tiles: cost.Tiles) -> list[Span]:
+    end = tiles.key_tiles - 1
+    if expr == sympy.true:
+        return [Span(0, end, 0, end)]
+    if expr == sympy.false:
+        return []
     somewhere = Span(0, end, 1, 0)
     if isinstance(expr, sympy.Not):
         inner = expr.args[0]
         if isinstance(inner, (x.Touches, x.Listed)) and cost.tile_constant(inner, tiles):
-            width = float(cost.real(tiles.keys).sum(1).mean())
+            width = float(tiles.keys.real.sum(1).mean())
             return [Span(0, end, 0, end, share=max(0.0, 1 - float(inner.args[-1]) / max(1.0, width)))]
         return [somewhere]
     sides = x.sides(expr)
@@ -155,7 +181,7 @@ def spans(expr: Boolean, tiles: cost.Tiles) -> list[Span]:
     inside = (0, end) if constant else (1, 0)
     if isinstance(expr, x.Touches):
         low, high = tiles.bounds(expr.args[0])[0], tiles.bounds(expr.args[1])[1]
-        distances = max(1.0, float(cost.real(tiles.keys).sum(1).mean()))
+        distances = max(1.0, float(tiles.keys.real.sum(1).mean()))
         share = np.minimum(1.0, float(expr.args[-1]) * (high - low + 1) / distances)
         return [Span(0, end, *inside, share=share, chosen=True)]
     if isinstance(expr, x.Listed):
@@ -168,7 +194,7 @@ def spans(expr: Boolean, tiles: cost.Tiles) -> list[Span]:
 def _of_keys(expr: Boolean, tiles: cost.Tiles, end: int) -> Span:
     if x.selected(expr):
         return Span(0, end, 1, 0, share=_share(expr, tiles))
-    all_, some = (b.astype(bool) & cost.real(tiles.keys) for b in tiles.bounds(expr))
+    all_, some = (b.astype(bool) & tiles.keys.real for b in tiles.bounds(expr))
     first, last = some.argmax(1)[:, None], end - some[:, ::-1].argmax(1)[:, None]
     last = np.where(some.any(1)[:, None], last, -1)
     count = some.sum(1)[:, None]
@@ -190,7 +216,7 @@ def _relation(expr: Relational, tiles: cost.Tiles, end: int) -> Span:
     if op is sympy.Ne:
         same = _relation(sympy.Eq(f, g, evaluate=False), tiles, end)
         return Span(0, end, 0, end, inner=1 - same.counts()[0] / (end + 1))
-    real = cost.real(tiles.keys)
+    real = tiles.keys.real
     batch = max(len(f0), len(g0))
     g0, g1 = (np.where(real, v, FAR) for v in (g0, g1))
     f0, f1, g0, g1, real = (np.broadcast_to(v, (batch, v.shape[1])) for v in (f0, f1, g0, g1, real))

@@ -223,13 +223,33 @@ def atoms(expr: Boolean) -> Iterator[Boolean]:
 @lru_cache(maxsize=4096)
 def sides(expr: sympy.Basic) -> frozenset[sympy.Symbol]:
     """Which of q and k an expression reads."""
-    return frozenset(expr.free_symbols & {q, k})
+    return frozenset({expr}) if expr in (q, k) else frozenset().union(*map(sides, expr.args))
 
 
 @lru_cache(maxsize=4096)
 def selected(expr: sympy.Basic) -> bool:
     """Whether an expression reads anything that selection finds (else it follows from the layout alone)."""
-    return bool(expr.atoms(Number) or expr.atoms(*SETS))
+    return isinstance(expr, (Number, *SETS)) or any(map(selected, expr.args))
+
+
+any_of, all_of = lru_cache(maxsize=4096)(sympy.Or), lru_cache(maxsize=4096)(sympy.And)
+"""``Or`` and ``And`` of several expressions, kept: sympy looks for simplifications each time."""
+
+
+def alternatives(expr: Boolean) -> tuple[Boolean, ...]:
+    """The arguments of an Or, in sympy's order; else the expression alone."""
+    return expr.args if isinstance(expr, sympy.Or) else (expr,)  # type: ignore[return-value]
+
+
+def conditions(expr: Boolean) -> tuple[Boolean, ...]:
+    """The arguments of an And, in sympy's order; else the expression alone."""
+    return expr.args if isinstance(expr, sympy.And) else (expr,)  # type: ignore[return-value]
+
+
+def mod(value: sympy.Expr, modulus: sympy.Expr) -> sympy.Expr:
+    """``value`` mod ``modulus``, as `sympy.Mod` writes it. Where a selected number is read, sympy is not asked for its
+    bounds: it takes milliseconds to find none."""
+    return sympy.Mod(value, modulus, evaluate=not (selected(value) or selected(modulus)))
 
 
 def is_leaf(expr: sympy.Basic) -> bool:
@@ -237,6 +257,7 @@ def is_leaf(expr: sympy.Basic) -> bool:
     return isinstance(expr, (_Attribute, sympy.Symbol))
 
 
+@lru_cache(maxsize=4096)
 def separate(relation: Relational) -> tuple[sympy.Expr, type[Relational], sympy.Expr] | None:
     """A relation as ``f(q) op g(k)``, or None where q and k do not come apart.
 
@@ -250,7 +271,7 @@ def separate(relation: Relational) -> tuple[sympy.Expr, type[Relational], sympy.
                 inner = _split(this.args[0])
                 if inner is not None:
                     s = this.args[1]
-                    return sympy.Mod(inner[0] - other, s), op, sympy.Mod(-inner[1], s)
+                    return mod(inner[0] - other, s), op, mod(-inner[1], s)
     parts = _split(difference)
     return None if parts is None else (parts[0], op, -parts[1])
 
