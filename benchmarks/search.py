@@ -188,6 +188,7 @@ class _stopwatch:
             start = time.perf_counter()
             found = self.run(search, layer)
             self.times.append(time.perf_counter() - start + pricing[0])
+            print(f"layer {layer.index}: {self.times[-1]:.1f} s", flush=True)
             pricing[0] = 0.0
             return found
 
@@ -204,7 +205,8 @@ def experiments(args: argparse.Namespace, console: Console) -> Iterator[tuple[st
         yield "planted", run_planted(args.heads, args.seed, args.device, args.planted_rows, args.density, console)
     if args.which in ("both", "speed"):
         tokens = args.tokens or (1024 if args.tiny else 24576)
-        yield "speed", run_speed(tokens, args.budget, args.rows, args.tiny, args.device, console)
+        budget = args.budget or ("density=0.6" if args.tiny else "cost=0.3")
+        yield "speed", run_speed(tokens, budget, args.rows, args.tiny, args.device, console)
 
 
 def main() -> None:
@@ -216,7 +218,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.3, help="budget of every planted head")
     parser.add_argument("--planted-rows", type=int, default=256, help="sampled rows of each modality, planted heads")
     parser.add_argument("--tokens", type=int, help="of the 7B shape's prompt (24576)")
-    parser.add_argument("--budget", default="cost=0.3", help="of the 7B shape")
+    parser.add_argument("--budget", help="of the 7B shape (cost=0.3; of the small model density=0.6)")
     parser.add_argument("--rows", type=int, default=512, help="sampled rows of each modality, 7B shape")
     parser.add_argument("--tiny", action="store_true", help="a small model instead of the 7B shape")
     parser.add_argument("--json", type=Path, help="write the results to this file")

@@ -214,7 +214,7 @@ def test_the_longest_chains_that_fit_are_drawn():
 def test_text_training_runs_the_models_own_arithmetic(training):
     recipe = training.recipes.start("text", "cpu", 0, tiny=True, compiled=False)
     recipe.dtype = recipe.decoder.dtype = torch.float32
-    sample = recipe.draw(1, 2, 1)
+    sample = recipe.draw(2, 2, 2)
     with torch.no_grad():
         last = recipe.decoder(recipe.embed(sample), torch.arange(512).expand(2, -1))[-1]
         wanted = recipe.model(**texts.processed(sample)).logits

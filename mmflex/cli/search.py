@@ -158,7 +158,7 @@ def _task(task: str, tokens: int, seed: int, device: str) -> tuple[Any, Any]:
     """The shipped model of a task, and a prompt that no evaluation has (its seeds are small)."""
     from ..evaluation import models, samples
 
-    drawn = samples.prompts(task, tokens, batch=1, questions=8, seed=seed, device=device)
+    drawn = samples.prompts(task, tokens, batch=1, questions=16, seed=seed, device=device)
     return models.load(task, device=device), drawn.inputs
 
 

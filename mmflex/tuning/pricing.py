@@ -13,6 +13,7 @@ from ..compiler.predict import attend_ms, moving_ms
 from ..ir.layout import TokenLayout
 from ..ir.pattern import Pattern, find
 from ..runtime import backends, steps
+from ..runtime.kernels.lists import listed_eagerly
 from .probe import Layer
 
 _STEADY = 0.2
@@ -112,7 +113,8 @@ class Prices:
         state.found = {
             name: table for name, table in self.layer.found.items() if name.split("@", 1)[1] in program.leaves
         }
-        for op, key in program.steps("plan"):
-            if op == "gather":
-                steps.gather_and_list(state, key)
+        with listed_eagerly():
+            for op, key in program.steps("plan"):
+                if op == "gather":
+                    steps.gather_and_list(state, key)
         return state

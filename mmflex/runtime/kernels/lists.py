@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import linecache
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -187,6 +190,20 @@ def _kept(t: Tensor, chunk: int, low: bool) -> Tensor:
     return held[chunk, low]
 
 
+_eager: ContextVar[bool] = ContextVar("mmflex eager lists", default=False)
+
+
+@contextmanager
+def listed_eagerly() -> Iterator[None]:
+    """Lists blocks by tensor operations for the length of a ``with`` block: for many masks that are listed once each, a
+    kernel compiled for each is not worth it."""
+    token = _eager.set(True)
+    try:
+        yield
+    finally:
+        _eager.reset(token)
+
+
 def dialect(t: Tensor) -> bool:
     """Whether classifiers of launches on this device are to be written for Triton."""
-    return triton is not None and use_triton(t)
+    return triton is not None and use_triton(t) and not _eager.get()
