@@ -268,6 +268,14 @@ def test_scores_stand_beside_those_of_dense(report: Report) -> None:
     assert {r.label for r in report.rows} >= {"MMInference as searched", "MMInference", "MInference", "Tri-shape"}
 
 
+def test_the_report_so_far_is_given_after_every_length(vision: Any) -> None:
+    given: list[Report] = []
+    options: dict[str, Any] = {"methods": [], "lengths": (256, 320), "prompts": 1, "questions": 2, "seeds": 1}
+    whole = evaluate(vision, AShape(128, 128), "v-niah", found=given.append, **options)
+    assert [{row.tokens for row in part.rows} for part in given] == [{256}, {256, 320}]
+    assert given[-1].rows == whole.rows
+
+
 def test_seeds_fix_everything(vision: Any, report: Report) -> None:
     assert report.runs[0]["seeds"] == [1000, 1001]
     assert report.runs[0]["sample_seed"] == 999

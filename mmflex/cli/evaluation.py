@@ -112,7 +112,13 @@ def evaluate_(
         with console.status("loading") as status:
             for group in _models(tasks):
                 model = load(group[0], device=where, dtype=dtype)
-                report = report + evaluate(model, given, group, progress=status.update, **options)
+                before = report
+
+                def keep(part: Report, before: Report = before) -> None:
+                    if json_file is not None:  # what is measured stays, if the rest is cut off
+                        (before + part).save(json_file)
+
+                report = before + evaluate(model, given, group, progress=status.update, found=keep, **options)
         _show(report, console)
         if json_file is not None:
             report.save(json_file)

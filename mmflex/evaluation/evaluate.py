@@ -25,6 +25,7 @@ from torch import Tensor
 from ..integrations.transformers import DenseFallback, patched
 from ..runtime.attention import plan
 from ..runtime.backends import BACKENDS
+from ..runtime.kernels.lists import listed_eagerly
 from ..tuning.config import Config, Spec
 from . import methods as table
 from .answers import Answers, split
@@ -119,6 +120,7 @@ def evaluate(
     backend: str = "auto",
     make_prompts: Make | None = None,
     progress: Callable[[str], None] | None = None,
+    found: Callable[[Report], None] | None = None,
 ) -> Report:
     """Accuracy, attention FLOPs and output error of specs and methods on needle tasks, beside the dense model's.
 
@@ -138,6 +140,7 @@ def evaluate(
             (`EAGER_SCORES`), else "triton" or "cpu".
         make_prompts: another source of prompts, called as `mmflex.evaluation.samples.prompts`.
         progress: is told in a few words what comes next.
+        found: is given the report so far after every length of a task.
 
     Raises:
         ValueError: arguments that cannot be, or a spec of another number of layers or heads; both are named.
@@ -155,10 +158,14 @@ def evaluate(
         given = {table.SEARCHED: config, **given}
     run = _Run(model, settings, wanted, given, config, make_prompts or _prompts, progress or (lambda text: None))
     rows: list[Row] = []
+    report = Report((), (), (run.about(tasks),))
     for name in tasks:
         for tokens in ordered:
             rows += run.cell(name, tokens, run.backend(tokens))
-    return Report(tuple(rows), tuple(dict.fromkeys(run.skipped)), (run.about(tasks),))
+            report = Report(tuple(rows), tuple(dict.fromkeys(run.skipped)), (run.about(tasks),))
+            if found is not None:
+                found(report)
+    return report
 
 
 def _prompts(*args: Any, **kwargs: Any) -> Prompts:
@@ -202,7 +209,8 @@ class _Run:
     def cell(self, task: str, tokens: int, backend: str) -> list[Row]:
         """Dense, what was given, and every method at its targets."""
         try:
-            return self._cell(task, tokens, backend)
+            with listed_eagerly() if backend == "reference" else nullcontext():
+                return self._cell(task, tokens, backend)
         except torch.OutOfMemoryError:
             if self.settings.backend != "auto" or backend != "reference":
                 raise
