@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -63,7 +63,10 @@ class LastQueries:
         keys = None if keys is None else keys.expand(len(q), -1).contiguous()
         if use_triton(q) and last.spread <= SPAN - 128 and view.tile % 128 == 0:
             return LastMass(
-                *last_mass(query, k, scale, limit, position, stand, keys, view.size, view.tile, self.distances), view
+                *last_mass(
+                    query, k, scale, limit, position, stand, keys, view.size, view.tile, self.distances, last.spread
+                ),
+                view,
             )
         vertical, diagonal = _twin(query, k, scale, limit, position, last.stand, keys, view.size)
         return LastMass(vertical, diagonal, block_diagonals(diagonal, view.tile), view)
@@ -193,7 +196,7 @@ class _Last:
     def arrays(self) -> tuple[np.ndarray | None, ...]:
         return self.rows, self.limit, self.stand, self.position, self.keys
 
-    @property
+    @cached_property
     def spread(self) -> int:
         """Keys between the first and the last place at which the queries stand, at most over the prompts."""
         inside = self.stand >= 0

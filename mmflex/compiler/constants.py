@@ -252,7 +252,13 @@ def _find(device: str, backend: str, dtype: str, head_dim: int, where: tuple[str
     return None if best is None else best.for_head_dim(head_dim)
 
 
+generation = 0
+"""How often `forget` was called: what was decided by earlier constants is to be decided again."""
+
+
 def forget() -> None:
     """Reads the files again when constants are next asked for."""
+    global generation
+    generation += 1
     _cached.cache_clear()
     _find.cache_clear()

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
-from ..compiler.constants import Constants, constants_for
-from ..compiler.orders import Order
-from ..compiler.plan import Launch, Program, build
+from ..compiler import constants
+from ..compiler.constants import Constants
+from ..compiler.plan import Program, build
 from ..compiler.predict import MARGIN, least_ms, predict
 from ..ir.layout import TokenLayout, listed
 from ..ir.pattern import Pattern, Tokens, find
-from . import backends, graphs, steps
+from . import backends, graphs
 from .backends import Backend
+from .inputs import Spec
+from .inputs import check as _check
+from .plan import HeadDensity, Plan
 
 TILE = 128
 """Block size: what Hopper's kernels take, and FlexAttention's default."""
 
-Spec = Pattern | Sequence[Pattern]
+__all__ = ["TILE", "HeadDensity", "Plan", "Spec", "_check", "attention", "plan"]
 
 
 def attention(
@@ -65,9 +65,11 @@ def attention(
     plan_ = _planned(q, k, spec, layout, scale, backend, return_lse, v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse = _ForwardOnly.apply(q, k, v, plan_, return_lse)
-        return (out, lse) if return_lse else out
-    with torch.no_grad():
+    elif plan_.dense_alone:
         out, lse = plan_._attend(q, k, v, return_lse)
+    else:
+        with torch.no_grad():  # kernels are compiled for this mode
+            out, lse = plan_._attend(q, k, v, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -145,54 +147,46 @@ class _ForwardOnly(torch.autograd.Function):
         raise RuntimeError("mmflex.attention has no backward: it is for prefill; train with the model's own attention")
 
 
-# ---- input -----------------------------------------------------------------------------------------------------------
+# ---- what a call runs ------------------------------------------------------------------------------------------------
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayout | None) -> tuple[Pattern, ...]:
-    given = {"q": q, "k": k} | ({} if v is None else {"v": v})
-    for name, t in given.items():
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"{name} is {type(t).__name__}: give a tensor [batch, heads, tokens, head_dim]")
-        if t.dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(t.shape)}: give [batch, heads, tokens, head_dim]")
-        if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"{name} is {t.dtype}: use float32, bfloat16 or float16")
-        for what, here, other in (("dtype", t.dtype, q.dtype), ("device", t.device, q.device)):
-            if here != other:
-                raise TypeError(f"{name} has {what} {here} but q {other}: move one with .to()")
-        if t.shape[0] != q.shape[0]:
-            raise ValueError(f"{name} has batch size {t.shape[0]} but q {q.shape[0]}: they must agree")
-    heads, kv_heads, n = q.shape[1], k.shape[1], k.shape[2]
-    if kv_heads == 0 or heads % kv_heads or not heads:
-        raise ValueError(f"q has {heads} heads, k {kv_heads}: the query heads must be a multiple of the KV heads")
-    if q.shape[2] > n:
-        raise ValueError(f"q has {q.shape[2]} tokens but k {n}: the queries are the last of the keys, so M <= N")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q has head dimension {q.shape[3]} but k {k.shape[3]}: they must agree")
-    if not 16 <= q.shape[3] <= 256:
-        raise ValueError(f"the head dimension is {q.shape[3]}: from 16 to 256 are supported; pad with zeros below 16")
-    if v is not None and v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v has shape {tuple(v.shape)} but k {tuple(k.shape)}: heads and tokens must agree")
-    if layout is not None:
-        if not isinstance(layout, TokenLayout):
-            raise TypeError(f"layout is {type(layout).__name__}: build one with mmflex.TokenLayout.from_segments(...)")
-        if layout.length != n:
-            raise ValueError(f"the layout has {layout.length} tokens but k {n}: slice it, layout[:{n}], or pad it")
-        if layout.batch_size not in (1, q.shape[0]):
-            raise ValueError(
-                f"the layout has {layout.batch_size} prompts but q {q.shape[0]}: give one each, or one for all"
-            )
-    if not isinstance(spec, (Pattern, Sequence)) or isinstance(spec, str):
-        raise TypeError(f"spec is {spec!r}: give a pattern (see mask_builders), or a sequence of one per query head")
-    patterns = (spec,) * heads if isinstance(spec, Pattern) else tuple(spec)
-    for p in patterns:
-        if not isinstance(p, Pattern):
-            raise TypeError(f"spec holds {p!r}: give a pattern (see mask_builders), or one per query head")
-    if len(patterns) != heads:
-        raise ValueError(
-            f"spec has {len(patterns)} patterns for {heads} query heads: give one per head, or a single one"
-        )
-    return patterns
+@dataclass(eq=False)
+class _Call:
+    """What was decided for a call, and its plan where that does not depend on the values of the input.
+
+    ``prices`` are those of ``generation``; ``stream`` is where the plan was made.
+    """
+
+    runs: Backend
+    prices: Constants
+    generation: int
+    program: Program
+    note: str
+    scale: float
+    plan: Plan | None = None
+    stream: int = 0
+
+
+CALLS = 512
+"""Calls kept for each layout."""
+
+
+def _pinned(
+    q: Tensor, k: Tensor, v: Tensor | None, spec: Any, layout: TokenLayout | None, rest: tuple[Any, ...]
+) -> tuple[Any, dict[Any, _Call]]:
+    """Everything that `_check` looks at and a program follows from, as a key, and the layout's calls by such keys. None
+    and no calls for what is out of the ordinary."""
+    try:
+        if not (isinstance(q, Tensor) and isinstance(k, Tensor) and (v is None or isinstance(v, Tensor))):
+            return None, {}
+        serials = spec.serial if isinstance(spec, Pattern) else (type(spec), *[p.serial for p in spec])
+        of_v = None if v is None else (v.shape, v.dtype, v.device)
+        if layout is None:
+            layout = TokenLayout.text(k.shape[2])
+        key = (serials, q.shape, k.shape, q.dtype, k.dtype, q.device, k.device, of_v, *rest)
+        return key, layout.memo.setdefault("calls", {})
+    except (AttributeError, TypeError, IndexError):  # `_check` says what is wrong
+        return None, {}
 
 
 def _planned(
@@ -207,6 +201,47 @@ def _planned(
     tile: int = TILE,
     once: bool = True,
 ) -> Plan:
+    usual = scale is None or type(scale) is float
+    key, calls = _pinned(q, k, v, spec, layout, (scale, backend, need_lse, tile)) if usual else (None, {})
+    call = calls.get(key)
+    if call is None or not _holds(call, q):
+        alike = None  # the same of equal patterns, made anew
+        if key is not None:
+            alike = (spec if isinstance(spec, Pattern) else (type(spec), *spec), *key[1:])
+        call = calls.get(alike)
+        if call is None or not _holds(call, q):
+            call = _decided(q, k, v, spec, layout, scale, backend, need_lse, tile)
+        for name in (key, alike) if key is not None else ():
+            if len(calls) >= CALLS:
+                del calls[next(iter(calls))]
+            calls[name] = call
+    if once and call.plan is not None and (call.plan.dense_alone or call.stream == graphs.stream(q.device)):
+        return call.plan
+    with torch.no_grad():
+        plan_ = Plan(call.program, call.runs, call.scale, q, k, call.note, once)
+    if once and (plan_.dense_alone or graphs.fixed(plan_.state)):
+        call.plan, call.stream = plan_, graphs.stream(q.device)
+    return plan_
+
+
+def _holds(call: _Call, q: Tensor) -> bool:
+    """Whether the constants that a call was decided by are still those of the device."""
+    if q.is_cuda:
+        return call.generation == constants.generation
+    return call.prices is constants.constants_for(q.device, call.runs.name, q.dtype, q.shape[3])  # threads may change
+
+
+def _decided(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    spec: Spec,
+    layout: TokenLayout | None,
+    scale: float | None,
+    backend: str,
+    need_lse: bool,
+    tile: int,
+) -> _Call:
     patterns = _check(q, k, v, spec, layout)
     layout = TokenLayout.text(k.shape[2]) if layout is None else layout
     runs = backends.resolve(backend, q.device, q.shape[3], q.dtype)
@@ -214,12 +249,11 @@ def _planned(
         raise ValueError(
             f"return_lse: backend {runs.name!r} does not give it; use backend='reference' or a CUDA device"
         )
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    prices = constants_for(q.device, runs.name, q.dtype, q.shape[3])
+    generation = constants.generation
+    prices = constants.constants_for(q.device, runs.name, q.dtype, q.shape[3])
     auto = max(1, q.shape[0]) if backend == "auto" else 0
     program, note = _program(patterns, layout, q.shape[2], k.shape[1], tile, runs, prices, auto)
-    with torch.no_grad():
-        return Plan(program, runs, scale, q, k, note, once)
+    return _Call(runs, prices, generation, program, note, q.shape[3] ** -0.5 if scale is None else float(scale))
 
 
 def _program(
@@ -234,11 +268,7 @@ def _program(
 ) -> tuple[Program, str]:
     """The program of a spec, cached with the layout, and why it is dense if it is. ``auto``: it may be, where dense is
     predicted to be faster for that many prompts."""
-    rest = (m, kv_heads, tile, runs.name, prices, auto)
-    quick = ("program of", *(p.serial for p in patterns), *rest)  # equal patterns may be other objects, but seldom are
-    if quick in layout.memo:
-        return layout.memo[quick]
-    key = ("program", patterns, *rest)
+    key = ("program", patterns, m, kv_heads, tile, runs.name, prices, auto)
     if key not in layout.memo:
         dense_spec = (find("Dense")(),) * len(patterns)
         note = ""
@@ -258,7 +288,6 @@ def _program(
             if sparse_ms * (1 + MARGIN) >= dense_ms:
                 program, note = dense, f"dense: predicted {dense_ms:.3g} ms, the spec {sparse_ms:.3g} ms with planning"
         layout.memo[key] = (program, note)
-    layout.memo[quick] = layout.memo[key]
     return layout.memo[key]
 
 
@@ -273,181 +302,3 @@ def _check_spec(patterns: tuple[Pattern, ...], layout: TokenLayout, tile: int) -
         if (pattern, *like) not in _sensible:
             pattern.denote(Tokens(layout, tile))
             _sensible.add((pattern, *like))
-
-
-# ---- plan ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class HeadDensity:
-    """Computed over causal pairs: 1.0 is dense.
-
-    Attributes:
-        heads: float [B, Hq]. total: their mean.
-    """
-
-    heads: np.ndarray
-
-    @property
-    def total(self) -> float:
-        return float(self.heads.mean()) if self.heads.size else 0.0
-
-    def __float__(self) -> float:
-        return self.total
-
-
-class Plan:
-    """A planned attention: reusable for other v, or for other q and k of the same shape (with this selection).
-
-    Attributes:
-        program: launches, orders and the graph of steps.
-        layout, backend, scale: as given or chosen.
-        note: why it runs dense, if the cost model decided so; else "".
-    """
-
-    def __init__(
-        self, program: Program, backend: Backend, scale: float, q: Tensor, k: Tensor, note: str = "", once: bool = False
-    ) -> None:
-        """``once``: it attends before anything else is planned with its program, whose graph may then be replayed."""
-        self.program, self._backend, self.scale, self.note = program, backend, scale, note
-        self.layout, self.backend = program.layout, backend.name
-        self.shape = (tuple(q.shape), tuple(k.shape))
-        self.state = steps.State(program, q.device, q.shape[0])
-        for op, key in program.steps("plan"):
-            if op == "estimate":
-                steps.estimate(self.state, key, q, k, scale)
-        if not (once and graphs.replayed(self.state)):
-            steps.after_estimates(self.state)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The attention of these tensors under this plan's mask: shapes as planned."""
-        _check(q, k, v, self.program.groups[0].pattern, None)
-        if (tuple(q.shape), tuple(k.shape)) != self.shape:
-            raise ValueError(
-                f"planned for q and k of shapes {self.shape}, got {tuple(q.shape)}, {tuple(k.shape)}: plan again"
-            )
-        with torch.no_grad():
-            return self._attend(q, k, v, False)[0]
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-        program, state = self.program, self.state
-        # Dense heads are never merged, so they need it only if it is asked for.
-        need = need_lse or any(launch.kind == "classes" for launch in program.launches)
-        out: Tensor | None = None
-        lse: Tensor | None = None
-        for _, number in program.steps("attend"):
-            launch = program.launches[number]
-            if launch.kind == "dense":
-                found, sums = self._dense(q, k, v, launch, need_lse)
-            else:
-                found, sums = backends.attend(
-                    self._backend,
-                    steps.queries(state, number, q),
-                    steps.keys(state, number, k),
-                    steps.keys(state, number, v),
-                    state.ready[number].mask_mod,
-                    state.ready[number].lists,
-                    program.tile,
-                    self.scale,
-                    need,
-                )
-            whole = launch.heads.all(program.heads)
-            if whole and (launch.kind == "dense" or launch.rows.identity) and launch.kind in ("main", "dense"):
-                out, lse = found, sums
-                continue
-            if out is None:
-                out = q.new_zeros((*q.shape[:3], v.shape[3]))
-                lse = torch.full(q.shape[:3], float("-inf"), device=q.device) if need else None
-            steps.place(state, number, out, lse, found, sums)
-        if out is None:  # nothing allows anything
-            out = q.new_zeros((*q.shape[:3], v.shape[3]))
-            lse = torch.full(q.shape[:3], float("-inf"), device=q.device)
-        return out, lse if need_lse else None
-
-    def _dense(self, q: Tensor, k: Tensor, v: Tensor, launch: Launch, need: bool) -> tuple[Tensor, Tensor | None]:
-        """SDPA for the dense heads, prompt by prompt where there is padding."""
-        state, layout = self.state, self.layout
-        q = steps.take_heads(q, launch.heads.heads, state)
-        k, v = (steps.take_heads(t, launch.heads.kv_heads, state) for t in (k, v))
-        if not layout.padded:
-            return backends.dense_attention(q, k, v, self.scale, need, self.backend)
-        out = q.new_zeros((*q.shape[:3], v.shape[3]))
-        lse = torch.full(q.shape[:3], float("-inf"), device=q.device) if need else None
-        for b in range(q.shape[0]):
-            row = b % layout.batch_size
-            valid = layout.valid[row]
-            for_q = valid[layout.length - q.shape[2] :]
-            at_q, at_k = (torch.as_tensor(np.flatnonzero(x)).to(q.device) for x in (for_q, valid))
-            own = [t[b : b + 1].index_select(2, at) for t, at in ((q, at_q), (k, at_k), (v, at_k))]
-            found, sums = backends.dense_attention(own[0], own[1], own[2], self.scale, need, self.backend)
-            out[b].index_copy_(1, at_q, found[0])
-            if lse is not None and sums is not None:
-                lse[b].index_copy_(1, at_q, sums[0].float())
-        return out, lse
-
-    # ---- what it is ----------------------------------------------------------------------------------------------
-
-    def dense_mask(self, rows: Sequence[int] | None = None) -> Tensor:
-        """bool [B, Hq, M, N]: the token-level mask, from the expressions alone; of some ``rows`` (query numbers) only,
-        if given. For small N, or few rows: it is as large as it says."""
-        program, state = self.program, self.state
-        layout, m, n = program.layout, program.queries, program.layout.length
-        chosen = np.arange(m) if rows is None else np.asarray(rows, dtype=np.int64)
-        out = torch.zeros((state.batch, program.heads, len(chosen), n), dtype=torch.bool, device=state.device)
-        if not len(chosen) or not n:
-            return out
-        batch = (layout.batch_size, 1)
-        order = Order("tokens", np.tile(chosen.astype(np.int32), batch), m, 1, n - m)
-        keys = Order("tokens", np.tile(np.arange(n, dtype=np.int32), batch), n, 1)
-        position = torch.as_tensor(layout.position).to(state.device)
-        row = position[:, torch.as_tensor(chosen + n - m).to(state.device)]
-        causal = (row[:, None, :, None] >= position[:, None, None]) & (position >= 0)[:, None, None]
-        for group in program.groups:
-            mask = state.values([group.expr], group.heads, order, keys).of(group.expr)
-            out[:, list(group.heads)] = mask & causal
-        return out
-
-    @property
-    def density(self) -> HeadDensity:
-        """Pairs in listed blocks over causal pairs, per head and in all (reads the block counts back)."""
-        program, tile = self.program, self.program.tile
-        pairs = np.zeros((self.state.batch, program.heads))
-        layout, m = program.layout, program.queries
-        valid = layout.position[:, layout.length - m :]
-        causal = np.broadcast_to(np.where(valid >= 0, valid + 1.0, 0.0).sum(1)[:, None], (self.state.batch, 1))
-        for number, launch in enumerate(program.launches):
-            for i, h in enumerate(launch.heads.heads):
-                if h < 0:
-                    continue
-                if launch.kind == "dense":
-                    pairs[:, h] += causal[:, 0]
-                else:
-                    lists = self.state.ready[number].lists
-                    pairs[:, h] += (lists[0] + lists[2])[:, i].sum(-1).cpu().numpy() * float(tile * tile)
-        return HeadDensity(pairs / np.maximum(causal, 1.0))
-
-    @property
-    def block_masks(self) -> list[tuple[str, BlockMask]]:
-        """(order, BlockMask) of every launch that runs FlexAttention; heads as in ``program.launches[i].heads``."""
-        out = []
-        for number, launch in enumerate(self.program.launches):
-            if launch.kind != "dense":
-                ready = self.state.ready[number]
-                size = (launch.row_slots, launch.key_slots)
-                out.append((launch.label, backends.block_mask(ready.mask_mod, ready.lists, self.program.tile, *size)))
-        return out
-
-    def explain(self) -> str:
-        """What was decided and why: expressions, orders with the cost of the alternatives, launches, blocks."""
-        from .explain import explain
-
-        return explain(self)
-
-    def _repr_html_(self) -> str:
-        from ..plot import plan_html
-
-        return plan_html(self)
-
-    def __repr__(self) -> str:
-        kinds = ", ".join(launch.label for launch in self.program.launches)
-        return f"Plan({self.shape[0]} x {self.shape[1]}, backend={self.backend!r}, launches: {kinds})"

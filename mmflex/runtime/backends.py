@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -203,10 +203,30 @@ def _kernel(source: str, backend: str, tile: int, scale: float, lse: bool, bucke
         out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, kernel_options=options, **extra)
         return (out[0], out[1].lse) if lse else (out, None)
 
-    # Dynamo counts recompiles per code object: each kernel gets its own, so that no limit is ever met.
-    code = run.__code__.replace(co_name=f"mmflex_attend_{compiles}", co_firstlineno=compiles)
-    own = types.FunctionType(code, run.__globals__, code.co_name, run.__defaults__, run.__closure__)
-    return torch.compile(own, dynamic=None if backend == "flash" else False, fullgraph=True)
+    def compiled() -> Callable[..., Any]:
+        # Dynamo counts recompiles per code object: each kernel gets its own, so that no limit is ever met.
+        code = run.__code__.replace(co_name=f"mmflex_attend_{compiles}", co_firstlineno=compiles)
+        own = types.FunctionType(code, run.__globals__, code.co_name, run.__defaults__, run.__closure__)
+        return torch.compile(own, dynamic=None if backend == "flash" else False, fullgraph=True)
+
+    if backend != "triton":
+        return compiled()
+    held = [compiled()]
+
+    def attempt(*args: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a mask looks up is pipelined through shared memory too, and may not fit: then without a pipeline."""
+        global compiles
+        try:
+            return held[0](*args)
+        except RuntimeError as error:
+            if "No valid triton configs" not in str(error) or options.get("num_stages") == 1:
+                raise
+            options["num_stages"] = 1
+            compiles += 1
+            held[0] = compiled()
+            return held[0](*args)
+
+    return attempt
 
 
 def block_mask(mask_mod: MaskMod, lists: Lists, tile: int, queries: int, keys: int) -> BlockMask:
@@ -227,23 +247,33 @@ _FASTEST_FIRST = [
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, lse: bool, backend: str = "dense"
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention, the last M of N positions: q [B, H, M, D], k and v [B, Hkv, N, D]. Without padding. By
-    flash-attn-4 beside the flash backend, else by the fastest SDPA kernel there is."""
-    m, n = q.shape[2], k.shape[2]
-    gqa = q.shape[1] != k.shape[1]
+    """Causal attention, the last M of N positions: q [B, H, M, D], k and v [B, Hkv, N, D]. Without padding. By the
+    fastest kernel there is: of SDPA, and beside the flash backend flash-attn-4."""
     if not lse:
-        if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
-            kernel = _fastest(q, k, v, scale) if backend == "flash" else _sdpa
-            return kernel(q, k, v, scale), None
-        if m == n:
-            return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa), None
-        return _rows_of_sdpa(q, k, v, scale, gqa), None
+        return dense_kernel(q, k, v, scale, backend)(q, k, v, scale), None
+    m, n = q.shape[2], k.shape[2]
     if q.device.type == "cuda" and m == n and q.dtype in (torch.bfloat16, torch.float16):
-        kr, vr = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) if gqa else t for t in (k, v))
+        group = q.shape[1] // k.shape[1]
+        kr, vr = (t.repeat_interleave(group, 1) if group > 1 else t for t in (k, v))
         found = torch.ops.aten._scaled_dot_product_flash_attention(q, kr, vr, 0.0, True, scale=scale)
         return found[0], found[1]
     seen = torch.arange(n, device=q.device) <= torch.arange(n - m, n, device=q.device)[:, None]
     return reference.softmax_attention(q, k, v, seen.expand(*q.shape[:2], m, n), scale)
+
+
+Dense = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def dense_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Dense:
+    """What `dense_attention` runs for tensors like these."""
+    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+        return _fastest(q, k, v, scale, backend == "flash")
+    return _plain if q.shape[2] == k.shape[2] else _rows_of_sdpa
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The kernel that PyTorch itself picks, for M = N."""
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -255,46 +285,77 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    from flash_attn.cute import flash_attn_func
-
-    found = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), softmax_scale=scale, causal=True)
+    found = _flash_attention()(*(t.transpose(1, 2) for t in (q, k, v)), softmax_scale=scale, causal=True)
     return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
 
 
+@lru_cache(maxsize=1)
+def _flash_attention() -> Callable[..., Any]:
+    from flash_attn.cute import flash_attn_func
+
+    return flash_attn_func
+
+
 TRIED = 1 << 15
-"""Keys up to which flash-attn-4 and SDPA are tried against each other: they differ by a few per cent, now one way and
-now the other. Beyond, flash-attn-4 is the faster one, and a trial takes long."""
+"""Keys up to which the dense kernels are tried against each other: they differ by a few per cent, now one way and now
+the other, and on short prompts by what the host does. Beyond, flash-attn-4 is the fastest, and a trial takes long."""
 
-_faster: dict[Any, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {}
+_faster: dict[Any, Dense] = {}
 
 
-def _fastest(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
-    """The faster dense kernel for tensors like these, tried once for each power of two of their length."""
+def _fastest(q: Tensor, k: Tensor, v: Tensor, scale: float, flash: bool) -> Dense:
+    """The fastest dense kernel for tensors like these, tried once for each power of two of their length."""
     n = k.shape[2]
     if n > TRIED:
-        return _flash
-    like = tuple((*t.shape[:2], t.shape[2].bit_length(), t.shape[3], t.is_contiguous()) for t in (q, k, v))
-    key = (q.device, q.dtype, q.shape[2] == n, *like)
+        return _flash if flash else _sdpa
+    like = [(*t.shape[:2], t.shape[2].bit_length(), t.shape[3], _in_memory(t)) for t in (q, k, v)]
+    key = (q.device, q.dtype, q.shape[2] == n, flash, *like)
     if key not in _faster:
         if torch.cuda.is_current_stream_capturing():
-            return _flash
-        took = {}
-        for kernel in (_flash, _sdpa):
-            kernel(q, k, v, scale)
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(4):
-                kernel(q, k, v, scale)
-            end.record()
-            end.synchronize()
-            took[kernel] = start.elapsed_time(end)
-        _faster[key] = min(took, key=lambda kernel: took[kernel])
+            return _flash if flash else _sdpa
+        kernels = [_sdpa, *([_flash] if flash else []), *([_plain] if q.shape[2] == n else [])]
+        _faster[key] = _tried(kernels, q, k, v, scale)
     return _faster[key]
 
 
-def _rows_of_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, gqa: bool, step: int = 1024) -> Tensor:
+def _in_memory(t: Tensor) -> str:
+    """Whether heads or tokens come first in memory."""
+    return "heads" if t.is_contiguous() else "tokens" if t.transpose(1, 2).is_contiguous() else "neither"
+
+
+def _tried(kernels: Sequence[Dense], q: Tensor, k: Tensor, v: Tensor, scale: float) -> Dense:
+    """The kernel that takes least, of those that run and find what the first one finds. In turns, so that a clock that
+    is still rising favours none."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(0)  # once in a process it may wait
+    try:
+        wanted = kernels[0](q, k, v, scale)
+        least = {kernel: float("inf") for kernel in kernels if _agrees(kernel, wanted, q, k, v, scale)}
+        for _ in range(3):
+            for kernel in least:
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                for _ in range(1 if k.shape[2] > 1 << 13 else 4):
+                    kernel(q, k, v, scale)
+                end.record()
+                end.synchronize()
+                least[kernel] = min(least[kernel], start.elapsed_time(end))
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return min(least, key=lambda kernel: least[kernel]) if least else kernels[0]
+
+
+def _agrees(kernel: Dense, wanted: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    try:
+        found = kernel(q, k, v, scale)
+    except (RuntimeError, NotImplementedError):  # not for these tensors
+        return False
+    return torch.allclose(found, wanted, atol=0.02, rtol=0.02, equal_nan=True)
+
+
+def _rows_of_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, step: int = 1024) -> Tensor:
     """SDPA for M < N, where ``is_causal`` would mean the first M keys: in strips, so that no mask is M x N."""
-    m, n = q.shape[2], k.shape[2]
+    m, n, gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
     for first in range(0, m, step):
         last = min(first + step, m)

@@ -21,6 +21,22 @@ LONGEST = 1 << 18
 _NEW, _NEVER = "new", "never"
 
 
+def stream(device: torch.device) -> int:
+    """The current stream of a device, for what is planned on one is not yet there for another; -1 while a graph is
+    captured, which must not read what may be gone when it is replayed."""
+    if device.type != "cuda":
+        return 0
+    return -1 if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
+
+
+def fixed(state: steps.State) -> bool:
+    """Whether the lists of a program follow from its layout alone (nothing is selected), and are small enough to keep.
+    Not while a graph is captured: they would lie in its memory."""
+    program = state.program
+    selected = any(op in ("estimate", "select") for op, _ in program.steps("plan"))
+    return not selected and program.layout.length <= LONGEST and stream(state.device) >= 0
+
+
 def replayed(state: steps.State) -> bool:
     """Does the steps after the estimates by a graph, into ``state``; False where they have to be run one by one.
 
@@ -29,9 +45,10 @@ def replayed(state: steps.State) -> bool:
     program = state.program
     if all(op == "estimate" for op, _ in program.steps("plan")):
         return False  # nothing is left to do
-    if state.device.type != "cuda" or program.layout.length > LONGEST or torch.cuda.is_current_stream_capturing():
+    current = stream(state.device)
+    if state.device.type != "cuda" or program.layout.length > LONGEST or current < 0:
         return False
-    key = ("replay", state.device, state.batch, torch.cuda.current_stream(state.device).cuda_stream)
+    key = ("replay", state.device, state.batch, current)
     held = program.memo.setdefault(key, _NEW)
     if held is _NEW:  # The first call compiles kernels and moves constants to the device, which no graph may do.
         program.memo[key] = None
@@ -73,20 +90,31 @@ def _captured(state: steps.State) -> _Replay | None:
     left = list(inputs)
     own.estimates = {key: (_replaced(result, left), place) for key, (result, place) in state.estimates.items()}
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(state.device)
-    side = torch.cuda.Stream(state.device)
+    key = (state.device, current.cuda_stream)
+    side, pool, _ = _pools.pop(key, None) or (torch.cuda.Stream(state.device), torch.cuda.graph_pool_handle(), None)
     side.wait_stream(current)
     try:
         with torch.cuda.stream(side):
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 steps.after_estimates(own)
             finally:
                 graph.capture_end()
-    except RuntimeError:  # a selection that reads a value back, say
+    except RuntimeError:  # a selection that reads a value back, say; a pool may be stuck in the capture that failed
         return None
     finally:
         current.wait_stream(side)
+    _pools[key] = side, pool, graph
     return _Replay(graph, inputs, own.found, own.ready)
+
+
+_pools: dict[Any, tuple[torch.cuda.Stream, Any, torch.cuda.CUDAGraph | None]] = {}
+"""Device and stream -> where their graphs are captured, the memory that they share, and the last of them, without which
+a pool would end with the programs that it served.
+
+Sharing is safe: a graph finds memory only that nothing held when it was captured. What a replay leaves (`_Replay.found`
+and ``ready``, all that attending reads) is held as long as its graph may be replayed, so no other graph was ever given
+it. What they share is what planning needs in between, and graphs of one stream are replayed one after another."""
 
 
 def _tensors(value: Any) -> list[Tensor] | None:

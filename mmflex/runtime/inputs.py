@@ -1,0 +1,61 @@
+"""What `attention` and `plan` take, and what they say of anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ir.layout import TokenLayout
+from ..ir.pattern import Pattern
+
+Spec = Pattern | Sequence[Pattern]
+
+
+def check(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayout | None) -> tuple[Pattern, ...]:
+    """The pattern of each head; TypeError or ValueError where shapes, dtypes, devices, layout or spec do not fit."""
+    given = {"q": q, "k": k} | ({} if v is None else {"v": v})
+    for name, t in given.items():
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name} is {type(t).__name__}: give a tensor [batch, heads, tokens, head_dim]")
+        if t.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}: give [batch, heads, tokens, head_dim]")
+        if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"{name} is {t.dtype}: use float32, bfloat16 or float16")
+        for what, here, other in (("dtype", t.dtype, q.dtype), ("device", t.device, q.device)):
+            if here != other:
+                raise TypeError(f"{name} has {what} {here} but q {other}: move one with .to()")
+        if t.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} has batch size {t.shape[0]} but q {q.shape[0]}: they must agree")
+    heads, kv_heads, n = q.shape[1], k.shape[1], k.shape[2]
+    if kv_heads == 0 or heads % kv_heads or not heads:
+        raise ValueError(f"q has {heads} heads, k {kv_heads}: the query heads must be a multiple of the KV heads")
+    if q.shape[2] > n:
+        raise ValueError(f"q has {q.shape[2]} tokens but k {n}: the queries are the last of the keys, so M <= N")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q has head dimension {q.shape[3]} but k {k.shape[3]}: they must agree")
+    if not 16 <= q.shape[3] <= 256:
+        raise ValueError(f"the head dimension is {q.shape[3]}: from 16 to 256 are supported; pad with zeros below 16")
+    if v is not None and v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v has shape {tuple(v.shape)} but k {tuple(k.shape)}: heads and tokens must agree")
+    if layout is not None:
+        if not isinstance(layout, TokenLayout):
+            raise TypeError(f"layout is {type(layout).__name__}: build one with mmflex.TokenLayout.from_segments(...)")
+        if layout.length != n:
+            raise ValueError(f"the layout has {layout.length} tokens but k {n}: slice it, layout[:{n}], or pad it")
+        if layout.batch_size not in (1, q.shape[0]):
+            raise ValueError(
+                f"the layout has {layout.batch_size} prompts but q {q.shape[0]}: give one each, or one for all"
+            )
+    if not isinstance(spec, (Pattern, Sequence)) or isinstance(spec, str):
+        raise TypeError(f"spec is {spec!r}: give a pattern (see mask_builders), or a sequence of one per query head")
+    patterns = (spec,) * heads if isinstance(spec, Pattern) else tuple(spec)
+    for p in patterns:
+        if not isinstance(p, Pattern):
+            raise TypeError(f"spec holds {p!r}: give a pattern (see mask_builders), or one per query head")
+    if len(patterns) != heads:
+        raise ValueError(
+            f"spec has {len(patterns)} patterns for {heads} query heads: give one per head, or a single one"
+        )
+    return patterns

@@ -1,0 +1,132 @@
+"""What repeated calls skip: nothing that their inputs do not pin."""
+
+from __future__ import annotations
+
+import unittest.mock
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import mmflex
+import mmflex.runtime.attention as runtime
+from mask_builders import AShape, Dense, VerticalSlash
+from mmflex import TokenLayout
+from mmflex.compiler import constants
+from mmflex.plot.recorded import recorded
+from mmflex.runtime import steps
+
+
+def make(heads: int = 4, kv_heads: int = 2, n: int = 96, dim: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(1, heads, n, dim), torch.randn(1, kv_heads, n, dim), torch.randn(1, kv_heads, n, dim)
+
+
+@pytest.fixture
+def checked() -> Iterator[unittest.mock.Mock]:
+    with unittest.mock.patch.object(runtime, "_check", wraps=runtime._check) as check:
+        yield check
+
+
+def test_a_call_like_an_earlier_one_is_not_checked_again(checked: unittest.mock.Mock) -> None:
+    q, k, v = make()
+    layout, spec = TokenLayout.from_segments([("text", 96)]), Dense()
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    for _ in range(3):
+        assert torch.equal(mmflex.attention(q, k, v, spec, layout=layout), wanted)
+    assert checked.call_count == 1
+    assert torch.equal(mmflex.attention(q, k, v, [spec] * 4, layout=layout), wanted)
+    assert checked.call_count == 2
+    mmflex.attention(q, k, v, Dense(), layout=layout)
+    mmflex.attention(q, k, v, [Dense() for _ in range(4)], layout=layout)
+    assert checked.call_count == 2
+    mmflex.attention(q, k, v, spec, layout=layout, scale=1)
+    mmflex.attention(q, k, v, spec, layout=layout, scale=0.3)
+    assert checked.call_count == 4
+
+
+def test_what_a_call_does_not_share_with_an_earlier_one_is_checked() -> None:
+    q, k, v = make()
+    layout, spec = TokenLayout.from_segments([("text", 96)]), Dense()
+    many = [spec] * 4
+    for given in (spec, many):
+        mmflex.attention(q, k, v, given, layout=layout)
+    wrong = [
+        ((q.double(), k, v), {}, TypeError, "float64"),
+        ((q, k, v.bfloat16()), {}, TypeError, "bfloat16"),
+        ((q, k, v[:, :1]), {}, ValueError, "v has shape"),
+        ((q[:, :3], k, v), {}, ValueError, "multiple of the KV heads"),
+        ((q.numpy(), k, v), {}, TypeError, "q is ndarray"),
+        ((q, k[:, :, :90], v[:, :, :90]), {}, ValueError, "q has 96 tokens but k 90"),
+        ((q[:, :, 6:], k[:, :, 6:], v[:, :, 6:]), {}, ValueError, "slice it"),
+        ((q, k, v), {"backend": "fast"}, ValueError, "unknown backend"),
+        ((q, k, v), {"layout": {}}, TypeError, "layout is dict"),
+    ]
+    for tensors, options, error, words in wrong:
+        with pytest.raises(error, match=words):
+            mmflex.attention(*tensors, spec, **{"layout": layout, **options})  # type: ignore[arg-type]
+    many.pop()
+    with pytest.raises(ValueError, match="3 patterns for 4"):
+        mmflex.attention(q, k, v, many, layout=layout)
+    for odd in ("Dense", iter([spec] * 4), 3):
+        with pytest.raises(TypeError, match="give a pattern"):
+            mmflex.attention(q, k, v, odd, layout=layout)  # type: ignore[arg-type]
+    mmflex.attention(q, k, v, spec, layout=layout, return_lse=True, backend="reference")
+    with pytest.raises(ValueError, match="does not give it"):
+        mmflex.attention(q, k, v, spec, layout=layout, return_lse=True, backend="cpu")
+
+
+def test_new_constants_decide_anew() -> None:
+    """A program is chosen by what blocks cost: once that is measured again, earlier calls do not count."""
+    q, k, v = make(n=1024)
+    layout, spec = TokenLayout.from_segments([("text", 1024)]), AShape(16, 128)
+    before = mmflex.plan(q, k, spec, layout=layout, backend="cpu").program
+    mmflex.attention(q, k, v, spec, layout=layout, backend="cpu")
+    constants.forget()
+    with unittest.mock.patch.object(constants, "constants_for", return_value=constants.GENERIC):
+        after = mmflex.plan(q, k, spec, layout=layout, backend="cpu").program
+        mmflex.attention(q, k, v, spec, layout=layout, backend="cpu")
+    assert after.constants == constants.GENERIC != before.constants
+
+
+@pytest.mark.parametrize("spec", [AShape(16, 32), Dense(), VerticalSlash(16, 32)], ids=str)
+def test_lists_that_follow_from_the_layout_are_made_once(spec: mmflex.Pattern) -> None:
+    q, k, v = make(n=512)
+    layout = TokenLayout.from_segments([("text", 512)])
+    with unittest.mock.patch.object(steps, "gather_and_list", wraps=steps.gather_and_list) as made:
+        first = mmflex.attention(q, k, v, spec, layout=layout, backend="reference")
+        assert torch.equal(mmflex.attention(q, k, v, spec, layout=layout, backend="reference"), first)
+        other = mmflex.attention(q * 2, k, v, spec, layout=layout, backend="reference")
+    assert made.call_count == {"AShape": 1, "Dense": 0, "VerticalSlash": 3}[type(spec).__name__]
+    plan = mmflex.plan(q * 2, k, spec, layout=layout, backend="reference")
+    assert torch.allclose(plan.attend(q * 2, k, v), other, atol=1e-6)
+
+
+def test_every_recorded_plan_is_its_own() -> None:
+    q, k, v = make()
+    for spec in (Dense(), AShape(16, 32)):
+        mmflex.attention(q, k, v, spec, backend="reference")
+        with recorded() as plans:
+            for _ in range(2):
+                mmflex.attention(q, k, v, spec, backend="reference")
+        assert len(plans) == 2
+        assert plans[0] is not plans[1]
+
+
+def test_a_repeated_call_has_no_backward_either() -> None:
+    q, k, v = make()
+    spec = Dense()
+    mmflex.attention(q, k, v, spec)
+    out = mmflex.attention(q.requires_grad_(), k, v, spec)
+    with pytest.raises(RuntimeError, match="no backward"):
+        out.sum().backward()
+
+
+def test_calls_kept_for_a_layout_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "CALLS", 4)
+    q, k, v = make()
+    layout = TokenLayout.from_segments([("text", 96)])
+    for i in range(20):
+        mmflex.attention(q, k, v, Dense(), layout=layout, scale=1.0 / (i + 1))
+        assert 1 <= len(layout.memo["calls"]) <= 4
