@@ -158,7 +158,12 @@ def test_tables_say_what_the_file_says(tmp_path: Path, monkeypatch: pytest.Monke
         "| `other.json` | - | 2 |",
         "| `prefill-x.json` | E, torch 3 | 1 |",
     ]
-    assert results.cpu() == results.check() == ""
+    assert results.cpu() == results.check() == results.evaluation() == ""
+    score = {"score": {"accuracy": 0.975, "asked": 40}, "tokens": 8192, "ran": 0.384}
+    given = [score | {"label": "dense", "target": None, "ran": 1.0}, score | {"label": "A", "target": 0.4}]
+    (tmp_path / "eval-x.json").write_text(json.dumps({"rows": given, "runs": [{"versions": {"device": "F"}}]}))
+    assert results.evaluation().startswith("`eval-x.json`: F; 40 questions a cell.")
+    assert rows(results.evaluation()) == ["| dense | 97.5 (100%) |", "| A | 97.5 (38%) |"]
 
 
 def test_an_unknown_table_is_an_error() -> None:

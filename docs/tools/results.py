@@ -190,6 +190,33 @@ def _float(value: Any) -> float | None:
         return None
 
 
+def evaluation() -> str:
+    """Answers of methods at matched FLOPs: a table for each file, a column for each length and target."""
+    parts = []
+    for name, data in load("eval-*.json"):
+        rows = data.get("rows", [])
+        shares = sorted({(row["tokens"], row["target"]) for row in rows if row["target"] is not None})
+        lengths = sorted({row["tokens"] for row in rows})
+        found = {(row["label"], row["tokens"], row["target"]): row for row in rows}
+        alone = not shares
+        head = [tokens(n) for n in lengths] if alone else [f"{tokens(n)}, {share:.0%}" for n, share in shares]
+        lines = []
+        for label in dict.fromkeys(row["label"] for row in rows):
+            cells = [found.get((label, n, share)) or found.get((label, n, None))
+                     for n, share in ([(n, None) for n in lengths] if alone else shares)]  # fmt: skip
+            lines.append([label, *(_answers(cell) for cell in cells)])
+        runs = data.get("runs") or [{}]
+        asked = max((row["score"]["asked"] for row in rows), default=0)
+        about = f"`{name}`: {where(runs[0].get('versions', {}))}; {asked} questions a cell."
+        parts.append(f"{about}\n\n{markdown(['method', *head], lines)}")
+    return "\n\n".join(parts)
+
+
+def _answers(row: dict[str, Any] | None) -> str:
+    """Accuracy, and what was computed of dense attention."""
+    return "-" if row is None else f"{100 * row['score']['accuracy']:.1f} ({row['ran']:.0%})"
+
+
 def files() -> str:
     """Every file of results."""
     rows = [
@@ -204,5 +231,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "prefill": prefill,
     "cpu": cpu,
     "check": check,
+    "evaluation": evaluation,
     "files": files,
 }
