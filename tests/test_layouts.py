@@ -167,6 +167,20 @@ def test_llava_onevision_by_hand() -> None:
     same(layout_for(config, inputs), [("text", 1), ("video", (2, 14, 14), {"newline": "video"}), ("text", 1)])
 
 
+def test_video_llava_keeps_the_class_tokens_of_frames() -> None:
+    """The model drops the class token of images alone."""
+    config = transformers.VideoLlavaConfig()
+    ids = torch.tensor([[1, *[config.image_token_index] * 256, 1, *[config.video_token_index] * (8 * 257), 1]])
+    inputs = {
+        "input_ids": ids,
+        "pixel_values_images": torch.empty(1, 3, 224, 224, device="meta"),
+        "pixel_values_videos": torch.empty(1, 8, 3, 224, 224, device="meta"),
+    }
+    layout = layout_for(config, inputs)
+    assert layout.summary() == "text 1 | image 256 | text 1 | video 2056 | text 1"
+    assert layout.cell[0, 258:261].tolist() == [-1, 0, 1]
+
+
 def test_pixtral_rows_with_and_without_break_tokens() -> None:
     config = config_of("mistral3", image_token_index=8, spatial_merge_size=2, vision={"patch_size": 14})
     sizes = {"image_sizes": torch.tensor([[56, 84]])}

@@ -54,7 +54,7 @@ def families() -> None:
     from ..integrations import layouts
 
     table = Table(title="model families")
-    for name in ("model_type", "images and videos", "attention"):
+    for name in ("model_type", "prompts hold", "attention"):
         table.add_column(name)
     for row in family_rows(layouts):
         table.add_row(*row)
@@ -74,8 +74,7 @@ def family_rows(layouts: Any) -> list[tuple[str, str, str]]:
     """(model type, what its prompts hold, what runs sparse) of every family with a layout rule, then of text models."""
     rows = []
     for model_type, entry in layouts.FAMILIES.items():
-        holds = getattr(entry, "note", "") or ", ".join(getattr(entry, "names", ()) or ("image", "video"))
-        rows.append((model_type, holds, SPECIAL.get(model_type, "sparse prefill")))
+        rows.append((model_type, ", ".join(entry.holds), SPECIAL.get(model_type, "sparse prefill")))
     rows += [(name, "text", SPECIAL.get(name, "sparse prefill")) for name in TEXT_ONLY]
     return rows
 
