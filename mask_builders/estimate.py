@@ -50,6 +50,10 @@ class LastQueries:
     last_q: int = 64
     distances: bool = False
 
+    def scored(self, view: View) -> float:
+        """Query-key products for one head and prompt: two sweeps over the keys."""
+        return 2.0 * min(self.last_q, view.rows) * view.size
+
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> LastMass:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `LastMass`. Scores that are not finite count as no attention."""
         last = _last(view, self.last_q)
@@ -145,6 +149,10 @@ class PooledBlocks:
     """Estimator: queries and keys mean-pooled over blocks (MInference, block-sparse heads)."""
 
     block_size: int
+
+    def scored(self, view: View) -> float:
+        """Query-key products for one head and prompt: of every block of queries with every block of keys before it."""
+        return view.rows / self.block_size * (view.size / self.block_size) / 2
 
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> Pooled:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `Pooled`."""

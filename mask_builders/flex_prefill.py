@@ -44,6 +44,10 @@ class Switch:
     last_q: int
     block_size: int
 
+    def scored(self, view: View) -> float:
+        """Query-key products for one head and prompt."""
+        return LastQueries(self.last_q).scored(view) + PooledBlocks(self.block_size).scored(view)
+
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> SwitchMass:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `SwitchMass`."""
         mass = LastQueries(self.last_q)(q, k, view, scale)

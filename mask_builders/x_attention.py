@@ -104,6 +104,10 @@ class Antidiagonals:
     block_size: int
     blocks: int
 
+    def scored(self, view: View) -> float:
+        """Query-key products for one head and prompt: a stride-th of those of dense attention."""
+        return view.rows * view.size / 2 / self.stride
+
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> BlockMass:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `BlockMass`."""
         batch, heads, _, dim = q.shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import unittest.mock
 from collections.abc import Iterator
 
@@ -121,6 +123,33 @@ def test_a_repeated_call_has_no_backward_either() -> None:
     out = mmflex.attention(q.requires_grad_(), k, v, spec)
     with pytest.raises(RuntimeError, match="no backward"):
         out.sum().backward()
+
+
+def test_inputs_that_ask_for_gradients_run_on_the_cpu_kernel() -> None:
+    q, k, v = make(n=256)
+    spec = AShape(16, 32)
+    want = mmflex.attention(q, k, v, spec, backend="cpu")
+    out = mmflex.attention(q.requires_grad_(), k, v, spec, backend="cpu")
+    assert torch.equal(out, want)
+    with pytest.raises(RuntimeError, match="no backward"):
+        out.sum().backward()
+
+
+def test_a_copy_has_a_serial_of_its_own() -> None:
+    """Serials are numbers of one process: a pickled one would name another pattern, or layout, where it is read."""
+    q, k, v = make(n=512)
+    layout, spec = TokenLayout.from_segments([("text", 512)]), AShape(128, 128)
+    want = mmflex.attention(q, k, v, spec, layout=layout)
+    for thing in (spec, layout):
+        data = pickle.dumps(thing)
+        assert thing.serial.encode() not in data
+        copies = [pickle.loads(data), copy.copy(thing), copy.deepcopy(thing)]
+        assert len({thing.serial, *(found.serial for found in copies)}) == 4
+    read, again = pickle.loads(pickle.dumps(spec)), pickle.loads(pickle.dumps(layout))
+    assert read == spec
+    assert again.fingerprint == layout.fingerprint
+    assert not set(again.memo) - {"fingerprint"}, "what was computed is not pickled"
+    assert torch.equal(mmflex.attention(q, k, v, read, layout=again), want)
 
 
 def test_calls_kept_for_a_layout_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("transformers")
 
-from mask_builders import AShape, Boundary2D, Dense, Grid, QBoundary, VerticalSlash
+from mask_builders import AShape, Boundary2D, Dense, Grid, QBoundary, VerticalSlash, XAttention
 from mmflex.cli import app
 from mmflex.evaluation import Report, evaluate, methods, models, plot_report, trace
 from mmflex.evaluation.answers import Answers, split
@@ -138,6 +138,22 @@ def test_measures_of_a_trace(text: Any) -> None:
     weights = (seen.q.double() @ k.mT * seen.scale).masked_fill(~mask, float("-inf")).softmax(-1)
     per_head = ((weights @ v - seen.out).flatten(2).norm(dim=2) / seen.out.double().flatten(2).norm(dim=2))[0]
     assert measured.error == pytest.approx(float(per_head.mean()), rel=1e-3)
+
+
+def test_products_of_estimates(text: Any) -> None:
+    """Of 200 tokens: one product for each query and key, two for each pair of dense attention."""
+    found = capture(text, {"input_ids": torch.arange(200)[None] % 60}, "reference")
+    dense = 200 * 201
+
+    def share(spec: Any) -> float:
+        return found.measure(spec).estimates
+
+    assert share(AShape(0, 1)) == 0.0
+    assert share(VerticalSlash(16, 32)) == pytest.approx(2 * 64 * 200 / dense)
+    assert share((VerticalSlash(16, 32), *[AShape(0, 1)] * (found.heads - 1))) == pytest.approx(
+        2 * 64 * 200 / dense / found.heads
+    )
+    assert share(XAttention(8)) == pytest.approx(200 * 200 / 2 / 8 / dense)
 
 
 def test_layers_that_a_spec_leaves_out_count_as_dense(seen: Trace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -77,6 +78,8 @@ def test_the_model_is_left_as_it_was() -> None:
     model = llama()
     model.model.layers[0].mlp.down_proj.weight.requires_grad_(False)
     trained = [p.requires_grad for p in model.parameters()]
+    own = model.model.layers[1]
+    own.forward = functools.partial(own.forward)  # as accelerate's hooks leave it
     forwards = [vars(m).get("forward") for m in model.modules()]
     importance(model, {"input_ids": ids(80)})
     assert [p.requires_grad for p in model.parameters()] == trained
@@ -95,6 +98,56 @@ def test_a_vision_language_model() -> None:
         assert bool((w > 0).all())
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_asks_nothing(side: str, one_draw: None) -> None:
+    model, tokens, pad = llama(2), ids(100), torch.zeros(1, 28, dtype=torch.long)
+    want = importance(model, {"input_ids": tokens})
+    left = side == "left"
+    given = torch.cat([pad, tokens] if left else [tokens, pad], 1)
+    mask = torch.ones_like(given)
+    own = slice(28, None) if left else slice(100)
+    mask[:, :28] *= not left
+    mask[:, 100:] *= left
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    found = importance(model, {"input_ids": given, "attention_mask": mask, "position_ids": position})
+    for layer, w in want.items():
+        assert torch.allclose(found[layer][:, own], w, rtol=1e-2, atol=1e-4 * float(w.max()))
+        assert float(found[layer].sum()) == pytest.approx(float(w.sum()), rel=1e-3), "padding has none"
+
+
+def test_layers_without_attention_are_recomputed_too() -> None:
+    """Layers of linear attention, say, stand among the others."""
+    model = llama(3)
+    attention = [layer.self_attn for layer in model.model.layers[:2]]
+    assert set(module._decoder_layers(model, attention)) == set(model.model.layers)
+
+
+def test_inference_mode_outside_does_not_matter() -> None:
+    model = llama(1)
+    want = importance(model, {"input_ids": ids(80)})[0]
+    with torch.inference_mode():
+        assert torch.equal(importance(model, {"input_ids": ids(80)})[0], want)
+
+
+def test_what_cannot_be_captured_is_refused_before_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "importance", None)  # not reached
+    model = llama(1)
+    options: dict[str, Any] = {"candidates": [AShape(128, 128)], "budget": "density=0.9", "progress": False}
+    with pytest.raises(ValueError, match="training mode"):
+        mmflex.search(model.train(), ids(1024), **options)
+    with mmflex.patched(model.eval(), {}), pytest.raises(ValueError, match="already patched"):
+        mmflex.search(model, ids(1024), **options)
+
+
+def test_kernels_without_a_backward_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("this kernel has no backward")
+
+    monkeypatch.setattr(torch.autograd, "grad", fails)
+    with pytest.raises(ValueError, match=r"this kernel has no backward; search with objective='outputs'"):
+        mmflex.search(llama(1), ids(1024), candidates=[AShape(128, 128)], budget="density=0.9", progress=False)
+
+
 def test_what_has_no_importance_is_said() -> None:
     model = llama(1)
     model.model.layers[0].self_attn.o_proj = nn.Identity()
@@ -103,5 +156,7 @@ def test_what_has_no_importance_is_said() -> None:
         importance(model, {"input_ids": ids(80)})
     with pytest.raises(ValueError, match="objective='outputs'"):
         mmflex.search(model, ids(1024), candidates=[AShape(128, 128)], budget="density=0.9", progress=False)
+    with pytest.raises(Unknown, match="LlamaModel gives no logits"):
+        importance(llama(1).model, {"input_ids": ids(80)})
     with pytest.raises(ValueError, match="objective is 'logits': use 'answers' or 'outputs'"):
         mmflex.search(model, ids(1024), objective="logits")  # type: ignore[arg-type]

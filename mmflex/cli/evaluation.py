@@ -135,6 +135,7 @@ def _show(report: Report, console: Console) -> None:
         console.print(report.table(name))
     console.print(
         "blocks: pairs in computed blocks, as sized on each seed's first prompt; ran: as it ran; pairs: allowed pairs; "
+        "estimates: their products, in no target; "
         "lost / gained: answers against the dense model's; over: no setting is within the target.",
         style="dim",
     )

@@ -60,6 +60,7 @@ class Answers:
             ran=sum(self.ran) / len(self.ran),
             pairs=mean("pairs"),
             error=mean("error"),
+            estimates=mean("estimates"),
             score=Score.of(self.right),
             kinds=self._by(self.kinds),
             depths=tuple(by_depth.get(i, Score(0, 0)) for i in range(self.bins)),

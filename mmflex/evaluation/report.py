@@ -76,6 +76,8 @@ class Row:
         error: relative output error against dense, given the dense model's queries, keys and values; as ``planned``.
         score: of all seeds. kinds, depths, seeds: its parts.
         lost, gained: questions that dense answers and this does not, and the reverse.
+        estimates: products of the method's estimates over those of dense attention, which no target counts; NaN where
+            that is not known.
     """
 
     method: str
@@ -96,6 +98,7 @@ class Row:
     seeds: Mapping[str, Score]
     lost: int
     gained: int
+    estimates: float = math.nan
 
     @property
     def setting(self) -> str:
@@ -106,7 +109,9 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         found = dict(vars(self))
-        for name in ("planned", "ran", "pairs", "error"):
+        if math.isnan(self.estimates):
+            del found["estimates"]  # JSON has no such number
+        for name in {"planned", "ran", "pairs", "error", "estimates"} & set(found):
             found[name] = round(found[name], 6)
         found["settings"] = list(self.settings)
         found["score"] = self.score.to_json()
@@ -210,7 +215,7 @@ class Report:
         kinds = list(dict.fromkeys(kind for r in rows for kind in r.kinds))
         table = Table(title=f"{task}: accuracy in % with its 95% interval, FLOPs in % of dense attention")
         names = ["tokens", "method", "setting", "accuracy", *kinds, "lost / gained", "target", "blocks", "ran", "pairs"]
-        for name in [*names, "output error"]:
+        for name in [*names, "estimates", "output error"]:
             table.add_column(name, justify="left" if name in ("method", "setting") else "right", overflow="fold")
         before = None
         for r in rows:
@@ -223,7 +228,7 @@ class Report:
             shares[0] += " (over)" if r.over else ""
             changed = f"{r.lost} / {r.gained}"
             cells = [f"{r.tokens}", r.label, r.setting, str(r.score), *parts, changed, target, *shares]
-            table.add_row(*cells, f"{r.error:.3f}")
+            table.add_row(*cells, _percent(r.estimates), f"{r.error:.3f}")
         return table
 
 

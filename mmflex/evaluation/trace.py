@@ -6,11 +6,13 @@ model's own attention: its density is 1 and its error 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ from ..integrations.masks import NAME
 from ..integrations.prefill import attention_forward
 from ..integrations.transformers import patched
 from ..ir.layout import TokenLayout
-from ..ir.pattern import Pattern, find
+from ..ir.pattern import Pattern, View, find
 from ..runtime.attention import Plan, plan
 from ..tuning.config import Config, Spec, per_layer
 
@@ -73,11 +75,13 @@ class Measured:
         density: pairs in computed blocks over causal pairs.
         pairs: allowed pairs over causal pairs (from `ROWS` queries on longer prompts).
         error: norm of (sparse output - dense output) over norm of the dense output.
+        estimates: products of estimates, over those of dense attention (`estimated`).
     """
 
     density: float
     pairs: float
     error: float
+    estimates: float = 0.0
 
 
 @dataclass(eq=False)
@@ -134,15 +138,16 @@ class Trace:
 
     def measure(self, spec: Spec | Config) -> Measured:
         """Density, allowed pairs and output error of a spec."""
-        density, pairs, error = [], [], []
+        density, pairs, error, estimates = [], [], [], 0.0
         for layer, patterns in self.per_layer(spec).items():
             made = self.plan(layer, patterns)
             density.append(made.density.total)
             pairs.append(allowed(made))
             error.append(float(self.errors(layer, made).mean()))
+            estimates += estimated(made) / len(self.layers)
         left = len(self.layers) - len(density)
         mean = [sum(x) / len(self.layers) for x in (density + [1.0] * left, pairs + [1.0] * left, error)]
-        return Measured(*mean)
+        return Measured(mean[0], mean[1], mean[2], estimates)
 
     def errors(self, layer: int, made: Plan) -> Tensor:
         """float32 [Hq]: relative error of a plan's output, per head."""
@@ -155,6 +160,21 @@ def relative(found: Tensor, want: Tensor) -> Tensor:
     """Norm of the difference over the norm of ``want``, float32 []."""
     want = want.float()
     return (found.float() - want).norm() / want.norm().clamp(min=1e-30)
+
+
+def estimated(made: Plan) -> float:
+    """Products that a plan's estimates take, over those of dense attention (two for each causal pair: one with a key,
+    one with a value), mean over heads. NaN where an estimator does not say."""
+    program, layout = made.program, made.layout
+    products = 0.0
+    for op, key in program.graph.nodes:
+        if op == "estimate":
+            estimator, scope = key
+            heads = sum(h >= 0 for h in program.graph.nodes[op, key]["heads"].heads)
+            scored = getattr(estimator, "scored", lambda view: math.nan)
+            products += heads * scored(View(layout, scope, program.queries, program.tile))
+    causal = float((np.arange(layout.length - program.queries, layout.length) + 1.0).sum())
+    return products / (2 * causal * program.heads)
 
 
 def allowed(made: Plan) -> float:

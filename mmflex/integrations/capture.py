@@ -10,7 +10,7 @@ import contextvars
 import inspect
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from mmflex.tuning.probe import Layer, check_length
 
 from .prefill import _why_dense
 from .prompts import LayoutUnknown, token_layout
-from .transformers import Patch, patch, unpatch
+from .transformers import Patch, patch, patched, unpatch
 
 
 class _Stop(Exception):
@@ -30,7 +30,7 @@ class _Stop(Exception):
 
 def capture(
     model: nn.Module, sample: Mapping[str, Any] | Tensor, *, layout: TokenLayout | None = None
-) -> Iterator[Layer | tuple[int, str]]:
+) -> Generator[Layer | tuple[int, str]]:
     """Runs a prompt through a model and yields its layers in order.
 
     Args:
@@ -48,14 +48,21 @@ def capture(
         tokens are, training mode, or a sample too short or too long.
     """
     root: nn.Module = getattr(model, "_orig_mod", model)
-    if root.training:
-        raise ValueError(f"{type(root).__name__} is in training mode: call model.eval()")
+    check_model(root)
     inputs = inputs_of(root, sample)
     patch(root, {})
     try:
         yield from _Run(root, inputs, layout).layers()
     finally:
         unpatch(root)
+
+
+def check_model(root: nn.Module) -> None:
+    """ValueError, TypeError or NotImplementedError for a model that `capture` cannot run: training, patched, ..."""
+    if root.training:
+        raise ValueError(f"{type(root).__name__} is in training mode: call model.eval()")
+    with patched(root, {}):
+        pass
 
 
 def tokens_of(sample: Any) -> int:

@@ -9,6 +9,8 @@ although a mask that hides what it rests on turns it over.
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -44,25 +46,33 @@ def importance(
     Args:
         root: a causal language model or vision-language model of transformers, in eval mode.
         inputs: of its forward, one prompt. ``logits_to_keep`` is set here.
-        last: the queries whose predictions count. seed: of the signs.
+        last: the queries whose predictions count, padding apart. seed: of the signs.
 
     Raises:
-        Unknown: attention without an output projection that is known, or without a gradient.
+        Unknown: attention without an output projection that is known, or without a gradient; a model without logits.
     """
     config, _, _, modules = _language_model(root)
     heads, outputs = int(config.num_attention_heads), _Outputs()
-    given = {**inputs, "use_cache": False, "logits_to_keep": last}
+    asked, kept = _last(inputs.get("attention_mask"), last)
+    given = {**inputs, "use_cache": False}
+    known = inspect.signature(root.forward).parameters
+    if "logits_to_keep" in known or any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        given["logits_to_keep"] = kept
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(_frozen(root))
         for module in modules:
             hook = outputs.hook(int(module.layer_idx))  # type: ignore[arg-type]
             handle = _projection(module).register_forward_pre_hook(hook)
             stack.callback(handle.remove)
-        for parent in root.modules():
-            if any(child is module for child in parent.children() for module in modules):
-                stack.enter_context(_recomputed(parent))
+        for layer in _decoder_layers(root, modules):
+            stack.enter_context(_recomputed(layer))
         stack.enter_context(torch.enable_grad())
-        odds = _log_odds(root(**given).logits[0, -last:])
+        logits = getattr(root(**given), "logits", None)
+        if logits is None:
+            raise Unknown(f"{type(root).__name__} gives no logits: its answers are not known without a head")
+        odds = _log_odds(logits[0, asked])
+        del logits
         if not odds.requires_grad:
             raise Unknown(f"the logits of {type(root).__name__} have no gradient: its attention has no backward")
         generator = torch.Generator().manual_seed(seed)
@@ -71,14 +81,25 @@ def importance(
             signs = (torch.randint(0, 2, odds.shape, generator=generator) * 2.0 - 1.0).to(odds)
             more = draw < _DRAWS - 1
             grads = torch.autograd.grad(odds @ signs, list(outputs.seen.values()), retain_graph=more, allow_unused=True)
-            for layer, grad in zip(outputs.seen, grads, strict=True):
+            for index, grad in zip(outputs.seen, grads, strict=True):
                 if grad is None:
-                    raise Unknown(f"the answers of {type(root).__name__} have no gradient in layer {layer}")
+                    raise Unknown(f"the answers of {type(root).__name__} have no gradient in layer {index}")
                 squared = grad[0].unflatten(-1, (heads, -1)).float().square().sum(-1).T / _DRAWS
-                found[layer] = found[layer] + squared if layer in found else squared
-    if not all(bool(w.isfinite().all()) for w in found.values()):
-        raise Unknown(f"the gradients of {type(root).__name__} are not finite on this sample")
+                found[index] = found[index] + squared if index in found else squared
+    totals = [float(w.sum()) for w in found.values()]
+    if not all(map(math.isfinite, totals)) or not any(totals):
+        raise Unknown(f"the gradients of {type(root).__name__} are not finite on this sample, or all zero")
     return {layer: w + _FLOOR * w.mean(-1, keepdim=True) for layer, w in found.items()}
+
+
+def _last(mask: Any, last: int) -> tuple[Any, int]:
+    """The last tokens of the one prompt that are no padding, counted from the end, and how many logits hold them.
+    ``mask``: bool or int [1, N], where given."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool(mask.any()):
+        return slice(-last, None), last
+    asked = mask[0].nonzero()[-last:, 0].tolist()
+    n = mask.shape[1]
+    return [i - n for i in asked], n - asked[0]
 
 
 def _log_odds(logits: Tensor) -> Tensor:
@@ -104,6 +125,14 @@ class _Outputs:
         return keep
 
 
+def _decoder_layers(root: nn.Module, attention: list[nn.Module]) -> list[nn.Module]:
+    """The modules that hold attention, and what stands in a list with them: layers of linear attention, say."""
+    own = set(attention)
+    holding = {parent for parent in root.modules() if own.intersection(parent.children())}
+    stacks = [m for m in root.modules() if isinstance(m, nn.ModuleList) and holding.intersection(m)]
+    return list(dict.fromkeys([*holding, *(layer for stack in stacks for layer in stack)]))
+
+
 def _projection(module: nn.Module) -> nn.Module:
     for name in _PROJECTIONS:
         if isinstance(found := getattr(module, name, None), nn.Module):
@@ -127,7 +156,7 @@ def _frozen(root: nn.Module) -> Iterator[None]:
 @contextmanager
 def _recomputed(layer: nn.Module) -> Iterator[None]:
     """A decoder layer whose activations are not kept for backward."""
-    forward = layer.forward
+    forward, before = layer.forward, vars(layer).get("forward")  # one of its own: of accelerate's hooks, say
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
@@ -137,3 +166,5 @@ def _recomputed(layer: nn.Module) -> Iterator[None]:
         yield
     finally:
         del layer.forward
+        if before is not None:
+            layer.forward = before  # type: ignore[method-assign]

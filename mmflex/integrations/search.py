@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ class _Source:
         name: of the model. model, sample: hashes. layers: how many the model has (None: as many as come).
         heads: query heads of all layers (None: not known ahead).
         wanted: numbers of the layers with attention, where known.
+        objective: "answers" or "outputs", as in `search`.
     """
 
     name: str
@@ -46,6 +48,7 @@ class _Source:
     layers: int | None
     heads: int | None
     wanted: tuple[int, ...] | None
+    objective: str = "outputs"
 
     def run(self) -> Iterator[Given]:
         raise NotImplementedError
@@ -57,7 +60,7 @@ class _Model(_Source):
         from .transformers import _language_model
 
         self.root: nn.Module = getattr(model, "_orig_mod", model)
-        self.given, self.layout, self.objective = sample, layout, objective
+        self.given, self.layout = sample, layout
         tokens_of(sample)
         config, _, _, modules = _language_model(self.root)
         layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
@@ -71,17 +74,20 @@ class _Model(_Source):
             layers,
             heads * len(modules),
             tuple(sorted({int(module.layer_idx) for module in modules})),  # type: ignore[arg-type]
+            objective,
         )
 
     def run(self) -> Iterator[Given]:
-        from .capture import capture
+        from .capture import capture, check_model
 
+        check_model(self.root)  # before gradients are taken for nothing
         weights = self.importance()
-        for given in capture(self.root, self.given, layout=self.layout):
-            if isinstance(given, Layer):
-                given.importance = weights.get(given.index)
-            yield given
-            del given
+        with closing(capture(self.root, self.given, layout=self.layout)) as layers:
+            for given in layers:
+                if isinstance(given, Layer):
+                    given.importance = weights.get(given.index)
+                yield given
+                del given
 
     def importance(self) -> dict[int, Tensor]:
         from .capture import inputs_of
@@ -91,7 +97,7 @@ class _Model(_Source):
             return {}
         try:
             return importance(self.root, inputs_of(self.root, self.given))
-        except (Unknown, torch.OutOfMemoryError) as error:
+        except (Unknown, RuntimeError) as error:  # out of memory, or a kernel without a backward
             raise ValueError(f"{error}; search with objective='outputs', which needs no gradients") from error
 
 
@@ -198,7 +204,7 @@ def search(
         source = _Model(model_or_qkv, sample, layout, objective)
     else:
         source = _Tensors(model_or_qkv, layout, scale, block_size)
-    hashed = _settings_hash(settings, block_size, objective if isinstance(source, _Model) else "outputs")
+    hashed = _settings_hash(settings, block_size, source.objective)
     same = {"model": source.model, "sample": source.sample, "settings": hashed}
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.parent.is_dir():
@@ -314,6 +320,7 @@ def _config(source: _Source, settings: Settings, held: Checkpoint) -> Config:
     provenance: dict[str, Any] = {
         "method": "mmflex.search",
         "budget": str(header.budget),
+        "objective": source.objective,
         "error": _short(float(np.sqrt(np.average([o.error**2 for o in every], weights=[o.weight for o in every])))),
         "recall": _short(float(np.mean([o.recall for o in every]))),
         "density": _short(float(np.mean([o.density for o in every]))),

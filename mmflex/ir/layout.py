@@ -154,6 +154,10 @@ class TokenLayout:
     def __post_init__(self) -> None:
         object.__setattr__(self, "serial", enlist(self))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles hold the arrays alone, not what was computed from them."""
+        return TokenLayout, tuple(getattr(self, name) for name in _FIELDS)
+
     # ---- building -------------------------------------------------------------------------------------------------
 
     @classmethod

@@ -79,7 +79,11 @@ class View:
 
 
 class Estimator(Protocol):
-    """Estimates once what several heads' patterns select from. Equal estimators are run once for all heads."""
+    """Estimates once what several heads' patterns select from. Equal estimators are run once for all heads.
+
+    A method ``scored(view) -> float``, the query-key products that it takes for one head and prompt, is welcome:
+    `mmflex eval` reports it beside what a pattern computes.
+    """
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, view: View, scale: float) -> Any:
         """q [B, H, M, D], k [B, Hkv, N, D] -> whatever `Pattern.select` takes; leading dimensions [B, H]."""
@@ -232,6 +236,10 @@ class Pattern:
         self = super().__new__(cls)
         object.__setattr__(self, "serial", enlist(self))
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the serial: a copy gets its own, and that of another process may name something else here."""
+        return {name: value for name, value in vars(self).items() if name != "serial"}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

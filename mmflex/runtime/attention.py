@@ -116,7 +116,8 @@ def _compiled(
     return _op(q, k, v, request, q.shape[3] ** -0.5 if scale is None else scale, backend, lse)
 
 
-@torch.library.custom_op("mmflex::attention", mutates_args=())
+# Plans keep tensors between calls, which must not lie in the memory of a graph captured around this op.
+@torch.library.custom_op("mmflex::attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _op(
     q: Tensor, k: Tensor, v: Tensor, request: str, scale: float, backend: str, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -139,7 +140,8 @@ class _ForwardOnly(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan_: Plan, return_lse: bool) -> Any:
-        out, lse = plan_._attend(q, k, v, return_lse)
+        # detached: FlexAttention refuses tensors on the CPU that ask for gradients
+        out, lse = plan_._attend(q.detach(), k.detach(), v.detach(), return_lse)
         return out, lse
 
     @staticmethod
@@ -154,7 +156,8 @@ class _ForwardOnly(torch.autograd.Function):
 class _Call:
     """What was decided for a call, and its plan where that does not depend on the values of the input.
 
-    ``prices`` are those of ``generation``; ``stream`` is where the plan was made.
+    ``prices`` are those of ``generation``. ``held``: the plan and the stream where it was made, one tuple, so that a
+    thread on another stream does not read one of the two.
     """
 
     runs: Backend
@@ -163,8 +166,7 @@ class _Call:
     program: Program
     note: str
     scale: float
-    plan: Plan | None = None
-    stream: int = 0
+    held: tuple[Plan, int] | None = None
 
 
 CALLS = 512
@@ -213,14 +215,15 @@ def _planned(
             call = _decided(q, k, v, spec, layout, scale, backend, need_lse, tile)
         for name in (key, alike) if key is not None else ():
             if len(calls) >= CALLS:
-                del calls[next(iter(calls))]
+                calls.pop(next(iter(tuple(calls))), None)  # another thread may be at it too
             calls[name] = call
-    if once and call.plan is not None and (call.plan.dense_alone or call.stream == graphs.stream(q.device)):
-        return call.plan
+    held = call.held
+    if once and held is not None and (held[0].dense_alone or held[1] == graphs.stream(q.device)):
+        return held[0]
     with torch.no_grad():
         plan_ = Plan(call.program, call.runs, call.scale, q, k, call.note, once)
     if once and (plan_.dense_alone or graphs.fixed(plan_.state)):
-        call.plan, call.stream = plan_, graphs.stream(q.device)
+        call.held = plan_, graphs.stream(q.device)
     return plan_
 
 
