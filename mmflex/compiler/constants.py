@@ -63,6 +63,7 @@ class Constants:
     plan: float = _ms("planning")
     estimate: float = _ms("estimate")
     token: float = _ms("key token and head of an estimate")
+    product: float = _ms("query-key product of an estimate")
     planned: float = _ms("planned launch")
     slot: float = _ms("key slot and head of a planned launch")
     entry: float = _ms("entry of a block table")
@@ -98,7 +99,7 @@ class Constants:
             return self
         work, rows = (32 + dim) / (32 + self.head_dim), dim / self.head_dim
         scale = {"full": work, "partial": work, "looked_full": work, "lookup": work, "dense": work}
-        scale |= {"tile": rows, "moved": rows, "token": work}
+        scale |= {"tile": rows, "moved": rows, "token": rows, "product": work}
         return replace(self, head_dim=dim, **{name: getattr(self, name) * by for name, by in scale.items()})
 
     def to_json(self) -> dict[str, Any]:
@@ -108,6 +109,8 @@ class Constants:
     def from_json(cls, data: Any, source: str = "measured") -> Constants:
         """ValueError for what is not a record of this version."""
         names = {f.name for f in fields(cls)} - {"source"}
+        if isinstance(data, Mapping):
+            data = {"product": 0.0, **data}  # files of before have it in what a token costs
         if not isinstance(data, Mapping) or set(data) != names:
             odd = sorted(names ^ set(data)) if isinstance(data, Mapping) else [repr(data)]
             raise ValueError(f"not a record of constants: fields missing or unknown: {', '.join(odd)[:200]}")

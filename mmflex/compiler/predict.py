@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..ir import expr as x
+from ..ir.pattern import View
 from .constants import Constants
 from .expected import Work, work
 
@@ -83,13 +84,19 @@ def blocks(launch: Launch, layout: TokenLayout, constants: Constants) -> float:
 
 
 def planning_steps(program: Program, batch: int) -> dict[str, float]:
-    """What planning does, by the names of the constants: estimates and their tokens, launches, slots, table entries."""
-    steps = {"plan": 0.0, "estimate": 0.0, "token": 0.0, "planned": 0.0, "slot": 0.0, "entry": 0.0}
+    """What planning does, by the names of the constants: estimates with their tokens and products, launches, slots,
+    table entries."""
+    steps = dict.fromkeys(("plan", "estimate", "token", "product", "planned", "slot", "entry"), 0.0)
     for op, key in program.graph.nodes:
         if op == "estimate":
             heads = sum(h >= 0 for h in program.graph.nodes[op, key]["heads"].heads)
             steps["estimate"] += 1
             steps["token"] += float(heads * program.layout.length * batch)
+            estimator, scope = key
+            scored = getattr(estimator, "scored", None)
+            if scored is not None:
+                view = View(program.layout, scope, program.queries, program.tile)
+                steps["product"] += float(heads * scored(view) * batch)
     for launch in program.launches:
         if launch.kind != "dense":
             passes = 8 if launch.kind == "classes" else 1  # sorting by residue takes several

@@ -81,8 +81,8 @@ class View:
 class Estimator(Protocol):
     """Estimates once what several heads' patterns select from. Equal estimators are run once for all heads.
 
-    A method ``scored(view) -> float``, the query-key products that it takes for one head and prompt, is welcome:
-    `mmflex eval` reports it beside what a pattern computes.
+    A method ``scored(view) -> float``, the query-key products that it takes for one head and prompt, is welcome: the
+    cost model prices them, and `mmflex eval` reports them beside what a pattern computes.
     """
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, view: View, scale: float) -> Any:

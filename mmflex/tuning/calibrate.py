@@ -179,7 +179,7 @@ def fit_attend(samples: Sequence[Sample], start: Constants) -> Constants:
     return found
 
 
-PLAN = ("plan", "estimate", "token", "planned", "slot", "entry")
+PLAN = ("plan", "estimate", "token", "product", "planned", "slot", "entry")
 HOST = ("host", "host_estimate", "host_launch")
 
 
