@@ -44,8 +44,9 @@ ROOT = Path(__file__).parents[1]
 
 PLANTED = Constants(
     "a device", "1.0", "flash", "bfloat16", 128, 64, full=1e-4, partial=1.7e-4, looked_full=1.5e-4, lookup=6e-4,
-    tile=4e-4, launch=0.02, copy=0.05, moved=3e-4, plan=0.3, estimate=0.7, token=2e-6, product=2e-8, planned=0.2, slot=4e-7,
-    entry=5e-7, host=0.4, host_estimate=0.9, host_launch=0.3, dense=9e-5, dense_call=0.01, measured="2026-01-01",
+    tile=4e-4, launch=0.02, copy=0.05, moved=3e-4, plan=0.3, estimate=0.7, token=2e-6, product=2e-8,
+    planned=0.2, slot=4e-7, entry=5e-7, host=0.4, host_estimate=0.9, host_launch=0.3, dense=9e-5, dense_call=0.01,
+    measured="2026-01-01",
 )  # fmt: skip
 
 
