@@ -13,7 +13,15 @@ nbformat = pytest.importorskip("nbformat")
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
-TOPICS = ["first_look", "grid_heads", "modality_boundaries", "your_own_pattern", "vision_language_model", "search"]
+TOPICS = [
+    "first_look",
+    "grid_heads",
+    "modality_boundaries",
+    "your_own_pattern",
+    "vision_language_model",
+    "search",
+    "what_answers_need",
+]
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,7 @@ SPEC = [
     BlockTopK(3, 64),
     Dense(),
 ]
+WEIGHTS = {0: torch.rand(2, VIDEO.length, generator=torch.Generator().manual_seed(0)), 3: torch.ones(2, VIDEO.length)}
 SELECTS_NOTHING = (SPEC[2], SPEC[5], SPEC[7])
 
 
@@ -194,6 +195,7 @@ def draw_each(plan: Plan, **options: Any) -> dict[str, Any]:
         "plot_estimate": lambda: plot.plot_estimate(plan, 0, **options),
         "plot_heads": lambda: plot.plot_heads(plan, **options),
         "plot_config": lambda: plot.plot_config(config, **options),
+        "plot_importance": lambda: plot.plot_importance(WEIGHTS, VIDEO, {"questions": [890, 900]}, **options),
         "plot_recall": lambda: plot.plot_recall(q, k, [AShape(16, 32)], **options),
     }
 
@@ -224,6 +226,18 @@ def test_figures_are_light_in_dark_themes(plan: Plan, name: str) -> None:
     assert (found[[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all()
     if name != "plot_recall":  # its input is random
         np.testing.assert_array_equal(found, light)
+
+
+def test_what_a_notebooks_backend_turns_on_stays_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(matplotlib.rcParams, "interactive", False)
+
+    @style.styled
+    def draw() -> Figure:
+        matplotlib.interactive(True)  # as a backend does that the first figure loads
+        return Figure()
+
+    draw()
+    assert matplotlib.is_interactive()
 
 
 def test_legend_on_white_ground_is_dark_in_dark_axes(plan: Plan) -> None:
@@ -329,6 +343,53 @@ def test_recall_is_one_for_dense_and_grows_with_the_budget() -> None:
     assert recall[0] < recall[1] < recall[2] == pytest.approx(1)
     figure = plot.plot_recall(q, k, {"windows": [AShape(32, 64), AShape(32, 200)], "lines": [VerticalSlash(64, 128)]})
     assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["windows", "lines", "dense"]
+
+
+def test_importance_is_drawn_as_shares_of_each_head() -> None:
+    weights = {2: torch.zeros(2, 100), 5: torch.zeros(2, 100)}
+    weights[2][0, [3, 50]] = torch.tensor([9.0, 1.0])  # 0.9 and 0.1 of its head
+    weights[2][1, 7] = 30.0
+    weights[5][:, 99] = 30.0
+    figure = plot.plot_importance(weights, mmflex.TokenLayout.text(100), {"needles": [3, 7], "questions": [99]})
+    ax = figure.axes[0]
+    drawn = np.asarray(ax.images[0].get_array())
+    assert drawn.shape == (4, 100)
+    np.testing.assert_allclose(drawn[0, [3, 50]], [0.9, 0.1])
+    assert [np.flatnonzero(row > 0.5).tolist() for row in drawn] == [[3], [7], [99], [99]]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["2", "5"]
+    bars = next(panel for panel in ax.child_axes if panel.patches)
+    assert [bar.get_width() for bar in bars.patches] == pytest.approx([0.1, 0.3, 0.3, 0.3])
+    marked = {
+        line.get_marker(): (line.get_xdata() - 0.5).tolist() for line in ax.lines if line.get_linestyle() == "None"
+    }
+    assert list(marked.values()) == [[3, 7], [99]], "each kind has a marker of its own"
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["text (bands)", "needles", "questions"]
+    grey = ax.images[0].cmap(np.linspace(0, 1, 32))[:, :3] @ (0.299, 0.587, 0.114)
+    assert np.diff(grey).max() < 0, "tones get darker all the way"
+
+
+def test_importance_of_a_long_prompt_keeps_single_tokens() -> None:
+    weights = torch.zeros(1, 50_000)
+    weights[0, 12_345] = 1.0
+    drawn = np.asarray(plot.plot_importance({0: weights}).axes[0].images[0].get_array())
+    assert drawn.shape[1] < 2000
+    assert drawn.max() == 1
+
+
+def test_importance_that_makes_no_sense_is_refused() -> None:
+    ones = torch.ones(2, 100)
+    for weights in ({}, {0: ones, 1: torch.ones(2, 99)}, {0: torch.ones(100)}):
+        with pytest.raises(ValueError, match="all of one shape"):
+            plot.plot_importance(weights)
+    for bad in (-ones, ones * float("nan"), ones * 0):
+        with pytest.raises(ValueError, match="finite, 0 or more, and not all 0"):
+            plot.plot_importance({0: bad})
+    with pytest.raises(ValueError, match="1 prompts of 90 tokens, the importance of one of 100"):
+        plot.plot_importance({0: ones}, mmflex.TokenLayout.text(90))
+    with pytest.raises(ValueError, match="marks 'needles' has token 100: there are 100"):
+        plot.plot_importance({0: ones}, marks={"needles": [100]})
+    with pytest.raises(ValueError, match="6 kinds of marks: give at most 5"):
+        plot.plot_importance({0: ones}, marks={str(i): [i] for i in range(6)})
 
 
 def test_recorded_plans_are_those_that_ran(plan: Plan) -> None:

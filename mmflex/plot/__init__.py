@@ -10,8 +10,8 @@ notebook theme.
     plot.plot_mask(plan, head=3).savefig("mask.png")
     plot.save_plan(plan, "plan.mmflex.npz")  # then: mmflex show plan.mmflex.npz
 
-One module per picture: `masks`, `orders`, `estimates`, `heads`, `recall`, `text`; `bands` and `style` are theirs in
-common, `html` is what notebooks show of a plan, `files` holds `save_plan` and `load_plan`.
+One module per picture: `masks`, `orders`, `estimates`, `heads`, `importance`, `recall`, `text`; `bands` and `style`
+are theirs in common, `html` is what notebooks show of a plan, `files` holds `save_plan` and `load_plan`.
 """
 
 from ..snapshot import family
@@ -19,6 +19,7 @@ from .estimates import plot_estimate
 from .files import load_plan, save_plan
 from .heads import plot_config, plot_heads
 from .html import layout_html, plan_html
+from .importance import plot_importance
 from .masks import plot_mask, plot_masks
 from .orders import plot_orders
 from .recall import attention_recall, plot_recall
@@ -38,6 +39,7 @@ __all__ = [
     "plot_config",
     "plot_estimate",
     "plot_heads",
+    "plot_importance",
     "plot_mask",
     "plot_masks",
     "plot_orders",

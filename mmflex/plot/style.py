@@ -92,7 +92,10 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
                 ground = Rectangle((-1, -1), 3, 3, transform=figure.transFigure, facecolor="white", zorder=-10)
                 ground.set_in_layout(False)
                 figure.add_artist(ground)
-            return figure
+            interactive = matplotlib.is_interactive()
+        # The first figure loads a notebook's backend, which turns this on: without it no later figure would be shown.
+        matplotlib.interactive(interactive)
+        return figure
 
     return in_style
 
