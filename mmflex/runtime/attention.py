@@ -255,6 +255,8 @@ def _decided(
     generation = constants.generation
     prices = constants.constants_for(q.device, runs.name, q.dtype, q.shape[3])
     auto = max(1, q.shape[0]) if backend == "auto" else 0
+    if not q.shape[0]:  # no prompts, and no kernel takes so few
+        runs = backends.BACKENDS["dense"]
     program, note = _program(patterns, layout, q.shape[2], k.shape[1], tile, runs, prices, auto)
     return _Call(runs, prices, generation, program, note, q.shape[3] ** -0.5 if scale is None else float(scale))
 

@@ -179,6 +179,9 @@ def fit_attend(samples: Sequence[Sample], start: Constants) -> Constants:
     return found
 
 
+SHORT = 256
+"""Tokens of a dense call that tells what a call costs by itself: where it breaks even with a sparse one."""
+
 PLAN = ("plan", "estimate", "token", "product", "planned", "slot", "entry")
 HOST = ("host", "host_estimate", "host_launch")
 
@@ -243,7 +246,7 @@ def calibrate(
     left: list[tuple[str, str]] = []
     dense = []
     with torch.no_grad():
-        for n in lengths:
+        for n in (SHORT, *lengths):
             say(f"dense, {n} tokens")
             dense.append(_dense(n, tensors(n), backend, settings))
         # The time budget is for the cases that say less; half of what is left after the first is for those held out.
