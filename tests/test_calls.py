@@ -6,6 +6,7 @@ import copy
 import pickle
 import unittest.mock
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from mask_builders import AShape, Dense, VerticalSlash
 from mmflex import TokenLayout
 from mmflex.compiler import constants
 from mmflex.plot.recorded import recorded
-from mmflex.runtime import steps
+from mmflex.runtime import backends, steps
 
 
 def make(heads: int = 4, kv_heads: int = 2, n: int = 96, dim: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,3 +160,30 @@ def test_calls_kept_for_a_layout_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
     for i in range(20):
         mmflex.attention(q, k, v, Dense(), layout=layout, scale=1.0 / (i + 1))
         assert 1 <= len(layout.memo["calls"]) <= 4
+
+
+def test_a_kernel_that_does_not_fit_is_made_without_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What masks look up is pipelined through shared memory. Once, and for no other error."""
+    made: list[int | None] = []
+    errors = ["No valid triton configs. OutOfMemoryError: out of resource", "something else"]
+
+    def compiled(function: Any, **options: Any) -> Any:
+        kept = function.__closure__[list(function.__code__.co_freevars).index("options")].cell_contents
+        made.append(kept.get("num_stages"))
+
+        def run(*args: Tensor) -> str:
+            if made[-1] is None:
+                raise RuntimeError(errors[0])
+            return "ran"
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    bucket = (torch.float32, torch.device("cpu"), (1, 2, 128, 64))
+    kernel = backends._kernel.__wrapped__("make = None", "triton", 128, 1.0, False, bucket)
+    assert [kernel(), kernel()] == ["ran", "ran"]
+    assert made == [None, 1]
+    errors.reverse()
+    kernel = backends._kernel.__wrapped__("make = None", "triton", 128, 1.0, False, bucket)
+    with pytest.raises(RuntimeError, match="something else"):
+        kernel()
