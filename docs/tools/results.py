@@ -196,14 +196,12 @@ def evaluation() -> str:
     for name, data in load("eval-*.json"):
         rows = data.get("rows", [])
         shares = sorted({(row["tokens"], row["target"]) for row in rows if row["target"] is not None})
-        lengths = sorted({row["tokens"] for row in rows})
+        columns = shares or [(n, None) for n in sorted({row["tokens"] for row in rows})]
+        head = [tokens(n) if share is None else f"{tokens(n)}, {share:.0%}" for n, share in columns]
         found = {(row["label"], row["tokens"], row["target"]): row for row in rows}
-        alone = not shares
-        head = [tokens(n) for n in lengths] if alone else [f"{tokens(n)}, {share:.0%}" for n, share in shares]
         lines = []
         for label in dict.fromkeys(row["label"] for row in rows):
-            cells = [found.get((label, n, share)) or found.get((label, n, None))
-                     for n, share in ([(n, None) for n in lengths] if alone else shares)]  # fmt: skip
+            cells = [found.get((label, n, share)) or found.get((label, n, None)) for n, share in columns]
             lines.append([label, *(_answers(cell) for cell in cells)])
         runs = data.get("runs") or [{}]
         asked = max((row["score"]["asked"] for row in rows), default=0)

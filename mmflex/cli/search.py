@@ -108,8 +108,9 @@ def search(
     try:
         limit = None if budget is None else Budget.parse(budget, shared=not per_head)
         table = None if candidates is None else _patterns(candidates)
-        options: dict[str, Any] = {"budget": limit, "candidates": table, "backend": backend, "rows": rows}
-        options["objective"] = objective
+        options: dict[str, Any] = {
+            "budget": limit, "candidates": table, "backend": backend, "rows": rows, "objective": objective
+        }  # fmt: skip
         where = _device(device)
         if qkv is not None:
             given, sample = _tensors(qkv, where), None

@@ -83,20 +83,28 @@ def blocks(launch: Launch, layout: TokenLayout, constants: Constants) -> float:
     return (attend_ms(expected, constants) + moving_ms(expected, constants)) / constants.full
 
 
+def estimates(program: Program) -> list[tuple[int, float | None]]:
+    """Of each estimate, its heads and the query-key products that it takes for one head and prompt (None: it does not
+    say)."""
+    found = []
+    for op, key in program.graph.nodes:
+        if op == "estimate":
+            estimator, scope = key
+            heads = sum(h >= 0 for h in program.graph.nodes[op, key]["heads"].heads)
+            scored = getattr(estimator, "scored", None)
+            view = View(program.layout, scope, program.queries, program.tile)
+            found.append((heads, None if scored is None else float(scored(view))))
+    return found
+
+
 def planning_steps(program: Program, batch: int) -> dict[str, float]:
     """What planning does, by the names of the constants: estimates with their tokens and products, launches, slots,
     table entries."""
     steps = dict.fromkeys(("plan", "estimate", "token", "product", "planned", "slot", "entry"), 0.0)
-    for op, key in program.graph.nodes:
-        if op == "estimate":
-            heads = sum(h >= 0 for h in program.graph.nodes[op, key]["heads"].heads)
-            steps["estimate"] += 1
-            steps["token"] += float(heads * program.layout.length * batch)
-            estimator, scope = key
-            scored = getattr(estimator, "scored", None)
-            if scored is not None:
-                view = View(program.layout, scope, program.queries, program.tile)
-                steps["product"] += float(heads * scored(view) * batch)
+    for heads, products in estimates(program):
+        steps["estimate"] += 1
+        steps["token"] += float(heads * program.layout.length * batch)
+        steps["product"] += heads * (products or 0.0) * batch
     for launch in program.launches:
         if launch.kind != "dense":
             passes = 8 if launch.kind == "classes" else 1  # sorting by residue takes several

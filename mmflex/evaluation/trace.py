@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..compiler.predict import estimates
 from ..integrations.masks import NAME
 from ..integrations.prefill import attention_forward
 from ..integrations.transformers import patched
 from ..ir.layout import TokenLayout
-from ..ir.pattern import Pattern, View, find
+from ..ir.pattern import Pattern, find
 from ..runtime.attention import Plan, plan
 from ..tuning.config import Config, Spec, per_layer
 
@@ -166,13 +167,7 @@ def estimated(made: Plan) -> float:
     """Products that a plan's estimates take, over those of dense attention (two for each causal pair: one with a key,
     one with a value), mean over heads. NaN where an estimator does not say."""
     program, layout = made.program, made.layout
-    products = 0.0
-    for op, key in program.graph.nodes:
-        if op == "estimate":
-            estimator, scope = key
-            heads = sum(h >= 0 for h in program.graph.nodes[op, key]["heads"].heads)
-            scored = getattr(estimator, "scored", lambda view: math.nan)
-            products += heads * scored(View(layout, scope, program.queries, program.tile))
+    products = sum(heads * (math.nan if each is None else each) for heads, each in estimates(program))
     causal = float((np.arange(layout.length - program.queries, layout.length) + 1.0).sum())
     return products / (2 * causal * program.heads)
 

@@ -11,6 +11,7 @@ import inspect
 import queue
 import threading
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from mmflex.tuning.probe import Layer, check_length
 
 from .prefill import _why_dense
 from .prompts import LayoutUnknown, token_layout
-from .transformers import Patch, patch, patched, unpatch
+from .transformers import Patch, patched
 
 
 class _Stop(Exception):
@@ -48,21 +49,23 @@ def capture(
         tokens are, training mode, or a sample too short or too long.
     """
     root: nn.Module = getattr(model, "_orig_mod", model)
-    check_model(root)
-    inputs = inputs_of(root, sample)
-    patch(root, {})
-    try:
-        yield from _Run(root, inputs, layout).layers()
-    finally:
-        unpatch(root)
+    with _observable(root):
+        yield from _Run(root, inputs_of(root, sample), layout).layers()
 
 
 def check_model(root: nn.Module) -> None:
     """ValueError, TypeError or NotImplementedError for a model that `capture` cannot run: training, patched, ..."""
+    with _observable(root):
+        pass
+
+
+@contextmanager
+def _observable(root: nn.Module) -> Iterator[None]:
+    """A model that keeps its own attention and shows what it is given."""
     if root.training:
         raise ValueError(f"{type(root).__name__} is in training mode: call model.eval()")
     with patched(root, {}):
-        pass
+        yield
 
 
 def tokens_of(sample: Any) -> int:

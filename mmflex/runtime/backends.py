@@ -305,14 +305,14 @@ _faster: dict[Any, Dense] = {}
 
 def _fastest(q: Tensor, k: Tensor, v: Tensor, scale: float, flash: bool) -> Dense:
     """The fastest dense kernel for tensors like these, tried once for each power of two of their length."""
-    n = k.shape[2]
+    n, usual = k.shape[2], _flash if flash else _sdpa
     if n > TRIED:
-        return _flash if flash else _sdpa
+        return usual
     like = [(*t.shape[:2], t.shape[2].bit_length(), t.shape[3], _in_memory(t)) for t in (q, k, v)]
     key = (q.device, q.dtype, q.shape[2] == n, flash, *like)
     if key not in _faster:
         if torch.cuda.is_current_stream_capturing():
-            return _flash if flash else _sdpa
+            return usual
         kernels = [_sdpa, *([_flash] if flash else []), *([_plain] if q.shape[2] == n else [])]
         _faster[key] = _tried(kernels, q, k, v, scale)
     return _faster[key]

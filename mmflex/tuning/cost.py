@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,19 +40,18 @@ def predict(planned: Plan | Program, constants: Constants | None = None, batch: 
 
 def counted(plan: Plan) -> dict[int, Work]:
     """Launch number -> what it does over the whole batch, from the block lists."""
-    out, lists = expected_work(plan.program, plan.shape[0][0]), iter(plan.block_masks)
+    out = expected_work(plan.program, plan.shape[0][0])
     for number, launch in enumerate(plan.program.launches):
-        if launch.kind == "dense":
-            continue
-        mask = next(lists)[1]
-        partial = mask.kv_num_blocks
-        full = torch.zeros_like(partial) if mask.full_kv_num_blocks is None else mask.full_kv_num_blocks
-        longest = int((full + partial).max()) if partial.numel() else 0
-        was = out[number]
-        out[number] = Work(
-            float(full.sum()), float(partial.sum()), was.looked_up, was.tiles, longest, was.moved, was.copies
-        )
+        if launch.kind != "dense":
+            out[number] = listed(out[number], plan.state.ready[number].lists)
     return out
+
+
+def listed(expected: Work, lists: backends.Lists) -> Work:
+    """The work of a launch with its blocks as they are listed, for what was expected."""
+    partial, _, full, _ = lists
+    longest = int((full + partial).max()) if partial.numel() else 0
+    return replace(expected, full=float(full.sum()), partial=float(partial.sum()), longest=longest)
 
 
 def program_of(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ..compiler.constants import constants_for
-from ..compiler.expected import Work, moved
 from ..compiler.plan import Program, build
-from ..compiler.predict import attend_ms, moving_ms
+from ..compiler.predict import attend_ms, expected_work, moving_ms
 from ..ir.layout import TokenLayout
 from ..ir.pattern import Pattern, find
 from ..runtime import backends, steps
 from ..runtime.kernels.lists import listed_eagerly
+from .cost import listed
 from .probe import Layer
 
 _STEADY = 0.2
@@ -38,19 +38,18 @@ def price(state: steps.State) -> Price:
     constants, layout = program.constants, program.layout
     ms, pairs = np.zeros((2, program.heads))
     causal = float((layout.position[0, layout.length - program.queries :] + 1.0).clip(min=0).sum())
+    expected = expected_work(program, 1)
     for number, launch in enumerate(program.launches):
         heads = np.array(launch.heads.heads)
-        own, copied = heads >= 0, moved(launch, program.heads)
+        own = heads >= 0
         if launch.kind == "dense":
             tiles = -(-program.queries // tile)
             each, blocks = np.full(len(heads), causal), tiles * (tiles + 1) / 2
-            work = Work(dense=blocks * own.sum(), moved=copied, copies=copied > 0)
+            work = replace(expected[number], dense=blocks * own.sum())
         else:
-            partial, _, full, _ = state.ready[number].lists
-            listed = (partial + full)[0].cpu().numpy()  # [H, query tiles]
-            counts = (float(full[0].sum()), float(partial[0].sum()), not launch.compare, float(listed.size))
-            work = Work(*counts, float(listed.max(initial=0)), copied, copied > 0)
-            each = listed.sum(-1) * float(tile * tile)
+            lists = state.ready[number].lists
+            work = listed(expected[number], lists)
+            each = (lists[0] + lists[2])[0].sum(-1).cpu().numpy() * float(tile * tile)
         total = attend_ms(work, constants, tile) + moving_ms(work, constants, tile)
         share = each[own] / each[own].sum() if each[own].any() else 1.0 / own.sum()
         ms[heads[own]] += total * share

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..compiler.blocks import Values
 from ..compiler.orders import Order
+from ..compiler.plan import names_of
 from ..ir import expr as x
 from ..ir.layout import TokenLayout
 from ..ir.pattern import Pattern, Scope, Tokens, View, find
@@ -192,8 +193,7 @@ class Probe:
         weights, v, keys = self._sides[key]
         layer = self.layer
         layer.select(denoted.leaves)
-        names = {str(a.args[-2]) for a in denoted.expr.atoms(*x.SETS)} | {str(n) for n in denoted.expr.atoms(x.Number)}
-        found = {name: layer.found[name][:, self.heads] for name in names}
+        found = {name: layer.found[name][:, self.heads] for name in names_of(denoted.expr)}
         values = _Sampled(layer.layout, self._rows, keys, found, layer.q.device, tile=layer.tile)
         mask = values.of(denoted.expr)[0]
         return self._times(weights * mask, v)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -181,23 +180,19 @@ class _Heads:
             self.weight = np.sum([_host(p.weight) for p in self.probes], axis=0)
         self.kept: dict[tuple[int, int], list[Kept | None]] = {}
         table = search.table
-        whole = [self._measured(table, table, [p.keep for p in self.probes])]
-        self.whole = whole[0]
+        self.whole = self._measured(table, table, self.probes)
         self.by_query: list[_Table] = []
         self.by_pair: dict[tuple[int, int], _Table] = {}
         if several:
             parts = (*(p for p in table if not table_.is_boundary(p)), find("Dense")())
             for i, a in enumerate(modalities):
                 own = tuple(p.on(query=a) for p in parts)
-                self.by_query.append(self._measured(parts, own, [self.probes[i].keep], i))
+                self.by_query.append(self._measured(parts, own, self.probes[i : i + 1]))
                 for b in modalities:
                     own = tuple(p.on(query=a, key=b) for p in parts)
                     self.by_pair[a, b] = self._paired(parts, own, i, b)
 
-    def _measured(
-        self, patterns: tuple[Pattern, ...], scoped: tuple[Pattern, ...], keep: Any, only: int | None = None
-    ) -> _Table:
-        probes = self.probes if only is None else [self.probes[only]]
+    def _measured(self, patterns: tuple[Pattern, ...], scoped: tuple[Pattern, ...], probes: Sequence[Probe]) -> _Table:
         found: list[list[tuple[Tensor, Tensor]] | None] = []
         for pattern in scoped:
             denoted = self.search._denote(pattern, self.layer)
