@@ -19,7 +19,7 @@ from mmflex.runtime.kernels.mass import SPAN, block_diagonals, last_mass
 from mmflex.runtime.kernels.rows import take_rows
 from mmflex.runtime.kernels.select import heaviest
 
-__all__ = ["LastMass", "LastQueries", "Pooled", "PooledBlocks", "comb_excess", "heaviest", "likely_strides"]
+__all__ = ["LastMass", "LastQueries", "Pooled", "PooledBlocks", "comb_excess", "combed", "heaviest", "likely_strides"]
 
 _CHUNK = 1 << 27
 """Scores held at a time, in elements: bounds the memory of an estimate at any length."""
@@ -256,6 +256,15 @@ def _on(array: np.ndarray, device: torch.device) -> Tensor:
 @lru_cache(maxsize=8)
 def _ramp(n: int, device: torch.device) -> Tensor:
     return torch.arange(n, device=device)
+
+
+def combed(mass: Tensor, stride: int, first: int, last: int) -> Tensor:
+    """[B, H, stride]: mass [B, H, n] of the places from ``first`` to before ``last`` on each comb ``phase, phase +
+    stride, ...`` (`comb_excess` for one stride, with the even share left in)."""
+    inside = mass[..., first : max(first, last)]
+    before, periods = first % stride, 1 + (first % stride + inside.shape[-1]) // stride
+    after = periods * stride - before - inside.shape[-1]
+    return torch.nn.functional.pad(inside, (before, after)).unflatten(-1, (-1, stride)).sum(-2)
 
 
 def comb_excess(mass: Tensor, strides: Tensor, widest: int) -> Tensor:

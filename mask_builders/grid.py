@@ -13,7 +13,7 @@ from sympy.logic.boolalg import Boolean
 from mmflex.ir import expr as x
 from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
 
-from .estimate import LastMass, LastQueries, comb_excess, likely_strides
+from .estimate import LastMass, LastQueries, comb_excess, combed, likely_strides
 
 _TRIED = 8
 """Strides that a search looks at closely."""
@@ -80,10 +80,15 @@ class Grid(Pattern):
     def select(self, estimate: LastMass, view: View) -> Mapping[str, torch.Tensor]:
         if self.estimator() is None:
             return {}
+        first, last = self.sink, view.size - self.local - self.last_q
+        if self.stride != "search" and view.layout.batch_size == 1:
+            stride = self._stride(view.frame_stride)
+            phase = combed(estimate.vertical, stride, first, last).argmax(-1).int()
+            return {"stride": torch.full_like(phase, stride), "phase": phase}
         device = estimate.vertical.device
         place = torch.arange(view.size, device=device)
         end = view.counts(device)[:, None, None] - self.local - self.last_q
-        vertical = estimate.vertical * ((place >= self.sink) & (place < end))
+        vertical = estimate.vertical * ((place >= first) & (place < end))
         diagonal = None if estimate.diagonal is None else estimate.diagonal * (place >= self.local)
         batch, heads, _ = vertical.shape
         if self.stride == "search":
@@ -101,7 +106,7 @@ class Grid(Pattern):
         if diagonal is not None:
             score = score + comb_excess(diagonal, strides, widest)[..., 0]
         best = score.argmax(-1, keepdim=True)
-        return {"stride": strides.gather(-1, best)[..., 0], "phase": phases.gather(-1, best)[..., 0]}
+        return {"stride": strides.gather(-1, best)[..., 0].int(), "phase": phases.gather(-1, best)[..., 0].int()}
 
     def mask(self, t: Tokens) -> Boolean:
         if self.stride == "search":

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...compiler.orders import BIG
 from . import use_triton
-from .select import gathered
+from .select import count_true, gathered
 
 try:
     import triton
@@ -19,13 +19,6 @@ _BLOCK = 4096
 """Key slots that one program goes through."""
 
 if triton is not None:
-
-    @triton.jit
-    def _count(chosen, counts, n, BLOCK: tl.constexpr):
-        row = tl.program_id(1).to(tl.int64)
-        slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        true = tl.load(chosen + row * n + slot, mask=slot < n, other=0) != 0
-        tl.store(counts + row * tl.num_programs(0) + tl.program_id(0), tl.sum(true.to(tl.int32), 0))
 
     @triton.jit
     def _fill(
@@ -100,10 +93,9 @@ def fill_sections(
         chosen = chosen.contiguous()
         block = min(_BLOCK, triton.next_power_of_2(n))
         grid = (triton.cdiv(n, block), batch * heads)
-        counts = torch.empty((batch, heads, grid[0]), dtype=torch.int32, device=chosen.device)
+        counts = count_true(chosen, block)
         low = torch.empty((batch, heads, n // tile), dtype=torch.int32, device=chosen.device)
         high = torch.empty_like(low)
-        _count[grid](chosen, counts, n, BLOCK=block)
         _fill[grid](
             chosen, counts, position, position.stride(0), end if end is not None else position,
             0 if end is None else end.stride(0), position if token is None else token,

@@ -37,8 +37,9 @@ if triton is not None:
         key = _key(mass, always, row, at, n, FORCED)
         shift: tl.constexpr = 24 - 8 * DIGIT
         same = (at < n) & ((key >> shift >> 8) == prefix)
-        histogram = tl.histogram((key >> shift) & 255, 256, mask=same)
-        tl.atomic_add(histograms + (row * 4 + DIGIT) * 256 + tl.arange(0, 256), histogram, mask=histogram > 0)
+        if tl.max(same.to(tl.int32), 0) > 0:
+            histogram = tl.histogram((key >> shift) & 255, 256, mask=same)
+            tl.atomic_add(histograms + (row * 4 + DIGIT) * 256 + tl.arange(0, 256), histogram, mask=histogram > 0)
 
     @triton.jit
     def _equals(mass, always, histograms, equals, n, budget, BLOCK: tl.constexpr, FORCED: tl.constexpr):
@@ -92,22 +93,43 @@ if triton is not None:
         return key
 
     @triton.jit
-    def _indices(chosen, index, count, n, capacity, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
-        """One row: indices of the true entries, ascending; the rest repeats the last."""
-        row = tl.program_id(0).to(tl.int64)
-        found, last = 0, 0
-        for chunk in range(CHUNKS):
-            at = chunk * BLOCK + tl.arange(0, BLOCK)
-            true = tl.load(chosen + row * n + at, mask=at < n, other=0) != 0
-            slot = found + tl.cumsum(true.to(tl.int32), 0) - 1
-            tl.store(index + row * capacity + slot, at.to(tl.int64), mask=true & (slot < capacity))
-            last = tl.maximum(last, tl.max(tl.where(true & (slot < capacity), at, 0), 0))
-            found += tl.sum(true.to(tl.int32), 0)
-        tl.store(count + row, found)
-        for chunk in range(CHUNKS):
-            slot = chunk * BLOCK + tl.arange(0, BLOCK)
-            rest = (slot >= found) & (slot < capacity)
-            tl.store(index + row * capacity + slot, tl.zeros([BLOCK], tl.int64) + last, mask=rest)
+    def _count_true(chosen, counts, n, BLOCK: tl.constexpr):
+        """How many entries of a stretch of a row are true."""
+        row = tl.program_id(1).to(tl.int64)
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        true = tl.load(chosen + row * n + at, mask=at < n, other=0) != 0
+        tl.store(counts + row * tl.num_programs(0) + tl.program_id(0), tl.sum(true.to(tl.int32), 0))
+
+    @triton.jit
+    def _indices(
+        chosen, counts, index, count, n, capacity, BLOCK: tl.constexpr, MANY: tl.constexpr, REST: tl.constexpr
+    ):  # fmt: skip
+        """One stretch of a row: indices of its true entries; the rest of the row repeats the last of all."""
+        chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        other = tl.arange(0, MANY)
+        found = tl.load(counts + row * tl.num_programs(0) + other, mask=other < tl.num_programs(0), other=0)
+        before, total = tl.sum(tl.where(other < chunk, found, 0), 0), tl.sum(found, 0)
+        at = chunk * BLOCK + tl.arange(0, BLOCK)
+        true = tl.load(chosen + row * n + at, mask=at < n, other=0) != 0
+        slot = before + tl.cumsum(true.to(tl.int32), 0) - 1
+        tl.store(index + row * capacity + slot, at.to(tl.int64), mask=true & (slot < capacity))
+        if chunk == tl.max(tl.where(found > 0, other, 0), 0):  # where the last one is; the first, if there is none
+            last = tl.max(tl.where(true, at, 0), 0)
+            for piece in range(REST):
+                slot = piece * BLOCK + tl.arange(0, BLOCK)
+                rest = (slot >= total) & (slot < capacity)
+                tl.store(index + row * capacity + slot, tl.zeros([BLOCK], tl.int64) + last, mask=rest)
+            tl.store(count + row, total)
+
+
+def count_true(chosen: Tensor, block: int) -> Tensor:
+    """int32 [..., stretches]: true entries of each stretch of ``block`` entries of bool ``chosen`` [..., n], contiguous
+    and on a device with Triton."""
+    assert triton is not None
+    n = chosen.shape[-1]
+    counts = torch.empty((*chosen.shape[:-1], triton.cdiv(n, block)), dtype=torch.int32, device=chosen.device)
+    _count_true[(counts.shape[-1], counts.numel() // counts.shape[-1])](chosen, counts, n, BLOCK=block)
+    return counts
 
 
 def _key_twin(mass: Tensor) -> Tensor:
@@ -165,11 +187,15 @@ def gathered(chosen: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     if use_triton(chosen):
         assert triton is not None
         chosen = chosen.contiguous()
+        block = min(4096, max(256, triton.next_power_of_2(n)))
+        counts = count_true(chosen, block)
         index = torch.empty((*chosen.shape[:-1], capacity), dtype=torch.int64, device=chosen.device)
         count = torch.empty(chosen.shape[:-1], dtype=torch.int64, device=chosen.device)
-        block = min(4096, max(256, triton.next_power_of_2(n)))
-        chunks = triton.cdiv(max(n, capacity), block)
-        _indices[(count.numel(),)](chosen, index, count, n, capacity, BLOCK=block, CHUNKS=chunks, num_warps=8)
+        grid = (counts.shape[-1], count.numel())
+        _indices[grid](
+            chosen, counts, index, count, n, capacity, BLOCK=block, MANY=triton.next_power_of_2(grid[0]),
+            REST=triton.cdiv(capacity, block),
+        )  # fmt: skip
         return index, count
     place = chosen.cumsum(-1) - 1
     index = torch.zeros((*chosen.shape[:-1], capacity + 1), dtype=torch.int64, device=chosen.device)
