@@ -357,11 +357,13 @@ def _table(count: torch.Tensor, index: torch.Tensor, tiles: int) -> np.ndarray:
     return out
 
 
-def _limit(mask_mod: Any) -> torch.Tensor:
-    """int32 [B, H, KV]: the least row that sees each key slot, as the mask_mod captures it."""
+def _limit(mask_mod: Any, b: int, h: int) -> np.ndarray | None:
+    """int32 [KV]: the least row that sees each key slot, as the mask_mod captures it; None where it is the slot."""
     names = mask_mod.source.split("(", 1)[1].split(")", 1)[0].replace(" ", "").split(",")
+    if "limit" not in names:
+        return None
     limit = mask_mod.captures[names.index("limit")]
-    return limit[None] if limit.dim() == 2 else limit
+    return (limit if limit.dim() == 2 else limit[b])[h].numpy()
 
 
 def launch_cover(plan: mmflex.Plan) -> Iterator[Cover]:
@@ -388,7 +390,7 @@ def launch_cover(plan: mmflex.Plan) -> Iterator[Cover]:
                     rows = np.where(there, ready.row_index[b, i].numpy(), -1)
                 keys = np.full(key_slots, -1, np.int64)
                 keys[: launch.keys.slots] = launch.keys.index[min(b, len(launch.keys.index) - 1)]
-                limit = _limit(ready.mask_mod)[b, i].numpy()
+                limit = _limit(ready.mask_mod, b, i)
                 if ready.key_index is not None:
                     keys = np.where(limit < NO_KEY, ready.key_index[b, i].numpy(), -1)
                 if head in launch.table_slot:

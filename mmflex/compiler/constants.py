@@ -89,6 +89,16 @@ class Constants:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be more than 0; calibrate again")
 
     @property
+    def any_length(self) -> bool:
+        """Whether tokens need not fill whole tiles (of launches whose masks are comparisons)."""
+        return self.backend == "flash"
+
+    @property
+    def beside(self) -> bool:
+        """Whether the device runs launches beside each other."""
+        return self.backend in ("flash", "triton")
+
+    @property
     def key(self) -> tuple[str, ...]:
         """What a record is filed under."""
         return (self.device, self.torch, self.backend, self.dtype, str(self.head_dim))

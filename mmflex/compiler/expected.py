@@ -45,18 +45,20 @@ class Work:
     dense: float = 0.0
 
 
-def work(launch: Launch, layout: TokenLayout, heads: int | None = None) -> Work:
-    """The expected work of a launch for one prompt of a batch; ``heads``: of the layer (None: as if all were here)."""
+def work(launch: Launch, layout: TokenLayout, heads: int | None = None, any_length: bool = False) -> Work:
+    """The expected work of a launch for one prompt of a batch; ``heads``: of the layer (None: as if all were here).
+    ``any_length``: tokens need not fill whole tiles."""
     tiles = cost.Tiles.between(layout, launch.rows, launch.keys)
     if launch.kind == "dense":
         own = sum(h >= 0 for h in launch.heads.heads)
         blocks = float(cost.causal(tiles).sum() / max(1, layout.batch_size)) * own
-        return Work(dense=blocks, moved=moved(launch, heads), copies=moved(launch, heads) > 0)
+        copied = moved(launch, layout, heads)
+        return Work(dense=blocks, moved=copied, copies=copied > 0)
     full = partial = longest = 0.0
     for part in launch.parts:
         sure, rest, most = _counts(launch.kind, part, tiles)
         full, partial, longest = full + sure * len(part.heads), partial + rest * len(part.heads), max(longest, most)
-    copied = moved(launch, heads)
+    copied = moved(launch, layout, heads, any_length)
     rows = launch.row_slots // launch.rows.tile * len(launch.heads.heads)
     return Work(full, partial, not launch.compare, rows, longest, copied, copied > 0)
 
@@ -73,9 +75,10 @@ def _counts(kind: str, part: Part, tiles: cost.Tiles) -> tuple[float, float, flo
     return held["_counts"]
 
 
-def moved(launch: Launch, heads: int | None = None) -> float:
+def moved(launch: Launch, layout: TokenLayout, heads: int | None = None, any_length: bool = False) -> float:
     """Tiles of rows that a launch copies: queries in, keys and values, output back (read and written once each).
     ``heads``: of the layer; a launch of some of them picks its rows out."""
+    any_length = any_length and launch.compare
     whole = heads is None or launch.heads.all(heads)
     tile, own = launch.rows.tile, len(launch.heads.heads)
     rows, keys = launch.row_slots // tile, launch.key_slots // tile
@@ -84,9 +87,9 @@ def moved(launch: Launch, heads: int | None = None) -> float:
     if launch.kind == "rows":
         return 2.0 * own * rows + (0 if whole else 2 * len(launch.heads.kv_heads) * keys)
     out = 0.0
-    if not (whole and launch.rows.identity):
+    if not (whole and launch.rows.stays(layout, any_length)):
         out += 2.0 * own * rows
-    if launch.section or not launch.keys.identity or not whole:
+    if launch.section or not launch.keys.stays(layout, any_length) or not whole:
         out += 2.0 * len(launch.heads.kv_heads) * keys
     return out
 

@@ -66,6 +66,10 @@ class Order:
         """Slot i holds the token at position i, for all tokens."""
         return self.label == "natural" and not self.origin and not layout.padded
 
+    def stays(self, layout: TokenLayout, any_length: bool) -> bool:
+        """Whether tokens are used as they stand: each is in its slot, and they fill all slots, or need not."""
+        return self.identity or (any_length and self.in_place(layout))
+
     @cached_property
     def filled(self) -> np.ndarray:
         """The index, empty slots given the nearest token before (or after), so that they widen no block's bounds."""

@@ -83,6 +83,9 @@ class Part:
 
 Kind = Literal["main", "rows", "classes", "dense"]
 
+BESIDE = 1 << 15
+"""Keys from which on work runs beside other work: the host takes longer to arrange less."""
+
 
 @dataclass(frozen=True, eq=False)
 class Launch:
@@ -140,6 +143,11 @@ class Launch:
         """Head -> its section among those of all KV heads."""
         place, group = self.heads.place, self.heads.group
         return {h: place[h] // group * self.sections + slot for h, slot in self.section_slot.items()}
+
+    def beside(self, length: int) -> bool:
+        """Whether it runs beside the others, on a device that can, for that many keys: few queries that see much leave
+        most of a device idle."""
+        return self.kind == "rows" and length >= BESIDE
 
     @property
     def key_slots(self) -> int:

@@ -59,8 +59,9 @@ class Prediction:
         return self.attend_ms + self.dense_ms + self.moving_ms + self.planning_ms + self.waiting_ms
 
 
-def attend_ms(work: Work, constants: Constants, tile: int = 128) -> float:
-    """A launch's kernel: all its tiles spread over the device, or its longest query tile where that takes longer."""
+def attend_ms(work: Work, constants: Constants, tile: int = 128, beside: bool = False) -> float:
+    """A launch's kernel: all its tiles spread over the device, or its longest query tile where that takes longer and
+    nothing runs beside it."""
     if work.dense:
         return constants.dense_call + constants.dense * work.dense * (tile / 128) ** 2
     full, partial = constants.full, constants.partial
@@ -69,7 +70,7 @@ def attend_ms(work: Work, constants: Constants, tile: int = 128) -> float:
     unit = (tile / 128) ** 2
     spread = unit * (work.full * full + work.partial * partial) + work.tiles * constants.tile
     alone = constants.lanes * (unit * work.longest * full + constants.tile) if work.tiles else 0.0
-    return max(spread, alone) + constants.launch
+    return (spread if beside else max(spread, alone)) + constants.launch
 
 
 def moving_ms(work: Work, constants: Constants, tile: int = 128) -> float:
@@ -79,8 +80,11 @@ def moving_ms(work: Work, constants: Constants, tile: int = 128) -> float:
 
 def blocks(launch: Launch, layout: TokenLayout, constants: Constants) -> float:
     """A launch's expected cost for one prompt in full blocks, planning left out: what orders are weighed by."""
-    expected = work(launch, layout)
-    return (attend_ms(expected, constants) + moving_ms(expected, constants)) / constants.full
+    expected = work(launch, layout, any_length=constants.any_length)
+    return (
+        attend_ms(expected, constants, beside=constants.beside and launch.beside(layout.length))
+        + moving_ms(expected, constants)
+    ) / constants.full
 
 
 def estimates(program: Program) -> list[tuple[int, float | None]]:
@@ -134,13 +138,16 @@ def least_ms(constants: Constants) -> float:
     return max(constants.plan + constants.planned + constants.launch, constants.host + constants.host_launch)
 
 
-def expected_work(program: Program, batch: int) -> dict[int, Work]:
-    """Launch number -> what it is expected to do for a batch (cached with the program)."""
-    if "work" not in program.memo:
-        program.memo["work"] = {
-            i: work(launch, program.layout, program.heads) for i, launch in enumerate(program.launches)
+def expected_work(program: Program, batch: int, any_length: bool | None = None) -> dict[int, Work]:
+    """Launch number -> what it is expected to do for a batch (cached with the program). ``any_length``: tokens need not
+    fill whole tiles; as the program's constants say, if None."""
+    any_length = program.constants.any_length if any_length is None else any_length
+    key = ("work", any_length)
+    if key not in program.memo:
+        program.memo[key] = {
+            i: work(launch, program.layout, program.heads, any_length) for i, launch in enumerate(program.launches)
         }
-    return {number: times(one, batch) for number, one in program.memo["work"].items()}
+    return {number: times(one, batch) for number, one in program.memo[key].items()}
 
 
 def times(work: Work, batch: int) -> Work:
@@ -162,14 +169,17 @@ def predict(
         counted: launch number -> its work over the batch, where a plan's block lists are known.
     """
     constants = program.constants if constants is None else constants
-    launches, dense, attend = [], 0.0, 0.0
-    for number, done in sorted((counted or expected_work(program, batch)).items()):
+    launches, dense, attend, longest = [], 0.0, 0.0, 0.0
+    for number, done in sorted((counted or expected_work(program, batch, constants.any_length)).items()):
         launch = program.launches[number]
-        ms = attend_ms(done, constants, program.tile)
+        beside = constants.beside and launch.beside(program.layout.length)
+        ms = attend_ms(done, constants, program.tile, beside)
+        longest = max(longest, attend_ms(done, constants, program.tile) if beside else 0.0)
         dense += ms if launch.kind == "dense" else 0.0
         attend += 0.0 if launch.kind == "dense" else ms
         moving = moving_ms(done, constants, program.tile)
         launches.append(LaunchPrediction(launch.label, launch.kind, done, ms, moving))
+    attend = max(attend, longest)  # what runs beside the rest takes its time as well
     moving = float(np.sum([one.moving_ms for one in launches]))
     planning = sum(getattr(constants, name) * n for name, n in planning_steps(program, batch).items())
     waiting = max(0.0, host_ms(program, constants) - planning - attend - moving - dense)

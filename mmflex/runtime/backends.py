@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
 
 from . import reference
-from .masks import MaskMod, _maker
+from .masks import MaskMod, _maker, in_strips
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 """kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices: int32 [B, H, NQ] and [B, H, NQ, W], both W equal (up
@@ -35,6 +33,7 @@ class Backend:
     Attributes:
         lse: returns log-sum-exp, so launches can be merged.
         full_width: wants index tables as wide as there are key blocks.
+        any_length: takes queries and keys that do not fill whole tiles, where masks are comparisons.
         why_not: device -> the reason why it cannot run there, or None.
     """
 
@@ -42,6 +41,7 @@ class Backend:
     lse: bool
     full_width: bool
     why_not: Callable[[torch.device, int, torch.dtype], str | None]
+    any_length: bool = False
 
 
 def _not_on_cpu(device: torch.device, dim: int, dtype: torch.dtype) -> str | None:
@@ -85,7 +85,7 @@ def _flash_missing() -> str | None:
 BACKENDS = {
     b.name: b
     for b in (
-        Backend("flash", True, False, _not_flash),
+        Backend("flash", True, False, _not_flash, any_length=True),
         Backend("triton", True, False, _not_triton),
         Backend("cpu", False, True, _not_on_cpu),
         Backend("dense", True, False, lambda device, dim, dtype: None),
@@ -145,16 +145,60 @@ def attend(
     width = v.shape[-1]
     if any(t.shape[-1] != _head_dim(t.shape[-1]) for t in (q, v)):  # zeros add nothing to a score
         q, k, v = (torch.nn.functional.pad(t, (0, _head_dim(t.shape[-1]) - t.shape[-1])) for t in (q, k, v))
-    kernel = _kernel(mask_mod.source, name, tile, scale, lse, _bucket(name, q, k, v, lists))
-    out, sums = kernel(q, k, v, *lists, *mask_mod.captures)
+    lists = _cut(lists, -(-q.shape[2] // tile), -(-k.shape[2] // tile))
+    strips = name == "flash" and q.shape[0] == 1 and mask_mod.by_slot and _strips(q.shape[2], tile)
+    if strips:
+        q, k, v, mask_mod, lists = _in_strips(q, k, v, mask_mod, lists, tile)
+    kernel = _kernel(mask_mod.source, name, tile, scale, lse, _bucket(name, q, k, v, lists, strips))
+    with torch.no_grad():  # one more way to compile it, else
+        out, sums = kernel(q, k, v, *lists, *mask_mod.captures)
+    if strips:
+        out, sums = _joined(out), None if sums is None else _joined(sums)
     return out[..., :width], sums
 
 
-def _bucket(backend: str, *tensors: Any) -> Any:
+def _cut(lists: Lists, rows: int, keys: int) -> Lists:
+    """Lists without the tiles that hold no token, of q and k that are given as they stand."""
+    num, index, full_num, full_index = lists
+    if rows == num.shape[2] and keys >= index.shape[3]:
+        return lists
+    return num[:, :, :rows], index[:, :, :rows, :keys], full_num[:, :, :rows], full_index[:, :, :rows, :keys]
+
+
+STRIP = 16
+"""Query tiles of a strip."""
+
+
+def _strips(queries: int, tile: int) -> bool:
+    """Whether queries are dealt out in strips: where the keys of a head are more than a cache holds, and strips fit."""
+    return queries >= 1024 * tile and queries % (STRIP * tile) == 0
+
+
+def _in_strips(
+    q: Tensor, k: Tensor, v: Tensor, mask_mod: MaskMod, lists: Lists, tile: int
+) -> tuple[Tensor, Tensor, Tensor, MaskMod, Lists]:
+    """A launch of one prompt as one of many, each with a strip of its queries and the same keys: all are views.
+
+    flash-attn-4 goes through the query tiles of a head, then the heads, then the prompts. Whole heads one after another
+    read keys from memory seven times that their group shares; strips find them in the cache.
+    """
+    size, count = STRIP * tile, q.shape[2] // (STRIP * tile)
+    num, index, full_num, full_index = (t[0].unflatten(1, (count, STRIP)).transpose(0, 1) for t in lists)
+    k, v = (t.expand(count, -1, -1, -1) for t in (k, v))
+    strips = q[0].unflatten(1, (count, size)).transpose(0, 1)
+    return strips, k, v, in_strips(mask_mod, size), (num, index, full_num, full_index)
+
+
+def _joined(t: Tensor) -> Tensor:
+    """[1, H, Q, ...]: strips [strips, H, size, ...] as one prompt again."""
+    return t.transpose(0, 1).flatten(1, 2)[None]
+
+
+def _bucket(backend: str, q: Tensor, k: Tensor, v: Tensor, lists: Lists, strips: bool) -> Any:
     """What a kernel is compiled for: static shapes. Flash is compiled with dynamic lengths and loses no speed by it."""
-    q, k, v, lists = tensors
-    shapes = (q.shape, k.shape, v.shape, lists[1].shape, q.stride(), k.stride(), v.stride())
-    return (q.dtype, q.device, *(shapes if backend != "flash" else (q.shape[:2], k.shape[1], q.shape[3], v.shape[3])))
+    if backend == "flash":
+        return (q.dtype, q.device, "strips" if strips else q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3])
+    return (q.dtype, q.device, q.shape, k.shape, v.shape, lists[1].shape, q.stride(), k.stride(), v.stride())
 
 
 def _head_dim(dim: int) -> int:
@@ -204,27 +248,28 @@ def _kernel(source: str, backend: str, tile: int, scale: float, lse: bool, bucke
         return (out[0], out[1].lse) if lse else (out, None)
 
     def compiled() -> Callable[..., Any]:
-        # Dynamo counts recompiles per code object: each kernel gets its own, so that no limit is ever met.
+        # Dynamo counts recompiles per code object: each kernel gets its own limit.
         code = run.__code__.replace(co_name=f"mmflex_attend_{compiles}", co_firstlineno=compiles)
         own = types.FunctionType(code, run.__globals__, code.co_name, run.__defaults__, run.__closure__)
         return torch.compile(own, dynamic=None if backend == "flash" else False, fullgraph=True)
 
-    if backend != "triton":
-        return compiled()
     held = [compiled()]
 
     def attempt(*args: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What a mask looks up is pipelined through shared memory too, and may not fit: then without a pipeline."""
+        """What a mask looks up is pipelined through shared memory too, and may not fit: then without a pipeline. A
+        kernel that was compiled in too many ways (lengths, strides, inference mode) is begun anew."""
         global compiles
         try:
             return held[0](*args)
+        except FailOnRecompileLimitHit:
+            pass
         except RuntimeError as error:
             if "No valid triton configs" not in str(error) or options.get("num_stages") == 1:
                 raise
             options["num_stages"] = 1
-            compiles += 1
-            held[0] = compiled()
-            return held[0](*args)
+        compiles += 1
+        held[0] = compiled()
+        return held[0](*args)
 
     return attempt
 
@@ -234,134 +279,3 @@ def block_mask(mask_mod: MaskMod, lists: Lists, tile: int, queries: int, keys: i
     return BlockMask.from_kv_blocks(
         *lists, BLOCK_SIZE=tile, mask_mod=mask_mod, seq_lengths=(queries, keys), compute_q_blocks=False
     )
-
-
-_FASTEST_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
-
-def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, lse: bool, backend: str = "dense"
-) -> tuple[Tensor, Tensor | None]:
-    """Causal attention, the last M of N positions: q [B, H, M, D], k and v [B, Hkv, N, D]. Without padding. By the
-    fastest kernel there is: of SDPA, and beside the flash backend flash-attn-4."""
-    if not lse:
-        return dense_kernel(q, k, v, scale, backend)(q, k, v, scale), None
-    m, n = q.shape[2], k.shape[2]
-    if q.device.type == "cuda" and m == n and q.dtype in (torch.bfloat16, torch.float16):
-        group = q.shape[1] // k.shape[1]
-        kr, vr = (t.repeat_interleave(group, 1) if group > 1 else t for t in (k, v))
-        found = torch.ops.aten._scaled_dot_product_flash_attention(q, kr, vr, 0.0, True, scale=scale)
-        return found[0], found[1]
-    seen = torch.arange(n, device=q.device) <= torch.arange(n - m, n, device=q.device)[:, None]
-    return reference.softmax_attention(q, k, v, seen.expand(*q.shape[:2], m, n), scale)
-
-
-Dense = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-
-
-def dense_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Dense:
-    """What `dense_attention` runs for tensors like these."""
-    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
-        return _fastest(q, k, v, scale, backend == "flash")
-    return _plain if q.shape[2] == k.shape[2] else _rows_of_sdpa
-
-
-def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The kernel that PyTorch itself picks, for M = N."""
-    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    m, n = q.shape[2], k.shape[2]
-    with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
-        bias = None if m == n else causal_lower_right(m, n)
-        gqa = q.shape[1] != k.shape[1]
-        return scaled_dot_product_attention(q, k, v, bias, is_causal=m == n, scale=scale, enable_gqa=gqa)
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    found = _flash_attention()(*(t.transpose(1, 2) for t in (q, k, v)), softmax_scale=scale, causal=True)
-    return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
-
-
-@lru_cache(maxsize=1)
-def _flash_attention() -> Callable[..., Any]:
-    from flash_attn.cute import flash_attn_func
-
-    return flash_attn_func
-
-
-TRIED = 1 << 15
-"""Keys up to which the dense kernels are tried against each other: they differ by a few per cent, now one way and now
-the other, and on short prompts by what the host does. Beyond, flash-attn-4 is the fastest, and a trial takes long."""
-
-_faster: dict[Any, Dense] = {}
-
-
-def _fastest(q: Tensor, k: Tensor, v: Tensor, scale: float, flash: bool) -> Dense:
-    """The fastest dense kernel for tensors like these, tried once for each power of two of their length."""
-    n, usual = k.shape[2], _flash if flash else _sdpa
-    if n > TRIED:
-        return usual
-    like = [(*t.shape[:2], t.shape[2].bit_length(), t.shape[3], _in_memory(t)) for t in (q, k, v)]
-    key = (q.device, q.dtype, q.shape[2] == n, flash, *like)
-    if key not in _faster:
-        if torch.cuda.is_current_stream_capturing():
-            return usual
-        kernels = [_sdpa, *([_flash] if flash else []), *([_plain] if q.shape[2] == n else [])]
-        _faster[key] = _tried(kernels, q, k, v, scale)
-    return _faster[key]
-
-
-def _in_memory(t: Tensor) -> str:
-    """Whether heads or tokens come first in memory."""
-    return "heads" if t.is_contiguous() else "tokens" if t.transpose(1, 2).is_contiguous() else "neither"
-
-
-def _tried(kernels: Sequence[Dense], q: Tensor, k: Tensor, v: Tensor, scale: float) -> Dense:
-    """The kernel that takes least, of those that run and find what the first one finds. In turns, so that a clock that
-    is still rising favours none."""
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode(0)  # once in a process it may wait
-    try:
-        wanted = kernels[0](q, k, v, scale)
-        least = {kernel: float("inf") for kernel in kernels if _agrees(kernel, wanted, q, k, v, scale)}
-        for _ in range(3):
-            for kernel in least:
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                for _ in range(1 if k.shape[2] > 1 << 13 else 4):
-                    kernel(q, k, v, scale)
-                end.record()
-                end.synchronize()
-                least[kernel] = min(least[kernel], start.elapsed_time(end))
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
-    return min(least, key=lambda kernel: least[kernel]) if least else kernels[0]
-
-
-def _agrees(kernel: Dense, wanted: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
-    try:
-        found = kernel(q, k, v, scale)
-    except (RuntimeError, NotImplementedError):  # not for these tensors
-        return False
-    return torch.allclose(found, wanted, atol=0.02, rtol=0.02, equal_nan=True)
-
-
-def _rows_of_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, step: int = 1024) -> Tensor:
-    """SDPA for M < N, where ``is_causal`` would mean the first M keys: in strips, so that no mask is M x N."""
-    m, n, gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
-    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
-    for first in range(0, m, step):
-        last = min(first + step, m)
-        end = n - m + last
-        seen = torch.arange(end, device=q.device) <= torch.arange(n - m + first, end, device=q.device)[:, None]
-        out[:, :, first:last] = scaled_dot_product_attention(
-            q[:, :, first:last], k[:, :, :end], v[:, :, :end], attn_mask=seen, scale=scale, enable_gqa=gqa
-        )
-    return out

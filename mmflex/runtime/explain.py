@@ -70,10 +70,12 @@ def explain(plan: Plan) -> str:
             lines.append(
                 f"  {launch.capacity} gathered rows a head see everything and replace those rows of the output"
             )
+            if launch.beside(program.layout.length) and plan.state.device.type == "cuda":
+                lines.append("  runs beside the other launches")
         if launch.kind == "classes":
             lines.append("  rows and keys by residue, then position; merged with the others by log-sum-exp")
         if launch.compare:
-            lines.append("  partial blocks: one comparison, row >= limit[key]")
+            lines.append(f"  partial blocks: one comparison, {ready.mask_mod.comparison}")
         else:
             lines.append(f"  partial blocks: row >= limit[key], and looked up: {readable(launch.parts[0].mask)}")
     return "\n".join(lines)

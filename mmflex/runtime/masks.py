@@ -25,12 +25,14 @@ class MaskMod:
     Attributes:
         source: Python source of the mask_mod; two launches with equal source share one compiled kernel.
         captures: int32 tensors.
-        comparison: it is one comparison, nothing is looked up.
+        comparison: what it compares, as people read it; "" where it looks things up.
+        by_slot: it compares the number of the query's slot, and is the same for all prompts.
     """
 
     source: str
     captures: tuple[Tensor, ...]
-    comparison: bool = False
+    comparison: str = ""
+    by_slot: bool = False
 
     def bind(self, *captures: Tensor) -> Callable[[Any, Any, Any, Any], Tensor]:
         """The mask_mod over given tensors."""
@@ -57,16 +59,28 @@ def _write(names: list[str], body: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def comparison(row: Tensor | None, limit: Tensor) -> MaskMod:
-    """``row[b, q] >= limit[b, h, kv]``; row int32 [B, Q] (or [B, H, Q]; None: the slot number itself), limit int32
-    [B, H, KV]."""
-    if limit.shape[0] == 1:  # one index less to compute
-        limit, at = limit[0], "limit[h, kv]"
-    else:
-        at = "limit[b, h, kv]"
-    if row is None:
-        return MaskMod(_write(["limit"], f"q >= {at}"), (limit,), True)
-    return MaskMod(_write(["row", "limit"], f"{_at(row)} >= {at}"), (row, limit), True)
+def comparison(row: Tensor | None, limit: Tensor | None, strip: int = 0) -> MaskMod:
+    """``row[b, q] >= limit[b, h, kv]``; row int32 [B, Q] or [B, H, Q] (None: the number of the slot), limit int32
+    [B, H, KV] (None: the number of the slot, and nothing is read for a key).
+
+    ``strip``: queries are dealt out in strips of so many, of which ``b`` is the number; for one prompt, by slots.
+    """
+    left, right, captures = f"b * {strip} + q" if strip else "q", "kv", {}
+    if row is not None:
+        left, captures["row"] = _at(row), row
+    if limit is not None and limit.shape[0] == 1:  # one index less to compute
+        right, captures["limit"] = "limit[h, kv]", limit[0]
+    elif limit is not None:
+        right, captures["limit"] = "limit[b, h, kv]", limit
+    text = f"row >= {'key' if limit is None else 'limit[key]'}"
+    by_slot = row is None and (limit is None or limit.shape[0] == 1)
+    return MaskMod(_write(list(captures), f"{left} >= {right}"), tuple(captures.values()), text, by_slot)
+
+
+def in_strips(mask_mod: MaskMod, strip: int) -> MaskMod:
+    """A comparison by slots for queries in strips."""
+    assert mask_mod.by_slot
+    return comparison(None, mask_mod.captures[0][None] if mask_mod.captures else None, strip)
 
 
 def _at(row: Tensor) -> str:

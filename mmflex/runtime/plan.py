@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..compiler.orders import Order
-from ..compiler.plan import Launch, Program
-from . import backends, graphs, steps
+from ..compiler.plan import BESIDE, Launch, Program
+from . import backends, dense, graphs, steps
 from .backends import Backend
+from .beside import Beside
 from .inputs import check
 
 
@@ -55,7 +57,11 @@ class Plan:
         self.state = steps.State(program, q.device, q.shape[0])
         whole = [launch.kind == "dense" and launch.heads.all(program.heads) for launch in program.launches]
         self.dense_alone = whole == [True] and not self.layout.padded
-        self._kernels: dict[Any, backends.Dense] = {}
+        self._kernels: dict[Any, dense.Dense] = {}
+        # What k and v wait for, so that they may be copied beside planning: in one call, later ones bring others.
+        self.began = None
+        if once and q.is_cuda and k.shape[2] >= BESIDE:
+            self.began = torch.cuda.current_stream(q.device).record_event()
         for op, key in program.steps("plan"):
             if op == "estimate":
                 steps.estimate(self.state, key, q, k, scale)
@@ -80,43 +86,72 @@ class Plan:
         need = need_lse or any(launch.kind == "classes" for launch in program.launches)
         out: Tensor | None = None
         lse: Tensor | None = None
-        for _, number in program.steps("attend"):
-            launch = program.launches[number]
-            if launch.kind == "dense":
-                found, sums = self._dense(q, k, v, launch, need_lse)
-            else:
-                found, sums = backends.attend(
-                    self._backend,
-                    steps.queries(state, number, q),
-                    steps.keys(state, number, k),
-                    steps.keys(state, number, v),
-                    state.ready[number].mask_mod,
-                    state.ready[number].lists,
-                    program.tile,
-                    self.scale,
-                    need,
-                )
-            whole = launch.heads.all(program.heads)
-            if whole and (launch.kind == "dense" or launch.rows.identity) and launch.kind in ("main", "dense"):
-                out, lse = found, sums
-                continue
-            if out is None:
-                out = q.new_zeros((*q.shape[:3], v.shape[3]))
-                lse = torch.full(q.shape[:3], float("-inf"), device=q.device) if need else None
-            steps.place(state, number, out, lse, found, sums)
+        with Beside(q.device) as aside:
+            launched = self._begun(aside, q, k, v, need)
+            for _, number in program.steps("attend"):
+                launch = program.launches[number]
+                if launch.kind == "dense":
+                    found, sums = self._dense(q, k, v, launch, need_lse)
+                else:
+                    found, sums = launched[number]()
+                ordered = launch.rows.stays(self.layout, found.shape[2] == q.shape[2])
+                whole = launch.kind == "dense" or (launch.kind == "main" and ordered)
+                if whole and launch.heads.all(program.heads):
+                    out, lse = found, sums
+                    continue
+                if out is None:
+                    out = q.new_zeros((*q.shape[:3], v.shape[3]))
+                    lse = torch.full(q.shape[:3], float("-inf"), device=q.device) if need else None
+                steps.place(state, number, out, lse, found, sums)
         if out is None:  # nothing allows anything
             out = q.new_zeros((*q.shape[:3], v.shape[3]))
             lse = torch.full(q.shape[:3], float("-inf"), device=q.device)
         return out, lse if need_lse else None
 
+    def _begun(
+        self, aside: Beside, q: Tensor, k: Tensor, v: Tensor, need: bool
+    ) -> dict[int, Callable[[], tuple[Tensor, Tensor | None]]]:
+        """Launch number -> what gives the result of a block-sparse launch. Begins what runs beside the rest: copies of
+        keys while planning still goes on (for one launch only, lest all copies are held at once), and gathered rows,
+        few queries that see much, which alone would leave most of the device idle."""
+        state, launches = self.state, self.program.launches
+        out: dict[int, Callable[[], tuple[Tensor, Tensor | None]]] = {}
+        moved: tuple[int, Callable[[], steps.Pair]] | None = None
+        for number, launch in enumerate(launches):
+            if launch.kind == "main" and self.began is not None and steps.copied(state, launch, self._given(number)):
+                copy = partial(steps.main_section, state, launch, k, v, self._given(number))
+                moved, self.began = (number, aside.run(copy, self.began)), None
+        for number, launch in enumerate(launches):
+            if launch.kind != "dense":
+                ready = moved[1] if moved is not None and moved[0] == number else None
+                out[number] = partial(self._launch, number, q, k, v, need, ready)
+                if launch.beside(self.layout.length):
+                    out[number] = aside.run(out[number])
+        return out
+
+    def _given(self, number: int) -> bool:
+        """Whether the kernel of a launch takes tokens as they stand, though they do not fill their slots."""
+        return self._backend.any_length and bool(self.state.ready[number].mask_mod.comparison)
+
+    def _launch(
+        self, number: int, q: Tensor, k: Tensor, v: Tensor, need: bool, moved: Callable[[], steps.Pair] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Runs a block-sparse launch. ``moved`` gives the main sections of k and v, where they are copied already."""
+        state, given = self.state, self._given(number)
+        keys, values = steps.keys(state, number, k, v, given, None if moved is None else moved())
+        rows, ready = steps.queries(state, number, q, given), state.ready[number]
+        return backends.attend(
+            self._backend, rows, keys, values, ready.mask_mod, ready.lists, self.program.tile, self.scale, need
+        )
+
     def _alone(self, q: Tensor, k: Tensor, v: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
         """All heads dense: nothing but the kernel, found once for each way that the tensors lie in memory."""
         if need or not q.is_cuda:
-            return backends.dense_attention(q, k, v, self.scale, need, self.backend)
+            return dense.dense_attention(q, k, v, self.scale, need, self.backend)
         strides = (q.stride(), k.stride(), v.stride())
         kernel = self._kernels.get(strides)
         if kernel is None:
-            kernel = backends.dense_kernel(q, k, v, self.scale, self.backend)
+            kernel = dense.dense_kernel(q, k, v, self.scale, self.backend)
             if len(self._kernels) < 8 and not torch.cuda.is_current_stream_capturing():  # where nothing is tried
                 self._kernels[strides] = kernel
         return kernel(q, k, v, self.scale), None
@@ -127,7 +162,7 @@ class Plan:
         q = steps.take_heads(q, launch.heads.heads, state)
         k, v = (steps.take_heads(t, launch.heads.kv_heads, state) for t in (k, v))
         if not layout.padded:
-            return backends.dense_attention(q, k, v, self.scale, need, self.backend)
+            return dense.dense_attention(q, k, v, self.scale, need, self.backend)
         out = q.new_zeros((*q.shape[:3], v.shape[3]))
         lse = torch.full(q.shape[:3], float("-inf"), device=q.device) if need else None
         for b in range(q.shape[0]):
@@ -136,7 +171,7 @@ class Plan:
             for_q = valid[layout.length - q.shape[2] :]
             at_q, at_k = (torch.as_tensor(np.flatnonzero(x)).to(q.device) for x in (for_q, valid))
             own = [t[b : b + 1].index_select(2, at) for t, at in ((q, at_q), (k, at_k), (v, at_k))]
-            found, sums = backends.dense_attention(own[0], own[1], own[2], self.scale, need, self.backend)
+            found, sums = dense.dense_attention(own[0], own[1], own[2], self.scale, need, self.backend)
             out[b].index_copy_(1, at_q, found[0])
             if lse is not None and sums is not None:
                 lse[b].index_copy_(1, at_q, sums[0].float())

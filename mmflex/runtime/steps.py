@@ -18,7 +18,7 @@ from ..ir import expr as x
 from ..ir.pattern import View
 from . import backends, masks
 from .kernels.lists import dialect, list_blocks
-from .kernels.rows import copy_rows, put_rows, take_rows
+from .kernels.rows import fill_slots, put_rows, take_rows
 from .kernels.sections import fill_sections
 from .kernels.select import gathered
 
@@ -197,7 +197,10 @@ def _main(state: State, launch: Launch) -> Ready:
     heads, batch, main = launch.heads.heads, state.batch, launch.keys.slots
     row, at, base = _based(launch, state)
     place = launch.heads.place
-    limit = torch.full((batch, len(heads), launch.key_slots), BIG, dtype=torch.int32, device=state.device)
+    limit = None
+    # Else a key's limit is the number of its slot.
+    if base != 0 or launch.section or not launch.keys.in_place(state.program.layout):
+        limit = torch.full((batch, len(heads), launch.key_slots), BIG, dtype=torch.int32, device=state.device)
     table = None
     if launch.section:
         shape = (batch, len(launch.heads.kv_heads) * launch.sections, launch.section)
@@ -208,14 +211,18 @@ def _main(state: State, launch: Launch) -> Ready:
         values = state.part_values(launch, part)
         here = tuple(place[h] for h in part.heads)
         if part.columns == sympy.false:
-            limit[:, state.const(here), :main] = at[:, None]
+            if limit is not None:
+                limit[:, state.const(here), :main] = at[:, None]
             lists.add(here, part.mask, values, _ends(launch, state, len(part.heads)))
         else:
+            assert limit is not None
             assert table is not None
             sections = tuple(launch.table_slot[h] for h in part.heads)
             end, usable = _until(launch, part, state)
+            chosen = values.of(part.columns)[:, :, 0]
+            chosen = chosen if usable is None else chosen & usable[:, None]
             counts, low, high = fill_sections(
-                (values.of(part.columns)[:, :, 0] & usable[:, None]).expand(batch, len(here), -1),
+                chosen.expand(batch, len(here), -1),
                 at,
                 end,
                 None if launch.keys.identity else launch.keys.on("filled", state.device).expand(batch, -1),
@@ -236,6 +243,7 @@ def _main(state: State, launch: Launch) -> Ready:
             residual = (part.mask, values)
     if residual is not None:
         _spread(residual[1], launch.parts[0].heads, heads, state)
+        assert limit is not None
         mask_mod = masks.looked_up(row.contiguous(), limit, *residual, main, launch.key_slots, batch, len(heads))
     else:
         mask_mod = masks.comparison(row.contiguous() if base is None else None, limit)
@@ -275,15 +283,16 @@ def _ends(launch: Launch, state: State, heads: int) -> Extremes:
     return memo[key]
 
 
-def _until(launch: Launch, part: Part, state: State) -> tuple[Tensor | None, Tensor]:
-    """`Part.until` on the device, and which keys may be gathered, bool [B, S]: all that are there, less those that the
-    mask shows to the end (cached)."""
+def _until(launch: Launch, part: Part, state: State) -> tuple[Tensor | None, Tensor | None]:
+    """`Part.until` on the device, and which keys may be gathered, bool [B, S] (None: all): those that are there, less
+    those that the mask shows to the end (cached)."""
     memo = state.program.memo
     key = ("until", part, launch.compare, state.batch, state.device)
     if key not in memo:
         _, at, base = _based(launch, state)
-        usable, end = at < BIG // 2, None
+        usable, end = None if (launch.keys.index >= 0).all() else at < BIG // 2, None
         if part.until is not None:
+            usable = at < BIG // 2 if usable is None else usable
             found = torch.as_tensor(part.until).to(state.device).expand(state.batch, -1)
             usable, end = usable & (found < BIG), (found - (base or 0)).int().contiguous()
         memo[key] = (end, usable)
@@ -313,7 +322,7 @@ def _rows(state: State, launch: Launch) -> Ready:
     lists = _Lists(state, launch)
     lists.add(tuple(range(len(heads))), sympy.true, None, Extremes.of(position, limit, None, state.program.tile))
     token_index = token[:, None].expand(-1, len(heads), -1).gather(-1, index)
-    mask_mod = masks.comparison(position, limit)
+    mask_mod = masks.comparison(position, None if launch.keys.in_place(state.program.layout) else limit)
     return Ready(lists.done(), mask_mod, row_index=token_index, row_count=count)
 
 
@@ -368,34 +377,63 @@ def _by_residue(
 # ---- attending -----------------------------------------------------------------------------------------------------
 
 
-def keys(state: State, number: int, t: Tensor) -> Tensor:
-    """k or v [B, Hkv, N, D] in the slots of a launch: main section, then the gathered sections."""
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
+
+
+def copied(state: State, launch: Launch, given: bool) -> bool:
+    """Whether k and v are copied into the slots of a main section, whatever is selected."""
+    return launch.kind != "classes" and (launch.section > 0 or not launch.keys.stays(state.program.layout, given))
+
+
+def keys(state: State, number: int, k: Tensor, v: Tensor, given: bool = False, moved: Pair | None = None) -> Pair:
+    """k and v [B, Hkv, N, D] in the slots of a launch: main section, then the gathered sections. ``moved``: what
+    `main_section` has made of them."""
     launch, ready = state.program.launches[number], state.ready[number]
     if ready.key_index is not None:
-        kv = tuple(max(h, 0) * t.shape[1] // state.program.heads for h in launch.heads.heads)
-        return take_rows(take_heads(t, kv, state), ready.key_index)
-    t = take_heads(t, launch.heads.kv_heads, state)
-    kv_heads, main = t.shape[1], launch.keys.slots
-    if ready.section_table is None and launch.keys.identity:
-        return t
-    out = t.new_empty((state.batch, kv_heads, launch.key_slots, t.shape[-1]))
-    if launch.keys.identity:
-        copy_rows(t, out[:, :, :main])
-    else:
-        index = launch.keys.on("index", state.device)[:, None].expand(state.batch, kv_heads, -1)
-        take_rows(t, index, out[:, :, :main])
-    if ready.section_table is not None:
-        take_rows(t, ready.section_table.unflatten(1, (kv_heads, -1)).flatten(2), out[:, :, main:])
+        kv = tuple(max(h, 0) * k.shape[1] // state.program.heads for h in launch.heads.heads)
+        k, v = (take_rows(take_heads(t, kv, state), ready.key_index) for t in (k, v))
+        return k, v
+    if ready.section_table is None:
+        return moved or main_section(state, launch, k, v, given)
+    main, first = launch.keys.slots, 0
+    if moved is None and not launch.keys.in_place(state.program.layout):
+        moved = main_section(state, launch, k, v, given)
+    if moved is not None:
+        first = main
+    out = moved or (_room(launch, k), _room(launch, v))
+    table = ready.section_table.unflatten(1, (len(launch.heads.kv_heads), -1)).flatten(2)
+    fill_slots(k, v, *out, state.const(launch.heads.kv_heads), main, table, first, launch.key_slots)
     return out
 
 
-def queries(state: State, number: int, q: Tensor) -> Tensor:
+def main_section(state: State, launch: Launch, k: Tensor, v: Tensor, given: bool = False) -> Pair:
+    """k and v with room for the gathered sections (themselves where nothing moves). It reads nothing that is planned,
+    so it may run beside the planning."""
+    heads, main = launch.heads.kv_heads, launch.keys.slots
+    if not copied(state, launch, given):
+        return take_heads(k, heads, state), take_heads(v, heads, state)
+    out = _room(launch, k), _room(launch, v)
+    if launch.keys.in_place(state.program.layout):
+        fill_slots(k, v, *out, state.const(heads), main, None, 0, main, few=True)
+        return out
+    index = launch.keys.on("index", state.device)[:, None].expand(state.batch, len(heads), -1)
+    for t, to in zip((k, v), out, strict=True):
+        take_rows(take_heads(t, heads, state), index, to[:, :, :main])
+    return out
+
+
+def _room(launch: Launch, t: Tensor) -> Tensor:
+    return t.new_empty((t.shape[0], len(launch.heads.kv_heads), launch.key_slots, t.shape[3]))
+
+
+def queries(state: State, number: int, q: Tensor, given: bool = False) -> Tensor:
     """q [B, H, M, D] in the slots of a launch."""
     launch, ready = state.program.launches[number], state.ready[number]
     q = take_heads(q, launch.heads.heads, state)
     if ready.row_index is not None:
         return take_rows(q, ready.row_index)
-    if launch.rows.identity:
+    if launch.rows.stays(state.program.layout, given):
         return q
     return take_rows(q, launch.rows.on("index", state.device)[:, None].expand(state.batch, q.shape[1], -1))
 
@@ -418,7 +456,7 @@ def place(state: State, number: int, out: Tensor, lse: Tensor | None, found: Ten
         assert ready is not None
         assert ready.row_index is not None
         assert ready.row_count is not None
-        index, count = ready.row_index[:, state.const(keep)], ready.row_count[:, state.const(keep)]
+        index, count = (take_heads(t, keep, state) for t in (ready.row_index, ready.row_count))
         put_rows(found, index, count, here, out)
         if lse is not None and sums is not None:
             put_rows(sums[..., None], index, count, here, lse[..., None])
@@ -445,8 +483,9 @@ def place(state: State, number: int, out: Tensor, lse: Tensor | None, found: Ten
         out.index_copy_(1, here, mixed.to(out.dtype))
         lse.index_copy_(1, here, total)
         return
-    index = launch.rows.on("index", state.device)[:, None].expand(state.batch, len(heads), -1)
-    count = torch.full((state.batch, len(heads)), launch.row_slots, device=state.device)
+    rows = found.shape[2]  # all slots, or tokens as given
+    index = launch.rows.on("index", state.device)[:, None, :rows].expand(state.batch, len(heads), -1)
+    count = torch.full((state.batch, len(heads)), rows, device=state.device)
     put_rows(found, index, count, here, out)
     if lse is not None and sums is not None:
         put_rows(sums[..., None], index, count, here, lse[..., None])

@@ -1,7 +1,7 @@
 """Exactness on a CUDA device: ``python -m tests.gpu.check [--long]``. Prints one line a case, and a verdict.
 
-Short inputs are compared with float64 softmax attention under `Plan.dense_mask()`. Long ones (``--long``: 128k and 1M
-tokens, 28 query heads) on sampled rows, whose masks are built from the expressions' sets alone.
+Short inputs are compared with float64 softmax attention under `Plan.dense_mask()`. Long ones (``--long``: up to 1M
+tokens, 28 query heads) on sampled rows, whose masks are built from the expressions' sets alone; and calls in a row.
 """
 
 from __future__ import annotations
@@ -124,6 +124,39 @@ def short(backend: str, dtype: torch.dtype, only: str = "") -> list[dict]:
     return out
 
 
+def steady(backend: str) -> list[dict]:
+    """Calls in a row with other k and v each, without waiting, at a length that fills no tiles: as `Plan.attend` has
+    them. Plans are replayed, copies and rows run beside, and memory is used again."""
+    out = []
+    for n, memory in ((40_001, "heads"), (40_001, "tokens"), (131_072, "tokens")):
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def draw(heads: int) -> torch.Tensor:
+            shape = (1, n, heads, 64) if memory == "tokens" else (1, heads, n, 64)  # noqa: B023
+            t = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)  # noqa: B023
+            return t.transpose(1, 2) if memory == "tokens" else t  # noqa: B023
+
+        layout = mmflex.TokenLayout.text(n)
+        spec = [VerticalSlash(500, 1024)] * 4 + [Grid(256, rows=True)] * 2 + [AShape(128, 1024)] * 2
+        inputs = [(draw(8), draw(2), draw(2)) for _ in range(6)]
+        found = [mmflex.attention(*qkv, spec, layout=layout, backend=backend) for qkv in inputs]
+        torch.cuda.synchronize()
+        expected = [mmflex.plan(*qkv[:2], spec, layout=layout, backend=backend).attend(*qkv) for qkv in inputs]
+        errors = [((a - b).float().norm() / b.float().norm()).item() for a, b in zip(found, expected, strict=True)]
+        verdict = "ok" if max(errors) <= TOLERANCE[torch.bfloat16] else "WRONG"
+        out.append(
+            {
+                "case": f"steady, {memory} first",
+                "tokens": n,
+                "backend": backend,
+                "error": max(errors),
+                "verdict": verdict,
+            }
+        )
+        print(f"{backend:9} {n:8} steady, {memory:13} {max(errors):.1e} {verdict}", flush=True)
+    return out
+
+
 def long(backend: str, n: int, heads: int = 28, kv_heads: int = 4, dim: int = 128) -> list[dict]:
     """Sampled rows at length n: their masks come from the slots of no launch, only from the plan's sets."""
     out = []
@@ -186,7 +219,7 @@ def main() -> None:
                 continue
             results += short(backend, kind, args.only)
             if args.long and kind == torch.bfloat16:
-                results += long(backend, 131072) + long(backend, 1 << 20)
+                results += steady(backend) + long(backend, 100_001) + long(backend, 131072) + long(backend, 1 << 20)
     bad = [r for r in results if r["verdict"] != "ok"]
     print(f"{len(results) - len(bad)} passed, {len(bad)} failed")
     if args.json:
