@@ -9,7 +9,13 @@ from typing import Any
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
-DENSE = {"fa2": "FlashAttention-2", "cudnn": "cuDNN", "fa4": "flash-attn-4", "sdpa": "SDPA"}
+DENSE = {
+    "fa2": "FlashAttention-2",
+    "cudnn": "cuDNN",
+    "fa4": "flash-attn-4",
+    "fa4 as given": "flash-attn-4 on them",
+    "sdpa": "SDPA",
+}
 """Dense kernels, as people call them."""
 
 
