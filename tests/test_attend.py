@@ -14,8 +14,8 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 import mmflex
 from mask_builders import AShape, Dense, Grid, VerticalSlash
 from mmflex import TokenLayout
-from mmflex.compiler.expected import moved
-from mmflex.compiler.plan import BESIDE
+from mmflex.compiler.expected import moved, work
+from mmflex.compiler.plan import BESIDE, build
 from mmflex.compiler.predict import attend_ms, predict
 from mmflex.runtime import backends, reference, steps
 from mmflex.runtime.beside import Beside
@@ -173,3 +173,15 @@ def test_a_compiled_kernel_takes_tokens_as_they_stand(monkeypatch: pytest.Monkey
         assert (found - expected).norm() <= 2e-6 * expected.norm()
     finally:
         backends.resolve.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["flash", "triton"])
+@pytest.mark.parametrize("tokens", [8192, 8200])
+def test_dense_heads_of_a_whole_launch_are_not_copied(backend: str, tokens: int) -> None:
+    """Whatever the length: a spec must not win against copies that dense attention never makes."""
+    layout = TokenLayout.text(tokens)
+    program = build((Dense(),) * 4, layout, tokens, 2, 128, lse=True, full_width=False)
+    assert predict(program, replace(program.constants, backend=backend)).moving_ms == 0
+    some = build((Dense(), AShape(20, 50)) * 2, layout, tokens, 2, 128, lse=True, full_width=False)
+    launch = next(launch for launch in some.launches if launch.kind == "dense")
+    assert work(launch, layout, 4).copies

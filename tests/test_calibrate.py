@@ -32,9 +32,9 @@ from mask_builders import (
 from mmflex.cli import app
 from mmflex.compiler import constants as store
 from mmflex.compiler.constants import COSTS, GENERIC, Constants, constants_for
-from mmflex.compiler.plan import Program, build
+from mmflex.compiler.plan import BESIDE, Program, build
 from mmflex.compiler.predict import MARGIN, attend_ms, expected_work, moving_ms, predict, times
-from mmflex.tuning.calibrate import Settings, blank, calibrate, fit, least_squares
+from mmflex.tuning.calibrate import ATTEND, Settings, attend_features, blank, calibrate, fit, least_squares
 from mmflex.tuning.cases import Case, Sample, fit_cases
 from mmflex.tuning.cost import counted, program_of
 from mmflex.tuning.cost import predict as predict_any
@@ -254,6 +254,19 @@ def test_a_launch_in_milliseconds() -> None:
     assert made.exact
     assert made.attend_ms == pytest.approx(by_hand)
     assert not predict_any(plan.program, c).exact
+
+
+@pytest.mark.parametrize("backend", ["flash", "triton", "cpu"])
+@pytest.mark.parametrize("tokens", [4096, BESIDE])
+def test_what_is_fitted_is_what_is_predicted(backend: str, tokens: int) -> None:
+    """One model of attending, forwards and backwards: with few rows too, which run beside the rest of long prompts."""
+    c = replace(PLANTED, backend=backend, looked_full=PLANTED.full)
+    costs = {name: getattr(c, name) for name in ATTEND} | {"partial": c.partial - c.full, "lookup": c.lookup - c.full}
+    for spec in (Grid(256, columns=True, rows=True, local=512), VerticalSlash(500, 1024)):
+        made = program(spec, tokens, c, heads=32)
+        found = attend_features(made, expected_work(made, 1), c, apart=False)
+        both = predict(made, c)
+        assert found @ np.array([costs[name] for name in ATTEND]) == pytest.approx(both.attend_ms + both.moving_ms)
 
 
 def test_predictions_grow_with_blocks_tokens_and_prompts() -> None:

@@ -52,7 +52,8 @@ def work(launch: Launch, layout: TokenLayout, heads: int | None = None, any_leng
     if launch.kind == "dense":
         own = sum(h >= 0 for h in launch.heads.heads)
         blocks = float(cost.causal(tiles).sum() / max(1, layout.batch_size)) * own
-        copied = moved(launch, layout, heads)
+        alone = (heads is None or launch.heads.all(heads)) and not layout.padded
+        copied = 0.0 if alone else moved(launch, layout, heads)
         return Work(dense=blocks, moved=copied, copies=copied > 0)
     full = partial = longest = 0.0
     for part in launch.parts:
@@ -85,7 +86,8 @@ def moved(launch: Launch, layout: TokenLayout, heads: int | None = None, any_len
     if launch.kind == "classes":  # sorted keys for every head; merging reads and writes both outputs
         return own * (2.0 * keys + 5.0 * rows)
     if launch.kind == "rows":
-        return 2.0 * own * rows + (0 if whole else 2 * len(launch.heads.kv_heads) * keys)
+        stay = whole and launch.keys.stays(layout, any_length)
+        return 2.0 * own * rows + (0 if stay else 2 * len(launch.heads.kv_heads) * keys)
     out = 0.0
     if not (whole and launch.rows.stays(layout, any_length)):
         out += 2.0 * own * rows

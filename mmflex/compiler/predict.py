@@ -78,12 +78,16 @@ def moving_ms(work: Work, constants: Constants, tile: int = 128) -> float:
     return constants.moved * work.moved * tile / 128 + constants.copy * work.copies
 
 
+def runs_beside(launch: Launch, layout: TokenLayout, constants: Constants) -> bool:
+    """Whether a launch runs beside the others, on a device that can."""
+    return constants.beside and launch.beside(layout.length)
+
+
 def blocks(launch: Launch, layout: TokenLayout, constants: Constants) -> float:
     """A launch's expected cost for one prompt in full blocks, planning left out: what orders are weighed by."""
     expected = work(launch, layout, any_length=constants.any_length)
     return (
-        attend_ms(expected, constants, beside=constants.beside and launch.beside(layout.length))
-        + moving_ms(expected, constants)
+        attend_ms(expected, constants, beside=runs_beside(launch, layout, constants)) + moving_ms(expected, constants)
     ) / constants.full
 
 
@@ -172,7 +176,7 @@ def predict(
     launches, dense, attend, longest = [], 0.0, 0.0, 0.0
     for number, done in sorted((counted or expected_work(program, batch, constants.any_length)).items()):
         launch = program.launches[number]
-        beside = constants.beside and launch.beside(program.layout.length)
+        beside = runs_beside(launch, program.layout, constants)
         ms = attend_ms(done, constants, program.tile, beside)
         longest = max(longest, attend_ms(done, constants, program.tile) if beside else 0.0)
         dense += ms if launch.kind == "dense" else 0.0

@@ -170,7 +170,8 @@ STRIP = 16
 
 
 def _strips(queries: int, tile: int) -> bool:
-    """Whether queries are dealt out in strips: where the keys of a head are more than a cache holds, and strips fit."""
+    """Whether queries are dealt out in strips: of long prompts, whose keys are more than a cache holds, where they fit.
+    Others are not padded for it: copies take what strips save."""
     return queries >= 1024 * tile and queries % (STRIP * tile) == 0
 
 

@@ -70,7 +70,8 @@ def explain(plan: Plan) -> str:
             lines.append(
                 f"  {launch.capacity} gathered rows a head see everything and replace those rows of the output"
             )
-            if launch.beside(program.layout.length) and plan.state.device.type == "cuda":
+            others = len(program.launches) > 1 and plan.state.device.type == "cuda"
+            if others and launch.beside(program.layout.length):
                 lines.append("  runs beside the other launches")
         if launch.kind == "classes":
             lines.append("  rows and keys by residue, then position; merged with the others by log-sum-exp")

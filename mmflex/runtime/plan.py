@@ -119,7 +119,7 @@ class Plan:
         moved: tuple[int, Callable[[], steps.Pair]] | None = None
         for number, launch in enumerate(launches):
             if launch.kind == "main" and self.began is not None and steps.copied(state, launch, self._given(number)):
-                copy = partial(steps.main_section, state, launch, k, v, self._given(number))
+                copy = partial(steps.main_section, state, launch, k, v, self._given(number), beside=True)
                 moved, self.began = (number, aside.run(copy, self.began)), None
         for number, launch in enumerate(launches):
             if launch.kind != "dense":

@@ -407,15 +407,15 @@ def keys(state: State, number: int, k: Tensor, v: Tensor, given: bool = False, m
     return out
 
 
-def main_section(state: State, launch: Launch, k: Tensor, v: Tensor, given: bool = False) -> Pair:
+def main_section(state: State, launch: Launch, k: Tensor, v: Tensor, given: bool = False, beside: bool = False) -> Pair:
     """k and v with room for the gathered sections (themselves where nothing moves). It reads nothing that is planned,
-    so it may run beside the planning."""
+    so it may run ``beside`` the planning."""
     heads, main = launch.heads.kv_heads, launch.keys.slots
     if not copied(state, launch, given):
         return take_heads(k, heads, state), take_heads(v, heads, state)
     out = _room(launch, k), _room(launch, v)
     if launch.keys.in_place(state.program.layout):
-        fill_slots(k, v, *out, state.const(heads), main, None, 0, main, few=True)
+        fill_slots(k, v, *out, state.const(heads), main, None, 0, main, few=beside)
         return out
     index = launch.keys.on("index", state.device)[:, None].expand(state.batch, len(heads), -1)
     for t, to in zip((k, v), out, strict=True):

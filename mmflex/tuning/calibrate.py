@@ -14,8 +14,8 @@ import torch
 
 from ..compiler.constants import COSTS, Constants, device_name
 from ..compiler.expected import Work
-from ..compiler.plan import build
-from ..compiler.predict import Prediction, expected_work, planning_steps, predict
+from ..compiler.plan import Program, build
+from ..compiler.predict import Prediction, expected_work, planning_steps, predict, runs_beside
 from ..ir.layout import TokenLayout
 from ..ir.pattern import find
 from ..runtime import backends
@@ -131,19 +131,21 @@ def least_squares(features: np.ndarray, ms: np.ndarray) -> np.ndarray:
 ATTEND = ("full", "partial", "looked_full", "lookup", "tile", "launch", "copy", "moved")
 
 
-def attend_features(works: Mapping[int, Work], before: Constants, apart: bool) -> np.ndarray:
-    """How often each of `ATTEND` counts in a plan; partial blocks as what they cost beyond full ones.
+def attend_features(program: Program, works: Mapping[int, Work], before: Constants, apart: bool) -> np.ndarray:
+    """How often each of `ATTEND` counts in a plan, by the works of its launches; partial blocks as what they cost
+    beyond full ones.
 
     Args:
         before: which launches are as long as their longest tile is judged by these constants.
         apart: launches with looked-up masks run on another kernel, whose full blocks have a price of their own.
     """
     out = dict.fromkeys(ATTEND, 0.0)
-    for done in works.values():
+    for number, done in works.items():
         full, partial, tiles = done.full, done.partial, done.tiles
         each = (before.looked_full, before.lookup) if done.looked_up else (before.full, before.partial)
         alone = before.lanes * (done.longest * before.full + before.tile)
-        if alone > full * each[0] + partial * each[1] + tiles * before.tile:
+        beside = runs_beside(program.launches[number], program.layout, before)
+        if not beside and alone > full * each[0] + partial * each[1] + tiles * before.tile:
             out["full"] += before.lanes * done.longest
             out["tile"] += before.lanes
         else:
@@ -162,7 +164,7 @@ def fit_attend(samples: Sequence[Sample], start: Constants) -> Constants:
     useful = [s for s in samples if s.attend > BUSY * s.attend_host] or list(samples)
     found = start
     for _ in range(5):  # until it is settled which launches are as long as their longest tile
-        rows = np.stack([attend_features(s.works, found, apart) for s in useful])
+        rows = np.stack([attend_features(s.program, s.works, found, apart) for s in useful])
         cost = dict(zip(ATTEND, least_squares(rows, np.array([s.attend for s in useful])), strict=True))
         seen = {name: bool(column.any()) for name, column in zip(ATTEND, rows.T, strict=True)}
         if cost["full"] <= 0:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..compiler.constants import constants_for
 from ..compiler.plan import Program, build
-from ..compiler.predict import attend_ms, expected_work, moving_ms
+from ..compiler.predict import attend_ms, expected_work, moving_ms, runs_beside
 from ..ir.layout import TokenLayout
 from ..ir.pattern import Pattern, find
 from ..runtime import backends, steps
@@ -50,7 +50,8 @@ def price(state: steps.State) -> Price:
             lists = state.ready[number].lists
             work = listed(expected[number], lists)
             each = (lists[0] + lists[2])[0].sum(-1).cpu().numpy() * float(tile * tile)
-        total = attend_ms(work, constants, tile) + moving_ms(work, constants, tile)
+        beside = runs_beside(launch, layout, constants)
+        total = attend_ms(work, constants, tile, beside) + moving_ms(work, constants, tile)
         share = each[own] / each[own].sum() if each[own].any() else 1.0 / own.sum()
         ms[heads[own]] += total * share
         pairs[heads[own]] += each[own]

@@ -125,11 +125,11 @@ def fill_slots(
             BLOCK=64, DIM=triton.next_power_of_2(max(k.shape[3], v.shape[3])), GATHERED=table is not None,
         )  # fmt: skip
         return
-    tokens = k.shape[2]
+    end, own = min(main, last), min(k.shape[2], main, last)
     for src, out in ((k.index_select(1, source), out_k), (v.index_select(1, source), out_v)):
-        if first < main:
-            out[:, :, first:tokens].copy_(src[:, :, first:])
-            out[:, :, max(first, tokens) : main].zero_()
+        if first < end:
+            out[:, :, first:own].copy_(src[:, :, first:own])
+            out[:, :, max(first, own) : end].zero_()
         if table is not None and last > main:
             take_rows(src, table, out[:, :, main:last])
 
