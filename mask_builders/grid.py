@@ -80,31 +80,25 @@ class Grid(Pattern):
     def select(self, estimate: LastMass, view: View) -> Mapping[str, torch.Tensor]:
         if self.estimator() is None:
             return {}
+        vertical, device = estimate.vertical, estimate.vertical.device
         first, last = self.sink, view.size - self.local - self.last_q
-        if self.stride != "search" and view.layout.batch_size == 1:
+        if self.stride == "search" or view.layout.batch_size > 1:  # prompts end at different places
+            place = torch.arange(view.size, device=device)
+            end = view.counts(device)[:, None, None] - self.local - self.last_q
+            vertical = vertical * ((place >= first) & (place < end))
+        if self.stride != "search":
             stride = self._stride(view.frame_stride)
-            phase = combed(estimate.vertical, stride, first, last).argmax(-1).int()
+            phase = combed(vertical, stride, first, last).argmax(-1).int()
             return {"stride": torch.full_like(phase, stride), "phase": phase}
-        device = estimate.vertical.device
-        place = torch.arange(view.size, device=device)
-        end = view.counts(device)[:, None, None] - self.local - self.last_q
-        vertical = estimate.vertical * ((place >= first) & (place < end))
         diagonal = None if estimate.diagonal is None else estimate.diagonal * (place >= self.local)
-        batch, heads, _ = vertical.shape
-        if self.stride == "search":
-            mass = [vertical] if self.columns or self.rows or diagonal is None else []
-            mass += [] if diagonal is None else [diagonal]
-            tried = [likely_strides(m, self.shortest, self.longest, _TRIED) for m in mass]
-            strides = torch.cat(tried, -1)
-            widest = self.longest
-        else:
-            widest = self._stride(view.frame_stride)
-            strides = torch.full((batch, heads, 1), widest, device=device)
-        score, phases = comb_excess(vertical, strides, widest).max(-1)
+        mass = [vertical] if self.columns or self.rows or diagonal is None else []
+        mass += [] if diagonal is None else [diagonal]
+        strides = torch.cat([likely_strides(m, self.shortest, self.longest, _TRIED) for m in mass], -1)
+        score, phases = comb_excess(vertical, strides, self.longest).max(-1)
         if not (self.columns or self.rows):
             score = torch.zeros_like(score)
         if diagonal is not None:
-            score = score + comb_excess(diagonal, strides, widest)[..., 0]
+            score = score + comb_excess(diagonal, strides, self.longest)[..., 0]
         best = score.argmax(-1, keepdim=True)
         return {"stride": strides.gather(-1, best)[..., 0].int(), "phase": phases.gather(-1, best)[..., 0].int()}
 

@@ -14,6 +14,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 import mmflex
 from mask_builders import AShape, Dense, Grid, VerticalSlash
 from mmflex import TokenLayout
+from mmflex.compiler.constants import GENERIC
 from mmflex.compiler.expected import moved, work
 from mmflex.compiler.plan import BESIDE, build
 from mmflex.compiler.predict import attend_ms, predict
@@ -154,6 +155,11 @@ def test_what_need_not_fill_tiles_is_not_copied(queries: int, padded: bool) -> N
         assert (rows is q) == (given and not padded and queries == n)
         assert (keys is k) == (values is v) == (given and not padded)
         assert (moved(launch, plan.layout, 4, given) == 0) == (rows is q and keys is k)
+
+
+def test_what_is_priced_is_what_backends_can_do() -> None:
+    for name, backend in backends.BACKENDS.items():
+        assert replace(GENERIC, backend=name).any_length == backend.any_length
 
 
 def test_a_compiled_kernel_takes_tokens_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:

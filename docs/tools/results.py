@@ -13,7 +13,7 @@ DENSE = {
     "fa2": "FlashAttention-2",
     "cudnn": "cuDNN",
     "fa4": "flash-attn-4",
-    "fa4 as given": "flash-attn-4 on them",
+    "fa4 as given": "flash-attn-4",
     "sdpa": "SDPA",
 }
 """Dense kernels, as people call them."""

@@ -114,19 +114,17 @@ class Plan:
         """Launch number -> what gives the result of a block-sparse launch. Begins what runs beside the rest: copies of
         keys while planning still goes on (for one launch only, lest all copies are held at once), and gathered rows,
         few queries that see much, which alone would leave most of the device idle."""
-        state, launches = self.state, self.program.launches
         out: dict[int, Callable[[], tuple[Tensor, Tensor | None]]] = {}
-        moved: tuple[int, Callable[[], steps.Pair]] | None = None
-        for number, launch in enumerate(launches):
-            if launch.kind == "main" and self.began is not None and steps.copied(state, launch, self._given(number)):
-                copy = partial(steps.main_section, state, launch, k, v, self._given(number), beside=True)
-                moved, self.began = (number, aside.run(copy, self.began)), None
-        for number, launch in enumerate(launches):
-            if launch.kind != "dense":
-                ready = moved[1] if moved is not None and moved[0] == number else None
-                out[number] = partial(self._launch, number, q, k, v, need, ready)
-                if launch.beside(self.layout.length):
-                    out[number] = aside.run(out[number])
+        for number, launch in enumerate(self.program.launches):
+            if launch.kind == "dense":
+                continue
+            moved, given = None, self._given(number)
+            if launch.kind == "main" and self.began is not None and steps.copied(self.state, launch, given):
+                copy = partial(steps.main_section, self.state, launch, k, v, given, beside=True)
+                moved, self.began = aside.run(copy, self.began), None
+            out[number] = partial(self._launch, number, q, k, v, need, moved)
+            if launch.beside(self.layout.length):
+                out[number] = aside.run(out[number])
         return out
 
     def _given(self, number: int) -> bool:

@@ -290,11 +290,11 @@ def _until(launch: Launch, part: Part, state: State) -> tuple[Tensor | None, Ten
     key = ("until", part, launch.compare, state.batch, state.device)
     if key not in memo:
         _, at, base = _based(launch, state)
-        usable, end = None if (launch.keys.index >= 0).all() else at < BIG // 2, None
+        there = at < BIG // 2
+        usable, end = None if (launch.keys.index >= 0).all() else there, None
         if part.until is not None:
-            usable = at < BIG // 2 if usable is None else usable
             found = torch.as_tensor(part.until).to(state.device).expand(state.batch, -1)
-            usable, end = usable & (found < BIG), (found - (base or 0)).int().contiguous()
+            usable, end = there & (found < BIG), (found - (base or 0)).int().contiguous()
         memo[key] = (end, usable)
     return memo[key]
 
@@ -318,11 +318,15 @@ def _rows(state: State, launch: Launch) -> Ready:
     filled = torch.arange(launch.capacity, device=state.device) < count[..., None]
     position = row[:, None].expand(-1, len(heads), -1).gather(-1, index)
     position = torch.where(filled, position, -1).int()
-    limit = at[:, None].expand(-1, len(heads), -1).contiguous()
+    ends = Extremes.of(position, at[:, None], None, state.program.tile)
+    ends = replace(ends, **{side: getattr(ends, side).expand(-1, len(heads), -1) for side in ("low", "high")})
     lists = _Lists(state, launch)
-    lists.add(tuple(range(len(heads))), sympy.true, None, Extremes.of(position, limit, None, state.program.tile))
+    lists.add(tuple(range(len(heads))), sympy.true, None, ends)
     token_index = token[:, None].expand(-1, len(heads), -1).gather(-1, index)
-    mask_mod = masks.comparison(position, None if launch.keys.in_place(state.program.layout) else limit)
+    limit = None  # a key's limit is the number of its slot
+    if not launch.keys.in_place(state.program.layout):
+        limit = at[:, None].expand(-1, len(heads), -1).contiguous()
+    mask_mod = masks.comparison(position, limit)
     return Ready(lists.done(), mask_mod, row_index=token_index, row_count=count)
 
 
@@ -396,11 +400,10 @@ def keys(state: State, number: int, k: Tensor, v: Tensor, given: bool = False, m
         return k, v
     if ready.section_table is None:
         return moved or main_section(state, launch, k, v, given)
-    main, first = launch.keys.slots, 0
     if moved is None and not launch.keys.in_place(state.program.layout):
         moved = main_section(state, launch, k, v, given)
-    if moved is not None:
-        first = main
+    main = launch.keys.slots
+    first = 0 if moved is None else main
     out = moved or (_room(launch, k), _room(launch, v))
     table = ready.section_table.unflatten(1, (len(launch.heads.kv_heads), -1)).flatten(2)
     fill_slots(k, v, *out, state.const(launch.heads.kv_heads), main, table, first, launch.key_slots)
