@@ -363,7 +363,10 @@ def _limit(mask_mod: Any, b: int, h: int) -> np.ndarray | None:
     if "limit" not in names:
         return None
     limit = mask_mod.captures[names.index("limit")]
-    return (limit if limit.dim() == 2 else limit[b])[h].numpy()
+    if "first" in names:
+        first = mask_mod.captures[names.index("first")]
+        limit = limit.view(-1, first.shape[-1], limit.numel() // first.numel())
+    return limit[b if len(limit) > 1 else 0, h].numpy()
 
 
 def launch_cover(plan: mmflex.Plan) -> Iterator[Cover]:

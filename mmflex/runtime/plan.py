@@ -58,13 +58,14 @@ class Plan:
         whole = [launch.kind == "dense" and launch.heads.all(program.heads) for launch in program.launches]
         self.dense_alone = whole == [True] and not self.layout.padded
         self._kernels: dict[Any, dense.Dense] = {}
-        # What k and v wait for, so that they may be copied beside planning: in one call, later ones bring others.
-        self.began = None
-        if once and q.is_cuda and k.shape[2] >= BESIDE:
-            self.began = torch.cuda.current_stream(q.device).record_event()
         for op, key in program.steps("plan"):
             if op == "estimate":
                 steps.estimate(self.state, key, q, k, scale)
+        # What copies of k and v wait for, to run beside the rest of planning: in one call, later ones bring others.
+        # Not beside the estimates, which keep the whole device busy.
+        self.began = None
+        if once and q.is_cuda and k.shape[2] >= BESIDE:
+            self.began = torch.cuda.current_stream(q.device).record_event()
         if not (once and graphs.replayed(self.state)):
             steps.after_estimates(self.state)
 
