@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmflex.ir.pattern import View
-from mmflex.runtime.kernels import use_triton
+from mmflex.runtime.kernels import kept, use_triton
 from mmflex.runtime.kernels.mass import SPAN, block_diagonals, last_mass
 from mmflex.runtime.kernels.rows import take_rows
 from mmflex.runtime.kernels.select import heaviest
@@ -253,18 +253,28 @@ def _on(array: np.ndarray, device: torch.device) -> Tensor:
     return _held[key][1]
 
 
-@lru_cache(maxsize=8)
-def _ramp(n: int, device: torch.device) -> Tensor:
-    return torch.arange(n, device=device)
+def ramp(n: int, device: torch.device) -> Tensor:
+    """int64 [n], from 0 on; kept."""
+    return kept(("ramp", n), device, lambda: torch.arange(n, device=device))
+
+
+def first_of(n: int, count: int, device: torch.device) -> Tensor:
+    """bool [n], true for the first ``count``; kept."""
+    return kept(("first", n, count), device, lambda: torch.arange(n, device=device) < count)
 
 
 def combed(mass: Tensor, stride: int, first: int, last: int) -> Tensor:
     """[B, H, stride]: mass [B, H, n] of the places from ``first`` to before ``last`` on each comb ``phase, phase +
     stride, ...`` (`comb_excess` for one stride, with the even share left in)."""
-    inside = mass[..., first : max(first, last)]
-    before, periods = first % stride, 1 + (first % stride + inside.shape[-1]) // stride
-    after = periods * stride - before - inside.shape[-1]
-    return torch.nn.functional.pad(inside, (before, after)).unflatten(-1, (-1, stride)).sum(-2)
+    out = mass.new_zeros((*mass.shape[:-1], stride))
+    last = max(first, last)
+    whole, end = min(-(-first // stride) * stride, last), max(first, last // stride * stride)
+    if whole < end:
+        torch.sum(mass[..., whole:end].unflatten(-1, (-1, stride)), -2, out=out)
+    for low, high in ((first, whole), (max(whole, end), last)):  # periods of which only a part is inside
+        if low < high:
+            out[..., low % stride : low % stride + high - low] += mass[..., low:high]
+    return out
 
 
 def comb_excess(mass: Tensor, strides: Tensor, widest: int) -> Tensor:
@@ -276,10 +286,10 @@ def comb_excess(mass: Tensor, strides: Tensor, widest: int) -> Tensor:
     """
     batch, heads, n = mass.shape
     shape = (batch, heads, strides.shape[-1], n)
-    phase = (_ramp(n, mass.device) % strides[..., None]).expand(shape)
+    phase = (ramp(n, mass.device) % strides[..., None]).expand(shape)
     held = mass.new_zeros((*shape[:-1], widest)).scatter_add_(-1, phase, mass[:, :, None].expand(shape))
     share = mass.sum(-1)[..., None, None] / strides[..., None]
-    return (held - share).masked_fill(_ramp(widest, mass.device) >= strides[..., None], float("-inf"))
+    return (held - share).masked_fill(ramp(widest, mass.device) >= strides[..., None], float("-inf"))
 
 
 def likely_strides(mass: Tensor, shortest: int, longest: int, count: int) -> Tensor:

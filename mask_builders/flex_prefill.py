@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
 from mmflex.runtime.kernels.rows import take_rows
 
-from .estimate import LastMass, LastQueries, Pooled, PooledBlocks, _last, _on
+from .estimate import LastMass, LastQueries, Pooled, PooledBlocks, _last, _on, first_of
 from .shares import Shortlist, check_share, fewest, top_share
 from .vertical_slash import NEAR_DIAGONALS, SINK_COLUMNS
 
@@ -131,8 +131,8 @@ class FlexPrefill(Pattern):
 
     def select(self, estimate: SwitchMass, view: View) -> Mapping[str, Tensor]:
         aware, device = (estimate.distance < self.tau)[..., None], estimate.distance.device
-        sink = torch.arange(view.size, device=device) < SINK_COLUMNS
-        near = torch.arange(view.tiles, device=device) <= -(-(NEAR_DIAGONALS - 1) // view.tile)
+        sink = first_of(view.size, SINK_COLUMNS, device)
+        near = first_of(view.tiles, 1 + -(-(NEAR_DIAGONALS - 1) // view.tile), device)
         slash, least = -(-self.slash // view.tile), -(-self.minimum // view.tile)
         return {
             "columns": top_share(estimate.vertical, self.gamma, self.vertical, sink, self.minimum) & ~aware,

@@ -11,7 +11,7 @@ from sympy.logic.boolalg import Boolean
 
 from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
 
-from .estimate import LastMass, LastQueries, heaviest
+from .estimate import LastMass, LastQueries, first_of, heaviest
 
 SINK_COLUMNS = 30
 NEAR_DIAGONALS = 100
@@ -43,8 +43,8 @@ class VerticalSlash(Pattern):
     def select(self, estimate: LastMass, view: View) -> Mapping[str, torch.Tensor]:
         diagonals = estimate.block_diagonals
         near = -(-(NEAR_DIAGONALS - 1) // view.tile)
-        first = torch.arange(view.size, device=diagonals.device) < SINK_COLUMNS
-        nearest = torch.arange(view.tiles, device=diagonals.device) <= near
+        first = first_of(view.size, SINK_COLUMNS, diagonals.device)
+        nearest = first_of(view.tiles, near + 1, diagonals.device)
         return {
             "columns": heaviest(estimate.vertical, self.vertical, first),
             "diagonals": heaviest(diagonals, -(-self.slash // view.tile), nearest),

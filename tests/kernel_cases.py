@@ -67,7 +67,11 @@ def select(device: str) -> None:
             # Masses are compared to 23 bits: entries that differ must be that close.
             off = (keep != expected).sum().item()
             assert off == 0 or off <= 2 * mass[..., 0].numel() * 3, off
-            index, count = gathered(keep, budget + 7)
+            fits = torch.ones(1, dtype=torch.int32, device=device)
+            index, count = gathered(keep, budget + 7, fits)
+            assert fits.item() == 1
+            gathered(keep, int(count.max()) - 1, fits)
+            assert fits.item() == 0, "more than the capacity, and nothing was said"
             for row, found, n in zip(keep.flatten(0, -2), index.flatten(0, -2), count.flatten(), strict=True):
                 true = row.nonzero().flatten().tolist()
                 assert int(n) == len(true)

@@ -33,7 +33,8 @@ class Beside:
         current = torch.cuda.current_stream(self.device)
         key = (self.device, current.cuda_stream)
         if key not in _second:
-            _second[key] = torch.cuda.Stream(self.device)
+            # Preferred: else a launch whose blocks wait for a place would only begin when all others have theirs.
+            _second[key] = torch.cuda.Stream(self.device, priority=-1)
         second = self._second = _second[key]
         second.wait_event(current.record_event() if after is None else after)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -156,13 +157,15 @@ def gather_and_list(state: State, number: int) -> None:
 
 
 class _Lists:
-    """Block lists of a launch in the making."""
+    """Block lists of a launch in the making. ``fits`` int32 [1] becomes 0 where a static bound is passed."""
 
     def __init__(self, state: State, launch: Launch) -> None:
         self.state, self.launch, self.tile = state, launch, state.program.tile
         shape = (2, state.batch, len(launch.heads.heads), launch.row_slots // self.tile)
-        self.table = torch.zeros((*shape, launch.width), dtype=torch.int32, device=state.device)
-        self.counts = torch.zeros(shape, dtype=torch.int32, device=state.device)
+        both = torch.zeros(math.prod(shape) * (launch.width + 1), dtype=torch.int32, device=state.device)
+        self.counts, table = both[: math.prod(shape)].view(shape), both[math.prod(shape) :]
+        self.table = table.view(*shape, launch.width)
+        self.fits = torch.ones(1, dtype=torch.int32, device=state.device)
 
     def add(
         self,
@@ -179,18 +182,15 @@ class _Lists:
         slot, heads = self.launch.section_slot, self.launch.heads.heads
         shift = tuple(slot.get(heads[i], 0) * sections for i in place)
         at, moved = self.state.const(place, torch.int32), self.state.const(shift, torch.int32)
-        list_blocks(source, ends, self.table, self.counts, at, moved)
+        list_blocks(source, ends, self.table, self.counts, self.fits, at, moved)
 
     def done(self) -> backends.Lists:
-        if self.launch.width < self.launch.key_slots // self.tile:
-            _check(self.counts <= self.launch.width, "key blocks of a query block")
+        """The lists. A loud error where something does not fit (on CUDA when the device gets there), never a dropped
+        block."""
+        what = "key blocks of a query block, gathered columns or gathered rows"
+        message = f"more {what} than the spec's budget allows: a pattern selected more than it declared (at_most)"
+        torch._assert_async(self.fits, message)
         return self.counts[0], self.table[0], self.counts[1], self.table[1]
-
-
-def _check(fits: Tensor, what: str) -> None:
-    """A loud error where a static bound is passed (on CUDA when the device gets there), never a dropped block."""
-    message = f"more {what} than the spec's budget allows: a pattern selected more than it declared (at_most)"
-    torch._assert_async(fits.all(), message)
 
 
 def _main(state: State, launch: Launch) -> Ready:
@@ -200,7 +200,8 @@ def _main(state: State, launch: Launch) -> Ready:
     limit = None
     # Else a key's limit is the number of its slot.
     if base != 0 or launch.section or not launch.keys.in_place(state.program.layout):
-        limit = torch.full((batch, len(heads), launch.key_slots), BIG, dtype=torch.int32, device=state.device)
+        limit = torch.empty((batch, len(heads), launch.key_slots), dtype=torch.int32, device=state.device)
+        limit[..., main if all(h >= 0 for h in heads) else 0 :] = BIG
     table = None
     if launch.section:
         shape = (batch, len(launch.heads.kv_heads) * launch.sections, launch.section)
@@ -221,7 +222,7 @@ def _main(state: State, launch: Launch) -> Ready:
             end, usable = _until(launch, part, state)
             chosen = values.of(part.columns)[:, :, 0]
             chosen = chosen if usable is None else chosen & usable[:, None]
-            counts, low, high = fill_sections(
+            low, high, tail_low, tail_high = fill_sections(
                 chosen.expand(batch, len(here), -1),
                 at,
                 end,
@@ -231,13 +232,9 @@ def _main(state: State, launch: Launch) -> Ready:
                 limit,
                 table,
                 state.program.tile,
+                lists.fits,
             )
-            _check(counts <= launch.section, "gathered columns")
-            tail = limit[..., main:].unflatten(-1, (launch.sections, -1, state.program.tile))
-            tail = tail[:, state.const(here), state.const(tuple(launch.section_slot[h] for h in part.heads))]
-            ends = replace(
-                _ends(launch, state, len(here)), low=low, high=high, tail_low=tail.amin(-1), tail_high=tail.amax(-1)
-            )
+            ends = replace(_ends(launch, state, len(here)), low=low, high=high, tail_low=tail_low, tail_high=tail_high)
             lists.add(here, part.mask, values, ends)
         if not launch.compare:
             residual = (part.mask, values)
@@ -307,12 +304,12 @@ def _rows(state: State, launch: Launch) -> Ready:
     place = launch.heads.place
     index = torch.zeros((batch, len(heads), launch.capacity), dtype=torch.int64, device=state.device)
     count = torch.zeros((batch, len(heads)), dtype=torch.int64, device=state.device)
+    lists = _Lists(state, launch)
     for part in launch.parts:
         chosen = (
             state.part_values(launch, part).of(part.chosen)[..., 0].expand(batch, len(part.heads), -1) & real[:, None]
         )
-        slots, found = gathered(chosen, launch.capacity)
-        _check(found <= launch.capacity, "gathered rows")
+        slots, found = gathered(chosen, launch.capacity, lists.fits)
         here = state.const(tuple(place[h] for h in part.heads))
         index[:, here], count[:, here] = slots, found
     filled = torch.arange(launch.capacity, device=state.device) < count[..., None]
@@ -320,7 +317,6 @@ def _rows(state: State, launch: Launch) -> Ready:
     position = torch.where(filled, position, -1).int()
     ends = Extremes.of(position, at[:, None], None, state.program.tile)
     ends = replace(ends, **{side: getattr(ends, side).expand(-1, len(heads), -1) for side in ("low", "high")})
-    lists = _Lists(state, launch)
     lists.add(tuple(range(len(heads))), sympy.true, None, ends)
     token_index = token[:, None].expand(-1, len(heads), -1).gather(-1, index)
     limit = None  # a key's limit is the number of its slot

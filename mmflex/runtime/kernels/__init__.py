@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -10,3 +12,21 @@ import torch
 def use_triton(t: torch.Tensor) -> bool:
     """Whether Triton kernels run on this tensor: CUDA, or the CPU under ``TRITON_INTERPRET=1`` (tests)."""
     return t.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+_kept: dict[Any, torch.Tensor] = {}
+
+
+def kept(key: Any, device: torch.device, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """A constant on a device, made once (256 are kept). Not while a CUDA graph is captured: it would lie in the memory
+    of that graph, which may end."""
+    key = (key, device)
+    found = _kept.get(key)
+    if found is None:
+        found = make()
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return found
+        if len(_kept) >= 256:
+            _kept.clear()
+        _kept[key] = found
+    return found

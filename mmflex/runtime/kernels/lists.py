@@ -22,7 +22,7 @@ try:
 except ImportError:  # CPU builds of torch come without Triton; the twin runs there
     triton = None
 
-_HEADER = "table, counts, place, shift, row_low, row_high, low, high, chunk_low, tail_low, tail_high"
+_HEADER = "table, counts, fits, place, shift, row_low, row_high, low, high, chunk_low, tail_low, tail_high"
 _NUMBERS = "heads, heads_out, rows, main_tiles, tail_tiles, chunks, width, row_b, row_h"
 
 _KERNEL = """
@@ -79,6 +79,8 @@ def kernel({arguments}, BLOCK: tl.constexpr, MANY: tl.constexpr, TAIL: tl.conste
         full += tl.sum(every.to(tl.int32), 1, keep_dims=True)
     tl.store(counts + out, partial, mask=inside)
     tl.store(counts + half + out, full, mask=inside)
+    if tl.max(tl.maximum(partial, full)) > width:
+        tl.store(fits, 0)
 """
 
 
@@ -126,11 +128,11 @@ def _kernel(
 
 
 def list_blocks(
-    source: BlockSource, ends: Extremes, table: Tensor, counts: Tensor, place: Tensor, shift: Tensor
+    source: BlockSource, ends: Extremes, table: Tensor, counts: Tensor, fits: Tensor, place: Tensor, shift: Tensor
 ) -> None:
     """Lists the partial and full tiles of h heads into ``table`` int32 [2, B, H, Q, W] and ``counts`` int32
     [2, B, H, Q], at heads ``place`` int32 [h]. Section tiles are numbered after the main ones, ``shift`` int32 [h]
-    higher. Entries past a count keep what they hold; counts may pass W, which the caller checks.
+    higher. Entries past a count keep what they hold; where a count passes W, ``fits`` int32 [1] becomes 0.
     """
     main, width = ends.low.shape[-1], table.shape[-1]
     if not source.triton:
@@ -139,6 +141,7 @@ def list_blocks(
             count, index = compact(classes == kind, width)
             table[kind - 1][:, place.long()] = torch.where(index >= main, index + shift[:, None, None], index)
             counts[kind - 1][:, place.long()] = count
+            fits.mul_((count <= width).all())
         return
     assert triton is not None
     batch, heads, _ = ends.low.shape
@@ -167,7 +170,7 @@ def list_blocks(
     row_b = row_low.shape[1] * rows if row_low.shape[0] > 1 else 0
     kernel = _kernel(source.some, source.every, tuple(names), tuple(tables))
     kernel[(triton.cdiv(rows, _ROWS), batch * heads)](
-        table, counts, place, shift, row_low, row_high, low, high, _coarse(low, block, True), tail_low, tail_high,
+        table, counts, fits, place, shift, row_low, row_high, low, high, _coarse(low, block, True), tail_low, tail_high,
         heads, table.shape[2], rows, main, tail, chunks, width, row_b, row_h, *values,
         BLOCK=block, MANY=triton.next_power_of_2(chunks), TAIL=triton.cdiv(tail, block), ROWS=_ROWS, num_warps=1,
     )  # fmt: skip

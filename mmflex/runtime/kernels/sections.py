@@ -23,7 +23,7 @@ if triton is not None:
     @triton.jit
     def _fill(
         chosen, counts, position, position_b, end, end_b, token, token_b, at_head, at_table, limit, table, low, high,
-        heads, heads_out, tables, n, slots, capacity,
+        fits, heads, heads_out, tables, n, slots, capacity,
         BLOCK: tl.constexpr, MANY: tl.constexpr, TILE: tl.constexpr, HOLES: tl.constexpr, TOKENS: tl.constexpr,
     ):  # fmt: skip
         """One stretch of key slots of one head."""
@@ -32,6 +32,8 @@ if triton is not None:
         other = tl.arange(0, MANY)
         count = tl.load(counts + row * tl.num_programs(0) + other, mask=other < tl.num_programs(0), other=0)
         before = tl.sum(tl.where(other < chunk, count, 0), 0)
+        if tl.sum(count, 0) > capacity:
+            tl.store(fits, 0)
         slot = chunk * BLOCK + tl.arange(0, BLOCK)
         inside = slot < n
         at = tl.load(position + batch * position_b + slot, mask=inside, other=1 << 30)
@@ -56,6 +58,18 @@ if triton is not None:
             value = tl.load(token + batch * token_b + slot, mask=inside, other=0)
         tl.store(table + (batch * tables + section) * capacity + place, value, mask=kept)
 
+    @triton.jit
+    def _ends(
+        at_head, at_table, limit, low, high, heads, heads_out, n, slots, capacity, TILE: tl.constexpr
+    ):  # fmt: skip
+        """Least and greatest limit of one tile of one head's section."""
+        tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        mine = limit + (row // heads * heads_out + tl.load(at_head + row % heads)) * slots + n
+        section = tl.load(at_table + row % heads).to(tl.int64) % ((slots - n) // capacity)
+        value = tl.load(mine + section * capacity + tile * TILE + tl.arange(0, TILE))
+        tl.store(low + row * (capacity // TILE) + tile, tl.min(value, 0))
+        tl.store(high + row * (capacity // TILE) + tile, tl.max(value, 0))
+
 
 def fill_sections(
     chosen: Tensor,
@@ -67,7 +81,8 @@ def fill_sections(
     limit: Tensor,
     table: Tensor,
     tile: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    fits: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Puts the chosen keys of h heads into their sections.
 
     Args:
@@ -80,10 +95,10 @@ def fill_sections(
             the places filled (the caller has put `BIG` elsewhere). Sections follow the main one, each as long as a row
             of ``table``, ``at_table`` modulo their number apart.
         table: int64 [B, sections of all KV heads, capacity]: written where filled.
+        fits: int32 [1], becomes 0 where more keys are chosen than the capacity.
 
     Returns:
-        counts int32 [B, h] (which may pass the capacity: the caller checks), and the least and greatest limit of every
-        main tile, int32 [B, h, tiles].
+        The least and greatest limit of every main tile, int32 [B, h, tiles], and of the tiles of each head's section.
     """
     batch, heads, n = chosen.shape
     capacity = table.shape[-1]
@@ -96,15 +111,21 @@ def fill_sections(
         counts = count_true(chosen, block)
         low = torch.empty((batch, heads, n // tile), dtype=torch.int32, device=chosen.device)
         high = torch.empty_like(low)
+        tail_low = torch.empty((batch, heads, capacity // tile), dtype=torch.int32, device=chosen.device)
+        tail_high = torch.empty_like(tail_low)
         _fill[grid](
             chosen, counts, position, position.stride(0), end if end is not None else position,
             0 if end is None else end.stride(0), position if token is None else token,
-            0 if token is None else token.stride(0), at_head, at_table, limit, table, low, high, heads, limit.shape[1],
-            table.shape[1], n, limit.shape[-1], capacity, BLOCK=block, MANY=triton.next_power_of_2(grid[0]), TILE=tile,
-            HOLES=end is None, TOKENS=token is not None,
+            0 if token is None else token.stride(0), at_head, at_table, limit, table, low, high, fits, heads,
+            limit.shape[1], table.shape[1], n, limit.shape[-1], capacity, BLOCK=block,
+            MANY=triton.next_power_of_2(grid[0]), TILE=tile, HOLES=end is None, TOKENS=token is not None,
         )  # fmt: skip
-        return counts.sum(-1), low, high
-    index, counts = gathered(chosen, capacity)
+        _ends[(capacity // tile, batch * heads)](
+            at_head, at_table, limit, tail_low, tail_high, heads, limit.shape[1], n, limit.shape[-1], capacity,
+            TILE=tile, num_warps=1,
+        )  # fmt: skip
+        return low, high, tail_low, tail_high
+    index, counts = gathered(chosen, capacity, fits)
     filled = torch.arange(capacity, device=chosen.device) < counts[..., None]
     own = position[:, None].expand(chosen.shape)
     shown = own if end is None else own.maximum(end[:, None])
@@ -115,4 +136,5 @@ def fill_sections(
     found = index if token is None else token[:, None].expand(chosen.shape).gather(-1, index)
     table[:, at_table.long()] = torch.where(filled, found, -1)
     tiled = own.unflatten(-1, (-1, tile))
-    return counts.int(), tiled.amin(-1).int(), tiled.amax(-1).int()
+    ends = tail[:, at_head.long(), at_table.long() % sections].unflatten(-1, (-1, tile))
+    return tiled.amin(-1).int(), tiled.amax(-1).int(), ends.amin(-1), ends.amax(-1)

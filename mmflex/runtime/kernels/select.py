@@ -52,14 +52,19 @@ if triton is not None:
         tl.store(equals + row * tl.num_programs(0) + tl.program_id(0), found)
 
     @triton.jit
-    def _keep(mass, always, histograms, before, keep, n, budget, BLOCK: tl.constexpr, FORCED: tl.constexpr):
+    def _keep(
+        mass, always, histograms, equals, keep, n, budget, BLOCK: tl.constexpr, MANY: tl.constexpr,
+        FORCED: tl.constexpr,
+    ):  # fmt: skip
         """Greater than the threshold, or equal and among the first of the equals."""
         row = tl.program_id(1).to(tl.int64)
         prefix, left = _threshold(histograms, row, budget, 4)
+        other = tl.arange(0, MANY)
+        before = tl.load(equals + row * tl.num_programs(0) + other, mask=other < tl.program_id(0), other=0)
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         key = _key(mass, always, row, at, n, FORCED)
         equal = ((at < n) & (key == prefix)).to(tl.int32)
-        place = tl.load(before + row * tl.num_programs(0) + tl.program_id(0)) + tl.cumsum(equal, 0)
+        place = tl.sum(before, 0) + tl.cumsum(equal, 0)
         tl.store(keep + row * n + at, (key > prefix) | ((equal != 0) & (place <= left)), mask=at < n)
 
     @triton.jit
@@ -102,7 +107,8 @@ if triton is not None:
 
     @triton.jit
     def _indices(
-        chosen, counts, index, count, n, capacity, BLOCK: tl.constexpr, MANY: tl.constexpr, REST: tl.constexpr
+        chosen, counts, index, count, fits, n, capacity, most,
+        BLOCK: tl.constexpr, MANY: tl.constexpr, REST: tl.constexpr,
     ):  # fmt: skip
         """One stretch of a row: indices of its true entries; the rest of the row repeats the last of all."""
         chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -120,6 +126,8 @@ if triton is not None:
                 rest = (slot >= total) & (slot < capacity)
                 tl.store(index + row * capacity + slot, tl.zeros([BLOCK], tl.int64) + last, mask=rest)
             tl.store(count + row, total)
+            if total > most:
+                tl.store(fits, 0)
 
 
 def count_true(chosen: Tensor, block: int) -> Tensor:
@@ -166,8 +174,9 @@ def heaviest(mass: Tensor, budget: int, always: Tensor | None = None) -> Tensor:
             _count[grid](mass, forced, histograms, n, budget, DIGIT=digit, **shape)
         equals = torch.empty((rows, grid[0]), dtype=torch.int32, device=mass.device)
         _equals[grid](mass, forced, histograms, equals, n, budget, **shape)
-        before = (equals.cumsum(-1) - equals).int()
-        _keep[grid](mass, forced, histograms, before, keep, n, budget, **shape)
+        _keep[grid](
+            mass, forced, histograms, equals, keep, n, budget, MANY=triton.next_power_of_2(grid[0]), **shape
+        )  # fmt: skip
         return keep
     key = _key_twin(mass)
     if always is not None:
@@ -178,10 +187,11 @@ def heaviest(mass: Tensor, budget: int, always: Tensor | None = None) -> Tensor:
     return above | (equal & (equal.cumsum(-1) <= room))
 
 
-def gathered(chosen: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+def gathered(chosen: Tensor, capacity: int, fits: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Indices of the true entries of ``chosen`` [..., n] in order: (int64 [..., capacity], counts int64 [...]).
 
-    Slots past the count repeat the last index found (0 where there is none). The caller checks the counts.
+    Slots past the count repeat the last index found (0 where there is none). ``fits`` int32 [1] becomes 0 where there
+    are more than the capacity.
     """
     n = chosen.shape[-1]
     if use_triton(chosen):
@@ -192,13 +202,17 @@ def gathered(chosen: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
         index = torch.empty((*chosen.shape[:-1], capacity), dtype=torch.int64, device=chosen.device)
         count = torch.empty(chosen.shape[:-1], dtype=torch.int64, device=chosen.device)
         grid = (counts.shape[-1], count.numel())
+        unchecked = fits is None
         _indices[grid](
-            chosen, counts, index, count, n, capacity, BLOCK=block, MANY=triton.next_power_of_2(grid[0]),
-            REST=triton.cdiv(capacity, block),
+            chosen, counts, index, count, count if unchecked else fits, n, capacity, n if unchecked else capacity,
+            BLOCK=block, MANY=triton.next_power_of_2(grid[0]), REST=triton.cdiv(capacity, block),
         )  # fmt: skip
         return index, count
     place = chosen.cumsum(-1) - 1
     index = torch.zeros((*chosen.shape[:-1], capacity + 1), dtype=torch.int64, device=chosen.device)
     token = torch.arange(n, device=chosen.device).expand(chosen.shape)
     index.scatter_(-1, torch.where(chosen & (place < capacity), place, capacity), token)
-    return index[..., :-1].cummax(-1).values, place[..., -1] + 1
+    count = place[..., -1] + 1
+    if fits is not None:
+        fits.mul_((count <= capacity).all())
+    return index[..., :-1].cummax(-1).values, count
