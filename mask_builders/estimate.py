@@ -62,16 +62,16 @@ class LastQueries:
         assert limit is not None
         assert stand is not None
         assert position is not None
-        query = take_rows(q, rows[:, None].expand(q.shape[0], q.shape[1], -1))
         limit, stand = limit.expand(len(q), -1).contiguous(), stand.expand(len(q), -1).contiguous()
         keys = None if keys is None else keys.expand(len(q), -1).contiguous()
         if use_triton(q) and last.spread <= SPAN - 128 and view.tile % 128 == 0:
             return LastMass(
                 *last_mass(
-                    query, k, scale, limit, position, stand, keys, view.size, view.tile, self.distances, last.spread
+                    q, rows, k, scale, limit, position, stand, keys, view.size, view.tile, self.distances, last.spread
                 ),
                 view,
             )
+        query = take_rows(q, rows[:, None].expand(q.shape[0], q.shape[1], -1))
         vertical, diagonal = _twin(query, k, scale, limit, position, last.stand, keys, view.size)
         return LastMass(vertical, diagonal, block_diagonals(diagonal, view.tile), view)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmflex.runtime.kernels import result, writing_to
+
 CASES = Path(__file__).with_name("kernel_cases.py")
 
 
@@ -28,3 +30,14 @@ def test_kernels_equal_their_twins_on_the_device():
     import kernel_cases
 
     kernel_cases.main("cuda")
+
+
+def test_results_are_written_where_they_are_offered_while_shapes_agree() -> None:
+    first, second, third = (torch.empty(shape) for shape in ((2, 3), (2, 3), (2,)))
+    cpu = torch.device("cpu")
+    with writing_to([first, second, third]):
+        assert result((2, 3), cpu) is first
+        assert result((2, 3), cpu) is second
+        assert result((3,), cpu).shape == (3,)  # something else: the rest may belong to another estimate
+        assert result((2,), cpu) is not third
+    assert result((2, 3), cpu) is not first

@@ -2,7 +2,7 @@
 
 Selecting, gathering and listing is some fifty small kernels, which the host takes longer to launch than the device to
 run: from the second call of a program on they are replayed at once. Estimates run outside: they read q and k, which
-stand elsewhere at every call. What they find is copied into the graph's own tensors.
+stand elsewhere at every call. What they find is written to the graph's own tensors, or copied there.
 """
 
 from __future__ import annotations
@@ -60,6 +60,12 @@ def replayed(state: steps.State) -> bool:
     return held.run(state)
 
 
+def inputs(state: steps.State) -> list[Tensor]:
+    """What a graph of this program will read on this stream: estimates may be written there."""
+    held = state.program.memo.get(("replay", state.device, state.batch, stream(state.device)))
+    return held.inputs if isinstance(held, _Replay) else []
+
+
 @dataclasses.dataclass(eq=False)
 class _Replay:
     """A captured graph, the tensors that it reads and what it leaves."""
@@ -73,8 +79,11 @@ class _Replay:
         given = _tensors([result for result, _ in state.estimates.values()])
         if given is None or [(t.shape, t.dtype) for t in given] != [(t.shape, t.dtype) for t in self.inputs]:
             return False
-        if given:
-            torch._foreach_copy_(self.inputs, given)
+        elsewhere = [(to, t) for to, t in zip(self.inputs, given, strict=True) if to is not t]
+        if elsewhere:
+            own = set(map(id, self.inputs))
+            sources = [t.clone() if id(t) in own else t for _, t in elsewhere]  # written to where another belongs
+            torch._foreach_copy_([to for to, _ in elsewhere], sources)
         self.graph.replay()
         state.found, state.ready = self.found, self.ready
         return True

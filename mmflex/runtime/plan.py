@@ -18,6 +18,7 @@ from . import backends, dense, graphs, steps
 from .backends import Backend
 from .beside import Beside
 from .inputs import check
+from .kernels import writing_to
 
 
 @dataclass(eq=False)
@@ -58,9 +59,10 @@ class Plan:
         whole = [launch.kind == "dense" and launch.heads.all(program.heads) for launch in program.launches]
         self.dense_alone = whole == [True] and not self.layout.padded
         self._kernels: dict[Any, dense.Dense] = {}
-        for op, key in program.steps("plan"):
-            if op == "estimate":
-                steps.estimate(self.state, key, q, k, scale)
+        with writing_to(graphs.inputs(self.state) if once else ()):
+            for op, key in program.steps("plan"):
+                if op == "estimate":
+                    steps.estimate(self.state, key, q, k, scale)
         # What copies of k and v wait for, to run beside the rest of planning: in one call, later ones bring others.
         # Not beside the estimates, which keep the whole device busy.
         self.began = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -30,3 +32,26 @@ def kept(key: Any, device: torch.device, make: Callable[[], torch.Tensor]) -> to
             _kept.clear()
         _kept[key] = found
     return found
+
+
+_offered: ContextVar[list[torch.Tensor] | None] = ContextVar("mmflex offered", default=None)
+
+
+@contextmanager
+def writing_to(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Offers tensors to `result`, in order, for the length of a ``with`` block."""
+    token = _offered.set(list(tensors))
+    try:
+        yield
+    finally:
+        _offered.reset(token)
+
+
+def result(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """float32 of any content, for what an estimate finds: where a graph reads it, if one will (`writing_to`)."""
+    offered = _offered.get()
+    if offered and offered[0].shape == shape:
+        return offered.pop(0)
+    if offered:
+        offered.clear()  # others have been found in between: which is which is not known any more
+    return torch.empty(shape, device=device)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import result
+
 try:
     import triton
     import triton.language as tl
@@ -44,21 +46,30 @@ if triton is not None:
         return tl.load(at, mask=(d < DIM)[None], other=0.0)
 
     @triton.jit
+    def _queries(q, rows, batch, head, q_b, q_h, q_n, r_b, L: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr):
+        """The rows of one head, [L, D]; zero where the index is negative."""
+        at = tl.load(rows + batch * r_b + tl.arange(0, L)).to(tl.int64)[:, None]
+        d = tl.arange(0, D)[None]
+        source = q + batch * q_b + head.to(tl.int64) * q_h + at * q_n + d
+        return tl.load(source, mask=(at >= 0) & (d < DIM), other=0.0)
+
+    @triton.jit
     def _free(limit):
         """The position up to which every row sees (rows that see nothing apart)."""
         return tl.min(tl.where(limit < 0, 1 << 30, limit), 0)
 
     @triton.jit
     def _sum(
-        q, k, limit, position, top, total, k_b, k_h, k_n, p_b, factor, n, heads, group, chunks,
+        q, rows, k, limit, position, top, total, q_b, q_h, q_n, r_b, k_b, k_h, k_n, p_b, factor, n, heads, group,
+        chunks,
         L: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCKS: tl.constexpr,
     ):  # fmt: skip
         """First sweep: a base and the sum of exponentials over it of a chunk of keys, for the L rows of one head."""
         head = tl.program_id(0) % heads
         batch = (tl.program_id(0) // heads).to(tl.int64)
         own = batch * heads + head
-        row, d, j = tl.arange(0, L), tl.arange(0, D), tl.arange(0, K)
-        query = tl.load(q + (own * L + row)[:, None] * DIM + d[None], mask=(d < DIM)[None], other=0.0)
+        row, j = tl.arange(0, L), tl.arange(0, K)
+        query = _queries(q, rows, batch, head, q_b, q_h, q_n, r_b, L, D, DIM)
         reach = tl.load(limit + batch * L + row)
         first = tl.program_id(1) * BLOCKS * K
         last = first + BLOCKS * K - 1
@@ -101,9 +112,15 @@ if triton is not None:
         tl.store(total + at, sums)
 
     @triton.jit
-    def _join(top, total, limit, lse, chunks, heads, L: tl.constexpr, MANY: tl.constexpr):
-        """log2 of the sums of exponentials of one head's rows over all chunks; +inf for rows that see nothing."""
+    def _join(top, total, limit, lse, diagonals, tiles, chunks, heads, L: tl.constexpr, MANY: tl.constexpr):
+        """log2 of the sums of exponentials of one head's rows over all chunks; +inf for rows that see nothing. Sets the
+        head's block diagonals to 0, to which the second sweep adds."""
         own = tl.program_id(0).to(tl.int64)
+        first = 0
+        while first < tiles:
+            at = first + tl.arange(0, 512)
+            tl.store(diagonals + own * tiles + at, tl.zeros([512], tl.float32), mask=at < tiles)
+            first += 512
         row = tl.arange(0, L)
         high = tl.full([L], float("-inf"), tl.float32)
         sums = tl.zeros([L], tl.float32)
@@ -177,8 +194,8 @@ if triton is not None:
 
     @triton.jit
     def _mass(
-        q, k, limit, position, lse, stand, index, vertical, diagonal, diagonals, tiles, k_b, k_h, k_n, p_b, factor, n,
-        size, heads, group,
+        q, rows, k, limit, position, lse, stand, index, vertical, diagonal, diagonals, tiles, q_b, q_h, q_n, r_b, k_b,
+        k_h, k_n, p_b, factor, n, size, heads, group,
         L: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
         W: tl.constexpr, BLOCKS: tl.constexpr, GATHERED: tl.constexpr, DIAGONAL: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
@@ -186,8 +203,8 @@ if triton is not None:
         head = tl.program_id(0) % heads
         batch = (tl.program_id(0) // heads).to(tl.int64)
         own = batch * heads + head
-        row, d = tl.arange(0, L), tl.arange(0, D)
-        query = tl.load(q + (own * L + row)[None] * DIM + d[:, None], mask=(d < DIM)[:, None], other=0.0)
+        row = tl.arange(0, L)
+        query = tl.trans(_queries(q, rows, batch, head, q_b, q_h, q_n, r_b, L, D, DIM))
         reach = tl.load(limit + batch * L + row)
         sums = tl.load(lse + own * L + row)
         stand += batch * L
@@ -246,36 +263,40 @@ def block_diagonals(diagonal: Tensor, tile: int) -> Tensor:
 
 
 def last_mass(
-    q: Tensor, k: Tensor, scale: float, limit: Tensor, position: Tensor, stand: Tensor, index: Tensor | None, size: int,
-    tile: int, distances: bool, spread: int = SPAN - 128,
+    q: Tensor, rows: Tensor, k: Tensor, scale: float, limit: Tensor, position: Tensor, stand: Tensor,
+    index: Tensor | None, size: int, tile: int, distances: bool, spread: int = SPAN - 128,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Softmax mass of L queries, summed: per key in scope [B, H, size], per distance (if ``distances``) likewise, per
     block diagonal (`block_diagonals`) [B, H, ceil(size / tile)]; float32.
 
     Args:
-        q: [B, H, L, D], L a power of two of at least 16. k: [B, Hkv, N, D].
+        q: [B, H, M, D], k: [B, Hkv, N, D].
+        rows: int32 [B|1, L], the queries (-1: none), L a power of two of at least 16.
         limit: int32 [B, L], the position up to which each query sees (-1: none). position: int32 [B|1, N], of the keys.
         stand: int32 [B, L], where each query stands in keys in scope (-1: before the first); all within ``spread`` keys
             of each other, ``SPAN - 128`` at most. tile: 128 or a multiple.
         index: int32 [B, size], tokens in scope in order (then -1: none), or None for the first ``size`` tokens.
     """
     assert triton is not None
-    batch, heads, rows, dim = q.shape
-    n, group = k.shape[2], heads // k.shape[1]
-    q = q.contiguous()
+    batch, heads, _, dim = q.shape
+    n, group, count = k.shape[2], heads // k.shape[1], rows.shape[1]
+    q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
     chunks, tiles = triton.cdiv(n, _KEYS * _BLOCKS), triton.cdiv(size, tile)
-    top = torch.empty((batch, heads, chunks, rows), device=q.device)
-    total, lse = torch.empty_like(top), torch.empty((batch, heads, rows), device=q.device)
-    vertical = torch.empty((batch, heads, size), device=q.device)
-    diagonals = torch.zeros((batch, heads, tiles), device=q.device)
-    diagonal = torch.zeros_like(vertical) if distances else None
-    numbers = (*k.stride()[:3], position.stride(0) if position.shape[0] > 1 else 0, scale * 1.4426950408889634, n)
-    shape = {"L": rows, "K": _KEYS, "D": max(16, triton.next_power_of_2(dim)), "DIM": dim, "BLOCKS": _BLOCKS}
-    _sum[(batch * heads, chunks)](q, k, limit, position, top, total, *numbers, heads, group, chunks, **shape, **_SUM)
+    top = torch.empty((batch, heads, chunks, count), device=q.device)
+    total, lse = torch.empty_like(top), torch.empty((batch, heads, count), device=q.device)
+    vertical = result((batch, heads, size), q.device)
+    diagonal = result((batch, heads, size), q.device).zero_() if distances else None
+    diagonals = result((batch, heads, tiles), q.device)
+    strides = (*q.stride()[:3], rows.stride(0) if len(rows) > 1 else 0, *k.stride()[:3])
+    numbers = (*strides, position.stride(0) if position.shape[0] > 1 else 0, scale * 1.4426950408889634, n)
+    shape = {"L": count, "K": _KEYS, "D": max(16, triton.next_power_of_2(dim)), "DIM": dim, "BLOCKS": _BLOCKS}
+    _sum[(batch * heads, chunks)](
+        q, rows, k, limit, position, top, total, *numbers, heads, group, chunks, **shape, **_SUM
+    )  # fmt: skip
     many = triton.next_power_of_2(triton.cdiv(chunks, 64))
-    _join[(batch * heads,)](top, total, limit, lse, chunks, heads, L=rows, MANY=many)
+    _join[(batch * heads,)](top, total, limit, lse, diagonals, tiles, chunks, heads, L=count, MANY=many)
     _mass[(batch * heads, triton.cdiv(size, _KEYS * _BLOCKS))](
-        q, k, limit, position, lse, stand, position if index is None else index, vertical,
+        q, rows, k, limit, position, lse, stand, position if index is None else index, vertical,
         vertical if diagonal is None else diagonal, diagonals, tiles, *numbers, size, heads, group,
         S=triton.next_power_of_2(spread + _KEYS), T=tile, W=triton.next_power_of_2((_BLOCKS - 1) * _KEYS // tile + 5),
         GATHERED=index is not None, DIAGONAL=distances, WIDE=spread + _KEYS > tile, **shape,
