@@ -131,7 +131,7 @@ def filled(k: torch.Tensor, table: torch.Tensor, generator: torch.Generator) -> 
         fill_slots(*given, *out, heads, main, table, 0, last)
         assert all(map(torch.equal, out, wanted))
         out = [torch.full_like(t, 7.0) for t in wanted]
-        fill_slots(*given, *out, heads, main, None, 0, main, few=True)
+        fill_slots(*given, *out, heads, main, None, 0, main)
         assert all(bool((t[:, :, main:] == 7).all()) for t in out)
         fill_slots(*given, *out, heads, main, table, main, last)
         assert all(map(torch.equal, out, wanted))

@@ -223,7 +223,6 @@ def _planned(
     with torch.no_grad():
         plan_ = Plan(call.program, call.runs, call.scale, q, k, call.note, once)
     if once and (plan_.dense_alone or graphs.fixed(plan_.state)):
-        plan_.began = None  # later calls bring other k and v
         call.held = plan_, graphs.stream(q.device)
     return plan_
 

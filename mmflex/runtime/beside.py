@@ -24,9 +24,9 @@ class Beside:
         self._going: list[torch.cuda.Event] = []
         self._second: torch.cuda.Stream | None = None
 
-    def run(self, work: Callable[[], T], after: torch.cuda.Event | None = None) -> Callable[[], T]:
-        """Begins the work after an event (None: after all that the current stream holds by now). Returns a function
-        that lets the current stream wait for it, and gives its result."""
+    def run(self, work: Callable[[], T]) -> Callable[[], T]:
+        """Begins the work after all that the current stream holds by now. Returns a function that lets the current
+        stream wait for it, and gives its result."""
         if self.device.type != "cuda":
             result = work()
             return lambda: result
@@ -36,7 +36,7 @@ class Beside:
             # Preferred: else a launch whose blocks wait for a place would only begin when all others have theirs.
             _second[key] = torch.cuda.Stream(self.device, priority=-1)
         second = self._second = _second[key]
-        second.wait_event(current.record_event() if after is None else after)
+        second.wait_event(current.record_event())
         try:
             with torch.cuda.stream(second):
                 result = work()

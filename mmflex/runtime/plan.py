@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..compiler.orders import Order
-from ..compiler.plan import BESIDE, Launch, Program
+from ..compiler.plan import Launch, Program
 from . import backends, dense, graphs, steps
 from .backends import Backend
 from .beside import Beside
@@ -63,11 +63,6 @@ class Plan:
             for op, key in program.steps("plan"):
                 if op == "estimate":
                     steps.estimate(self.state, key, q, k, scale)
-        # What copies of k and v wait for, to run beside the rest of planning: in one call, later ones bring others.
-        # Not beside the estimates, which keep the whole device busy.
-        self.began = None
-        if once and q.is_cuda and k.shape[2] >= BESIDE:
-            self.began = torch.cuda.current_stream(q.device).record_event()
         if not (once and graphs.replayed(self.state)):
             steps.after_estimates(self.state)
 
@@ -114,18 +109,13 @@ class Plan:
     def _begun(
         self, aside: Beside, q: Tensor, k: Tensor, v: Tensor, need: bool
     ) -> dict[int, Callable[[], tuple[Tensor, Tensor | None]]]:
-        """Launch number -> what gives the result of a block-sparse launch. Begins what runs beside the rest: copies of
-        keys while planning still goes on (for one launch only, lest all copies are held at once), and gathered rows,
-        few queries that see much, which alone would leave most of the device idle."""
+        """Launch number -> what gives the result of a block-sparse launch. Begins what runs beside the rest: gathered
+        rows, few queries that see much, which alone would leave most of the device idle."""
         out: dict[int, Callable[[], tuple[Tensor, Tensor | None]]] = {}
         for number, launch in enumerate(self.program.launches):
             if launch.kind == "dense":
                 continue
-            moved, given = None, self._given(number)
-            if launch.kind == "main" and self.began is not None and steps.copied(self.state, launch, given):
-                copy = partial(steps.main_section, self.state, launch, k, v, given, beside=True)
-                moved, self.began = aside.run(copy, self.began), None
-            out[number] = partial(self._launch, number, q, k, v, need, moved)
+            out[number] = partial(self._launch, number, q, k, v, need)
             if launch.beside(self.layout.length):
                 out[number] = aside.run(out[number])
         return out
@@ -134,12 +124,10 @@ class Plan:
         """Whether the kernel of a launch takes tokens as they stand, though they do not fill their slots."""
         return self._backend.any_length and bool(self.state.ready[number].mask_mod.comparison)
 
-    def _launch(
-        self, number: int, q: Tensor, k: Tensor, v: Tensor, need: bool, moved: Callable[[], steps.Pair] | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Runs a block-sparse launch. ``moved`` gives the main sections of k and v, where they are copied already."""
+    def _launch(self, number: int, q: Tensor, k: Tensor, v: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
+        """Runs a block-sparse launch."""
         state, given = self.state, self._given(number)
-        keys, values = steps.keys(state, number, k, v, given, None if moved is None else moved())
+        keys, values = steps.keys(state, number, k, v, given)
         rows, ready = steps.queries(state, number, q, given), state.ready[number]
         return backends.attend(
             self._backend, rows, keys, values, ready.mask_mod, ready.lists, self.program.tile, self.scale, need

@@ -299,31 +299,48 @@ def _until(launch: Launch, part: Part, state: State) -> tuple[Tensor | None, Ten
 def _rows(state: State, launch: Launch) -> Ready:
     row, at = _positions(launch, state)
     heads, batch = launch.heads.heads, state.batch
-    token = launch.rows.on("filled", state.device).expand(batch, -1)
-    real = (launch.rows.on("index", state.device) >= 0).expand(batch, -1)
     place = launch.heads.place
-    index = torch.zeros((batch, len(heads), launch.capacity), dtype=torch.int64, device=state.device)
-    count = torch.zeros((batch, len(heads)), dtype=torch.int64, device=state.device)
     lists = _Lists(state, launch)
+    found = []
     for part in launch.parts:
-        chosen = (
-            state.part_values(launch, part).of(part.chosen)[..., 0].expand(batch, len(part.heads), -1) & real[:, None]
-        )
-        slots, found = gathered(chosen, launch.capacity, lists.fits)
-        here = state.const(tuple(place[h] for h in part.heads))
-        index[:, here], count[:, here] = slots, found
+        chosen = state.part_values(launch, part).of(part.chosen)[..., 0].expand(batch, len(part.heads), -1)
+        if not launch.rows.identity:  # some slots are empty
+            chosen = chosen & (launch.rows.on("index", state.device) >= 0)[:, None]
+        found.append(gathered(chosen, launch.capacity, lists.fits))
+    if launch.parts[0].heads == heads:
+        ((index, count),) = found
+    else:
+        index = torch.zeros((batch, len(heads), launch.capacity), dtype=torch.int64, device=state.device)
+        count = torch.zeros((batch, len(heads)), dtype=torch.int64, device=state.device)
+        for part, (slots, many) in zip(launch.parts, found, strict=True):
+            here = state.const(tuple(place[h] for h in part.heads))
+            index[:, here], count[:, here] = slots, many
     filled = torch.arange(launch.capacity, device=state.device) < count[..., None]
     position = row[:, None].expand(-1, len(heads), -1).gather(-1, index)
     position = torch.where(filled, position, -1).int()
-    ends = Extremes.of(position, at[:, None], None, state.program.tile)
-    ends = replace(ends, **{side: getattr(ends, side).expand(-1, len(heads), -1) for side in ("low", "high")})
+    ends = _rows_ends(launch, state, position, at)
     lists.add(tuple(range(len(heads))), sympy.true, None, ends)
-    token_index = token[:, None].expand(-1, len(heads), -1).gather(-1, index)
+    token_index = index
+    if not launch.rows.identity:
+        token = launch.rows.on("filled", state.device).expand(batch, -1)
+        token_index = token[:, None].expand(-1, len(heads), -1).gather(-1, index)
     limit = None  # a key's limit is the number of its slot
     if not launch.keys.in_place(state.program.layout):
         limit = at[:, None].expand(-1, len(heads), -1).contiguous()
     mask_mod = masks.comparison(position, limit)
     return Ready(lists.done(), mask_mod, row_index=token_index, row_count=count)
+
+
+def _rows_ends(launch: Launch, state: State, position: Tensor, at: Tensor) -> Extremes:
+    """Extremes of the positions of gathered queries [B, H, S] and of the keys' [B, slots] (those cached)."""
+    memo, heads = state.program.memo, position.shape[1]
+    key = ("row ends", launch.keys, heads, state.batch, state.device)
+    if key not in memo:
+        found = Extremes.of(at[:, None], at[:, None], None, state.program.tile)
+        memo[key] = tuple(t.expand(-1, heads, -1).contiguous() for t in (found.low, found.high))
+    low, high = memo[key]
+    tiled = position.unflatten(-1, (-1, state.program.tile))
+    return Extremes(tiled.amin(-1), tiled.amax(-1), low, high)
 
 
 def _classes(state: State, launch: Launch) -> Ready:
@@ -381,49 +398,30 @@ Pair = tuple[Tensor, Tensor]
 """Keys and values."""
 
 
-def copied(state: State, launch: Launch, given: bool) -> bool:
-    """Whether k and v are copied into the slots of a main section, whatever is selected."""
-    return launch.kind != "classes" and (launch.section > 0 or not launch.keys.stays(state.program.layout, given))
-
-
-def keys(state: State, number: int, k: Tensor, v: Tensor, given: bool = False, moved: Pair | None = None) -> Pair:
-    """k and v [B, Hkv, N, D] in the slots of a launch: main section, then the gathered sections. ``moved``: what
-    `main_section` has made of them."""
+def keys(state: State, number: int, k: Tensor, v: Tensor, given: bool = False) -> Pair:
+    """k and v [B, Hkv, N, D] in the slots of a launch: main section, then the gathered sections; themselves where
+    nothing moves. ``given``: they need not fill all slots."""
     launch, ready = state.program.launches[number], state.ready[number]
+    heads, main = launch.heads.kv_heads, launch.keys.slots
     if ready.key_index is not None:
         kv = tuple(max(h, 0) * k.shape[1] // state.program.heads for h in launch.heads.heads)
         k, v = (take_rows(take_heads(t, kv, state), ready.key_index) for t in (k, v))
         return k, v
-    if ready.section_table is None:
-        return moved or main_section(state, launch, k, v, given)
-    if moved is None and not launch.keys.in_place(state.program.layout):
-        moved = main_section(state, launch, k, v, given)
-    main = launch.keys.slots
-    first = 0 if moved is None else main
-    out = moved or (_room(launch, k), _room(launch, v))
-    table = ready.section_table.unflatten(1, (len(launch.heads.kv_heads), -1)).flatten(2)
-    fill_slots(k, v, *out, state.const(launch.heads.kv_heads), main, table, first, launch.key_slots)
-    return out
-
-
-def main_section(state: State, launch: Launch, k: Tensor, v: Tensor, given: bool = False, beside: bool = False) -> Pair:
-    """k and v with room for the gathered sections (themselves where nothing moves). It reads nothing that is planned,
-    so it may run ``beside`` the planning."""
-    heads, main = launch.heads.kv_heads, launch.keys.slots
-    if not copied(state, launch, given):
+    if ready.section_table is None and launch.keys.stays(state.program.layout, given):
         return take_heads(k, heads, state), take_heads(v, heads, state)
-    out = _room(launch, k), _room(launch, v)
-    if launch.keys.in_place(state.program.layout):
-        fill_slots(k, v, *out, state.const(heads), main, None, 0, main, few=beside)
-        return out
-    index = launch.keys.on("index", state.device)[:, None].expand(state.batch, len(heads), -1)
-    for t, to in zip((k, v), out, strict=True):
-        take_rows(take_heads(t, heads, state), index, to[:, :, :main])
-    return out
-
-
-def _room(launch: Launch, t: Tensor) -> Tensor:
-    return t.new_empty((t.shape[0], len(launch.heads.kv_heads), launch.key_slots, t.shape[3]))
+    out = tuple(t.new_empty((t.shape[0], len(heads), launch.key_slots, t.shape[3])) for t in (k, v))
+    first = 0
+    if not launch.keys.in_place(state.program.layout):
+        index = launch.keys.on("index", state.device)[:, None].expand(state.batch, len(heads), -1)
+        for t, to in zip((k, v), out, strict=True):
+            take_rows(take_heads(t, heads, state), index, to[:, :, :main])
+        first = main
+    table = ready.section_table
+    if table is not None:
+        table = table.unflatten(1, (len(heads), -1)).flatten(2)
+    if first < launch.key_slots:
+        fill_slots(k, v, out[0], out[1], state.const(heads), main, table, first, launch.key_slots)
+    return out[0], out[1]
 
 
 def queries(state: State, number: int, q: Tensor, given: bool = False) -> Tensor:

@@ -68,57 +68,48 @@ if triton is not None:
         table_h, heads, tokens, main, first, last, dim_k, dim_v,
         BLOCK: tl.constexpr, DIM: tl.constexpr, GATHERED: tl.constexpr,
     ):  # fmt: skip
-        """Blocks of slots of one KV head: of the keys, or (in the second half of the grid) of the values."""
+        """A block of slots of one KV head: of the keys, or (in the second half of the grid) of the values."""
         head = (tl.program_id(1) % heads).to(tl.int64)
         batch = (tl.program_id(1) // heads).to(tl.int64)
         own = tl.load(source + head)
         d = tl.arange(0, DIM)[None]
-        block = first + tl.program_id(0) * BLOCK
-        while block < last:
-            slot = block + tl.arange(0, BLOCK)
-            inside = slot < last
-            row = tl.where((slot < main) & (slot < tokens), slot, -1).to(tl.int64)
-            if GATHERED:
-                at = table + batch * table_b + head * table_h + (slot - main)
-                row = tl.where(slot < main, row, tl.load(at, mask=inside & (slot >= main), other=-1))
-            real, to = inside & (row >= 0), slot.to(tl.int64)[:, None]
-            if tl.program_id(2) == 0:
-                value = tl.load(
-                    k + batch * k_b + own * k_h + row[:, None] * k_n + d, mask=real[:, None] & (d < dim_k), other=0.0
-                )
-                tl.store(
-                    out_k + batch * out_k_b + head * out_k_h + to * dim_k + d, value, mask=inside[:, None] & (d < dim_k)
-                )
-            else:
-                value = tl.load(
-                    v + batch * v_b + own * v_h + row[:, None] * v_n + d, mask=real[:, None] & (d < dim_v), other=0.0
-                )
-                tl.store(
-                    out_v + batch * out_v_b + head * out_v_h + to * dim_v + d, value, mask=inside[:, None] & (d < dim_v)
-                )
-            block += tl.num_programs(0) * BLOCK
-
-
-_FEW = 128
-"""Programs that copy beside others: about one on each multiprocessor."""
+        slot = first + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = slot < last
+        row = tl.where((slot < main) & (slot < tokens), slot, -1).to(tl.int64)
+        if GATHERED:
+            at = table + batch * table_b + head * table_h + (slot - main)
+            row = tl.where(slot < main, row, tl.load(at, mask=inside & (slot >= main), other=-1))
+        real, to = inside & (row >= 0), slot.to(tl.int64)[:, None]
+        if tl.program_id(2) == 0:
+            value = tl.load(
+                k + batch * k_b + own * k_h + row[:, None] * k_n + d, mask=real[:, None] & (d < dim_k), other=0.0
+            )
+            tl.store(
+                out_k + batch * out_k_b + head * out_k_h + to * dim_k + d, value, mask=inside[:, None] & (d < dim_k)
+            )
+        else:
+            value = tl.load(
+                v + batch * v_b + own * v_h + row[:, None] * v_n + d, mask=real[:, None] & (d < dim_v), other=0.0
+            )
+            tl.store(
+                out_v + batch * out_v_b + head * out_v_h + to * dim_v + d, value, mask=inside[:, None] & (d < dim_v)
+            )
 
 
 def fill_slots(
     k: Tensor, v: Tensor, out_k: Tensor, out_v: Tensor, source: Tensor, main: int, table: Tensor | None, first: int,
-    last: int, few: bool = False,
+    last: int,
 ) -> None:  # fmt: skip
     """Slots ``first`` to ``last`` of keys and values: ``out[b, h, s] = src[b, source[h], s]`` below ``main``, from
     there on ``src[b, source[h], table[b, h, s - main]]``; zero past the last token, and where the table is negative.
 
     k, v [B, Hs, N, D], D of either; out_k, out_v [B, H, slots, D], contiguous; source int64 [H]; table int64 [B, H, S]
-    (None: nothing is gathered). ``few``: by so few programs that others can run beside them.
+    (None: nothing is gathered).
     """
     if use_triton(k) and k.stride(-1) == v.stride(-1) == 1 and (table is None or table.stride(-1) == 1):
         assert triton is not None
         batch, heads = out_k.shape[:2]
-        blocks = triton.cdiv(last - first, 64)
-        programs = min(blocks, max(1, _FEW // (2 * batch * heads))) if few else blocks
-        _fill[(programs, batch * heads, 2)](
+        _fill[(triton.cdiv(last - first, 64), batch * heads, 2)](
             k, v, out_k, out_v, source, source if table is None else table, *k.stride()[:3], *v.stride()[:3],
             *out_k.stride()[:2], *out_v.stride()[:2], *((0, 0) if table is None else table.stride()[:2]), heads,
             k.shape[2], main, first, last, k.shape[3], v.shape[3],

@@ -13,6 +13,9 @@ try:
 except ImportError:
     triton = None
 
+_BLOCK = 4096
+"""Entries that one program goes through."""
+
 if triton is not None:
 
     @triton.jit
@@ -163,7 +166,7 @@ def heaviest(mass: Tensor, budget: int, always: Tensor | None = None) -> Tensor:
         rows = mass.numel() // n
         keep = torch.empty(mass.shape, dtype=torch.bool, device=mass.device)
         forced = keep if always is None else always.contiguous()
-        block = min(4096, max(256, triton.next_power_of_2(n)))
+        block = min(_BLOCK, max(256, triton.next_power_of_2(n)))
         if n <= block:
             _heaviest[(rows,)](mass, forced, keep, n, budget, BLOCK=block, FORCED=always is not None)
             return keep
@@ -197,7 +200,7 @@ def gathered(chosen: Tensor, capacity: int, fits: Tensor | None = None) -> tuple
     if use_triton(chosen):
         assert triton is not None
         chosen = chosen.contiguous()
-        block = min(4096, max(256, triton.next_power_of_2(n)))
+        block = min(_BLOCK, max(256, triton.next_power_of_2(n)))
         counts = count_true(chosen, block)
         index = torch.empty((*chosen.shape[:-1], capacity), dtype=torch.int64, device=chosen.device)
         count = torch.empty(chosen.shape[:-1], dtype=torch.int64, device=chosen.device)
