@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmflex.runtime.kernels import result, writing_to
+from mmflex.runtime.kernels import kept, result, using, writing_to
 
 CASES = Path(__file__).with_name("kernel_cases.py")
 
@@ -41,3 +41,19 @@ def test_results_are_written_where_they_are_offered_while_shapes_agree() -> None
         assert result((3,), cpu).shape == (3,)  # something else: the rest may belong to another estimate
         assert result((2,), cpu) is not third
     assert result((2, 3), cpu) is not first
+
+
+def test_constants_are_kept_and_told_to_who_has_to_hold_them() -> None:
+    cpu, made = torch.device("cpu"), []
+
+    def make() -> torch.Tensor:
+        made.append(1)
+        return torch.zeros(3)
+
+    first = kept("test", cpu, make)
+    with using() as used:
+        assert kept("test", cpu, make) is first
+    assert kept("test", cpu, make) is first
+    assert len(made) == 1
+    assert len(used) == 1
+    assert used[0] is first

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import steps
+from .kernels import using
 
 LONGEST = 1 << 18
 """Keys up to which planning is replayed: beyond, the device is the slower one, and the graph would hold memory."""
@@ -68,12 +69,13 @@ def inputs(state: steps.State) -> list[Tensor]:
 
 @dataclasses.dataclass(eq=False)
 class _Replay:
-    """A captured graph, the tensors that it reads and what it leaves."""
+    """A captured graph, the tensors that it reads (estimates and constants) and what it leaves."""
 
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     found: dict[str, Tensor]
     ready: dict[int, steps.Ready]
+    constants: list[Tensor]
 
     def run(self, state: steps.State) -> bool:
         given = _tensors([result for result, _ in state.estimates.values()])
@@ -106,7 +108,8 @@ def _captured(state: steps.State) -> _Replay | None:
         with torch.cuda.stream(side):
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                steps.after_estimates(own)
+                with using() as constants:
+                    steps.after_estimates(own)
             finally:
                 graph.capture_end()
     except RuntimeError:  # a selection that reads a value back, say; a pool may be stuck in the capture that failed
@@ -114,7 +117,7 @@ def _captured(state: steps.State) -> _Replay | None:
     finally:
         current.wait_stream(side)
     _pools[key] = side, pool, graph
-    return _Replay(graph, inputs, own.found, own.ready)
+    return _Replay(graph, inputs, own.found, own.ready, constants)
 
 
 _pools: dict[Any, tuple[torch.cuda.Stream, Any, torch.cuda.CUDAGraph | None]] = {}

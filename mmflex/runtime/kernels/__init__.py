@@ -17,6 +17,7 @@ def use_triton(t: torch.Tensor) -> bool:
 
 
 _kept: dict[Any, torch.Tensor] = {}
+_used: ContextVar[list[torch.Tensor] | None] = ContextVar("mmflex used", default=None)
 
 
 def kept(key: Any, device: torch.device, make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -31,7 +32,22 @@ def kept(key: Any, device: torch.device, make: Callable[[], torch.Tensor]) -> to
         if len(_kept) >= 256:
             _kept.clear()
         _kept[key] = found
+    used = _used.get()
+    if used is not None:
+        used.append(found)
     return found
+
+
+@contextmanager
+def using() -> Iterator[list[torch.Tensor]]:
+    """The constants that are used in a ``with`` block: a graph that is captured there reads them when it is replayed,
+    and has to hold them."""
+    used: list[torch.Tensor] = []
+    token = _used.set(used)
+    try:
+        yield used
+    finally:
+        _used.reset(token)
 
 
 _offered: ContextVar[list[torch.Tensor] | None] = ContextVar("mmflex offered", default=None)
