@@ -73,7 +73,7 @@ class Values:
         """int32 [B, H, n + 1]: how many members of a set are below each number."""
         key = ("below", name)
         if key not in self.memo:
-            self.memo[key] = torch.nn.functional.pad(self.found[name].int().cumsum(-1), (1, 0)).int()
+            self.memo[key] = torch.nn.functional.pad(self.found[name].int(), (1, 0)).cumsum(-1, dtype=torch.int32)
         return self.memo[key]
 
     def of(self, e: sympy.Basic) -> Tensor:
