@@ -253,14 +253,14 @@ def _on(array: np.ndarray, device: torch.device) -> Tensor:
     return _held[key][1]
 
 
-def ramp(n: int, device: torch.device) -> Tensor:
+def _ramp(n: int, device: torch.device) -> Tensor:
     """int64 [n], from 0 on; kept."""
-    return kept(("ramp", n), device, lambda: torch.arange(n, device=device))
+    return kept(("ramp", n), device, lambda where: torch.arange(n, device=where))
 
 
 def first_of(n: int, count: int, device: torch.device) -> Tensor:
     """bool [n], true for the first ``count``; kept."""
-    return kept(("first", n, count), device, lambda: torch.arange(n, device=device) < count)
+    return kept(("first", n, count), device, lambda where: torch.arange(n, device=where) < count)
 
 
 def combed(mass: Tensor, stride: int, first: int, last: int) -> Tensor:
@@ -286,10 +286,10 @@ def comb_excess(mass: Tensor, strides: Tensor, widest: int) -> Tensor:
     """
     batch, heads, n = mass.shape
     shape = (batch, heads, strides.shape[-1], n)
-    phase = (ramp(n, mass.device) % strides[..., None]).expand(shape)
+    phase = (_ramp(n, mass.device) % strides[..., None]).expand(shape)
     held = mass.new_zeros((*shape[:-1], widest)).scatter_add_(-1, phase, mass[:, :, None].expand(shape))
     share = mass.sum(-1)[..., None, None] / strides[..., None]
-    return (held - share).masked_fill(ramp(widest, mass.device) >= strides[..., None], float("-inf"))
+    return (held - share).masked_fill(_ramp(widest, mass.device) >= strides[..., None], float("-inf"))
 
 
 def likely_strides(mass: Tensor, shortest: int, longest: int, count: int) -> Tensor:

@@ -40,15 +40,17 @@ def test_results_are_written_where_they_are_offered_while_shapes_agree() -> None
         assert result((2, 3), cpu) is second
         assert result((3,), cpu).shape == (3,)  # something else: the rest may belong to another estimate
         assert result((2,), cpu) is not third
+    with writing_to([first.int()]):
+        assert result((2, 3), cpu).dtype == torch.float32
     assert result((2, 3), cpu) is not first
 
 
 def test_constants_are_kept_and_told_to_who_has_to_hold_them() -> None:
     cpu, made = torch.device("cpu"), []
 
-    def make() -> torch.Tensor:
+    def make(device: torch.device) -> torch.Tensor:
         made.append(1)
-        return torch.zeros(3)
+        return torch.zeros(3, device=device)
 
     first = kept("test", cpu, make)
     with using() as used:

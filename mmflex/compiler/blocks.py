@@ -255,10 +255,9 @@ class Extremes:
     tail_high: Tensor | None = None
 
     @classmethod
-    def of(cls, row: Tensor, limit: Tensor, tail: Tensor | None, tile: int) -> Extremes:
-        """From row [B, 1|H, Q], limit [B, H, main slots] and tail [B, H, section slots]."""
-        ends = [r for t in (row, limit, tail) if t is not None for r in _extremes(t, tile)]
-        return cls(*ends)
+    def of(cls, row: Tensor, limit: Tensor, tile: int) -> Extremes:
+        """From row [B, 1|H, Q] and limit [B, H, main slots], without sections."""
+        return cls(*_extremes(row, tile), *_extremes(limit, tile))
 
 
 @lru_cache(maxsize=256)

@@ -83,8 +83,8 @@ class _Replay:
             return False
         elsewhere = [(to, t) for to, t in zip(self.inputs, given, strict=True) if to is not t]
         if elsewhere:
-            own = set(map(id, self.inputs))
-            sources = [t.clone() if id(t) in own else t for _, t in elsewhere]  # written to where another belongs
+            own = {t.untyped_storage().data_ptr() for t in self.inputs}  # written to where another belongs
+            sources = [t.clone() if t.untyped_storage().data_ptr() in own else t for _, t in elsewhere]
             torch._foreach_copy_([to for to, _ in elsewhere], sources)
         self.graph.replay()
         state.found, state.ready = self.found, self.ready
@@ -96,7 +96,8 @@ def _captured(state: steps.State) -> _Replay | None:
     given = _tensors([result for result, _ in state.estimates.values()])
     if given is None:
         return None
-    inputs = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in given]
+    with torch.inference_mode(False):  # else they could not be written to in another mode
+        inputs = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in given]
     own = steps.State(state.program, state.device, state.batch)
     left = list(inputs)
     own.estimates = {key: (_replaced(result, left), place) for key, (result, place) in state.estimates.items()}

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import sympy
 import torch
 from sympy.logic.boolalg import Boolean
@@ -17,6 +16,7 @@ from torch.nn.functional import pad
 
 from ..compiler.blocks import Values, side_attribute
 from ..ir import expr as x
+from .kernels import kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,16 +88,16 @@ def in_strips(mask_mod: MaskMod, strip: int) -> MaskMod:
     return replace(mask_mod, source=mask_mod.source.replace("return q >=", f"return b * {strip} + q >="))
 
 
-@lru_cache(maxsize=256)
 def _first(batch: int, heads: int, slots: int, device: torch.device) -> Tensor:
     """int32 [B, H]: where each head's limits begin in a line of all."""
-    if batch * heads * slots >= 1 << 31:
+    end = batch * heads * slots
+    if end >= 1 << 31:
         raise ValueError(
             f"{batch} prompts x {heads} heads x {slots} key slots are more limits than 2^31 - 1: attend to fewer "
             "prompts at once"
         )
-    first = np.arange(0, batch * heads * slots, slots, dtype=np.int32).reshape(batch, heads)
-    return torch.as_tensor(first).to(device)
+    first = kept(("first", end, slots), device, lambda on: torch.arange(0, end, slots, dtype=torch.int32, device=on))
+    return first.view(batch, heads)
 
 
 def _at(row: Tensor) -> str:

@@ -276,7 +276,7 @@ def _ends(launch: Launch, state: State, heads: int) -> Extremes:
     key = ("ends", launch.rows, launch.keys, launch.compare, heads, state.batch, state.device)
     if key not in memo:
         row, at, _ = _based(launch, state)
-        memo[key] = Extremes.of(row[:, None], at[:, None].expand(-1, heads, -1), None, state.program.tile)
+        memo[key] = Extremes.of(row[:, None], at[:, None].expand(-1, heads, -1), state.program.tile)
     return memo[key]
 
 
@@ -336,7 +336,7 @@ def _rows_ends(launch: Launch, state: State, position: Tensor, at: Tensor) -> Ex
     memo, heads = state.program.memo, position.shape[1]
     key = ("row ends", launch.keys, heads, state.batch, state.device)
     if key not in memo:
-        found = Extremes.of(at[:, None], at[:, None], None, state.program.tile)
+        found = Extremes.of(at[:, None], at[:, None], state.program.tile)
         memo[key] = tuple(t.expand(-1, heads, -1).contiguous() for t in (found.low, found.high))
     low, high = memo[key]
     tiled = position.unflatten(-1, (-1, state.program.tile))
@@ -360,7 +360,7 @@ def _classes(state: State, launch: Launch) -> Ready:
     there = state.part_values(launch, part, row_index, key_index)
     place = launch.heads.place
     lists = _Lists(state, launch)
-    ends = Extremes.of(row_at, key_at, None, state.program.tile)
+    ends = Extremes.of(row_at, key_at, state.program.tile)
     lists.add(tuple(place[h] for h in part.heads), part.mask, there, ends)
     if part.heads != heads:  # empty heads repeat the first one's rows
         pick = state.const(tuple(part.heads.index(h) if h >= 0 else 0 for h in heads))

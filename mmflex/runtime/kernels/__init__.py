@@ -20,19 +20,19 @@ _kept: dict[Any, torch.Tensor] = {}
 _used: ContextVar[list[torch.Tensor] | None] = ContextVar("mmflex used", default=None)
 
 
-def kept(key: Any, device: torch.device, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """A constant on a device, made once (256 are kept). Not while a CUDA graph is captured: it would lie in the memory
-    of that graph, which may end."""
-    key = (key, device)
+def kept(key: Any, device: torch.device, make: Callable[[torch.device], torch.Tensor]) -> torch.Tensor:
+    """A constant on a device, made once (256 are kept). ``make`` runs on the CPU: the copy is waited for, so that it is
+    there for every stream. In somebody else's CUDA graph (not within `using`) it is made by the graph itself, which
+    holds nothing of ours."""
+    used, key = _used.get(), (key, device)
+    if used is None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return make(device)
     found = _kept.get(key)
     if found is None:
-        found = make()
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return found
+        found = make(torch.device("cpu")).to(device)
         if len(_kept) >= 256:
             _kept.clear()
         _kept[key] = found
-    used = _used.get()
     if used is not None:
         used.append(found)
     return found
@@ -66,8 +66,9 @@ def writing_to(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
 def result(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """float32 of any content, for what an estimate finds: where a graph reads it, if one will (`writing_to`)."""
     offered = _offered.get()
-    if offered and offered[0].shape == shape:
-        return offered.pop(0)
     if offered:
+        first = offered[0]
+        if (first.shape, first.dtype, first.device) == (shape, torch.float32, device):
+            return offered.pop(0)
         offered.clear()  # others have been found in between: which is which is not known any more
-    return torch.empty(shape, device=device)
+    return torch.empty(shape, dtype=torch.float32, device=device)

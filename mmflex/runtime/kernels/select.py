@@ -34,9 +34,9 @@ if triton is not None:
     @triton.jit
     def _count(mass, always, histograms, n, budget, DIGIT: tl.constexpr, BLOCK: tl.constexpr, FORCED: tl.constexpr):
         """One pass of radix selection: a histogram of the next 8 bits of those that share the bits so far."""
-        row = tl.program_id(1).to(tl.int64)
+        row = tl.program_id(0).to(tl.int64)
         prefix, _ = _threshold(histograms, row, budget, DIGIT)
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         key = _key(mass, always, row, at, n, FORCED)
         shift: tl.constexpr = 24 - 8 * DIGIT
         same = (at < n) & ((key >> shift >> 8) == prefix)
@@ -47,12 +47,12 @@ if triton is not None:
     @triton.jit
     def _equals(mass, always, histograms, equals, n, budget, BLOCK: tl.constexpr, FORCED: tl.constexpr):
         """How many entries of a block equal the least kept one."""
-        row = tl.program_id(1).to(tl.int64)
+        row = tl.program_id(0).to(tl.int64)
         prefix, _ = _threshold(histograms, row, budget, 4)
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         key = _key(mass, always, row, at, n, FORCED)
         found = tl.sum(((at < n) & (key == prefix)).to(tl.int32), 0)
-        tl.store(equals + row * tl.num_programs(0) + tl.program_id(0), found)
+        tl.store(equals + row * tl.num_programs(1) + tl.program_id(1), found)
 
     @triton.jit
     def _keep(
@@ -60,11 +60,11 @@ if triton is not None:
         FORCED: tl.constexpr,
     ):  # fmt: skip
         """Greater than the threshold, or equal and among the first of the equals."""
-        row = tl.program_id(1).to(tl.int64)
+        row = tl.program_id(0).to(tl.int64)
         prefix, left = _threshold(histograms, row, budget, 4)
         other = tl.arange(0, MANY)
-        before = tl.load(equals + row * tl.num_programs(0) + other, mask=other < tl.program_id(0), other=0)
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        before = tl.load(equals + row * tl.num_programs(1) + other, mask=other < tl.program_id(1), other=0)
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         key = _key(mass, always, row, at, n, FORCED)
         equal = ((at < n) & (key == prefix)).to(tl.int32)
         place = tl.sum(before, 0) + tl.cumsum(equal, 0)
@@ -103,10 +103,10 @@ if triton is not None:
     @triton.jit
     def _count_true(chosen, counts, n, BLOCK: tl.constexpr):
         """How many entries of a stretch of a row are true."""
-        row = tl.program_id(1).to(tl.int64)
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         true = tl.load(chosen + row * n + at, mask=at < n, other=0) != 0
-        tl.store(counts + row * tl.num_programs(0) + tl.program_id(0), tl.sum(true.to(tl.int32), 0))
+        tl.store(counts + row * tl.num_programs(1) + tl.program_id(1), tl.sum(true.to(tl.int32), 0))
 
     @triton.jit
     def _indices(
@@ -114,9 +114,9 @@ if triton is not None:
         BLOCK: tl.constexpr, MANY: tl.constexpr, REST: tl.constexpr,
     ):  # fmt: skip
         """One stretch of a row: indices of its true entries; the rest of the row repeats the last of all."""
-        chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        chunk, row = tl.program_id(1), tl.program_id(0).to(tl.int64)
         other = tl.arange(0, MANY)
-        found = tl.load(counts + row * tl.num_programs(0) + other, mask=other < tl.num_programs(0), other=0)
+        found = tl.load(counts + row * tl.num_programs(1) + other, mask=other < tl.num_programs(1), other=0)
         before, total = tl.sum(tl.where(other < chunk, found, 0), 0), tl.sum(found, 0)
         at = chunk * BLOCK + tl.arange(0, BLOCK)
         true = tl.load(chosen + row * n + at, mask=at < n, other=0) != 0
@@ -139,7 +139,7 @@ def count_true(chosen: Tensor, block: int) -> Tensor:
     assert triton is not None
     n = chosen.shape[-1]
     counts = torch.empty((*chosen.shape[:-1], triton.cdiv(n, block)), dtype=torch.int32, device=chosen.device)
-    _count_true[(counts.shape[-1], counts.numel() // counts.shape[-1])](chosen, counts, n, BLOCK=block)
+    _count_true[(counts.numel() // counts.shape[-1], counts.shape[-1])](chosen, counts, n, BLOCK=block)
     return counts
 
 
@@ -170,15 +170,15 @@ def heaviest(mass: Tensor, budget: int, always: Tensor | None = None) -> Tensor:
         if n <= block:
             _heaviest[(rows,)](mass, forced, keep, n, budget, BLOCK=block, FORCED=always is not None)
             return keep
-        grid = (triton.cdiv(n, block), rows)
+        grid = (rows, triton.cdiv(n, block))
         histograms = torch.zeros((rows, 4, 256), dtype=torch.int32, device=mass.device)
         shape = {"BLOCK": block, "FORCED": always is not None}
         for digit in range(4):
             _count[grid](mass, forced, histograms, n, budget, DIGIT=digit, **shape)
-        equals = torch.empty((rows, grid[0]), dtype=torch.int32, device=mass.device)
+        equals = torch.empty(grid, dtype=torch.int32, device=mass.device)
         _equals[grid](mass, forced, histograms, equals, n, budget, **shape)
         _keep[grid](
-            mass, forced, histograms, equals, keep, n, budget, MANY=triton.next_power_of_2(grid[0]), **shape
+            mass, forced, histograms, equals, keep, n, budget, MANY=triton.next_power_of_2(grid[1]), **shape
         )  # fmt: skip
         return keep
     key = _key_twin(mass)
@@ -204,11 +204,11 @@ def gathered(chosen: Tensor, capacity: int, fits: Tensor | None = None) -> tuple
         counts = count_true(chosen, block)
         index = torch.empty((*chosen.shape[:-1], capacity), dtype=torch.int64, device=chosen.device)
         count = torch.empty(chosen.shape[:-1], dtype=torch.int64, device=chosen.device)
-        grid = (counts.shape[-1], count.numel())
+        grid = (count.numel(), counts.shape[-1])
         unchecked = fits is None
         _indices[grid](
             chosen, counts, index, count, count if unchecked else fits, n, capacity, n if unchecked else capacity,
-            BLOCK=block, MANY=triton.next_power_of_2(grid[0]), REST=triton.cdiv(capacity, block),
+            BLOCK=block, MANY=triton.next_power_of_2(grid[1]), REST=triton.cdiv(capacity, block),
         )  # fmt: skip
         return index, count
     place = chosen.cumsum(-1) - 1
