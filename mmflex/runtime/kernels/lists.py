@@ -176,7 +176,7 @@ def list_blocks(
     )  # fmt: skip
 
 
-_CHUNK = 128
+_CHUNK = 64
 """Key tiles that are tested together first."""
 _WARPS = 1
 _ROWS = 2
