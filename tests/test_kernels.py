@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mmflex.runtime.graphs import _Replay
 from mmflex.runtime.kernels import kept, result, using, writing_to
 
 CASES = Path(__file__).with_name("kernel_cases.py")
@@ -59,3 +61,22 @@ def test_constants_are_kept_and_told_to_who_has_to_hold_them() -> None:
     assert len(made) == 1
     assert len(used) == 1
     assert used[0] is first
+
+
+def test_a_graph_gets_what_was_estimated_wherever_it_was_written() -> None:
+    """Estimates that stand in the graph's tensors, in order or not, or are views of them, or stand elsewhere."""
+    torch.manual_seed(0)
+    for given in (
+        lambda a, b: (a, b),
+        lambda a, b: (b, a),
+        lambda a, b: (a.flip(-1), a[:]),
+        lambda a, b: (torch.randn(5), b),
+    ):
+        inputs = [torch.randn(5), torch.randn(5)]
+        estimate = given(*inputs)
+        expected = [t.clone() for t in estimate]
+        seen: list[torch.Tensor] = []
+        graph = SimpleNamespace(replay=lambda inputs=inputs, seen=seen: seen.extend(t.clone() for t in inputs))
+        state = SimpleNamespace(estimates={"one": (estimate, {})}, found=None, ready=None)
+        assert _Replay(graph, inputs, {}, {}, []).run(state)
+        assert all(map(torch.equal, seen, expected))
