@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from mmflex.ir.pattern import View
-from mmflex.runtime.kernels import kept, use_triton
+from mmflex.runtime.kernels import use_triton
 from mmflex.runtime.kernels.mass import SPAN, block_diagonals, last_mass
+from mmflex.runtime.kernels.memory import kept
 from mmflex.runtime.kernels.rows import take_rows
 from mmflex.runtime.kernels.select import heaviest
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmflex.runtime.graphs import _Replay
-from mmflex.runtime.kernels import kept, result, using, writing_to
+from mmflex.runtime.kernels.memory import kept, result, using, writing_to
 
 CASES = Path(__file__).with_name("kernel_cases.py")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import steps
-from .kernels import using
+from .kernels.memory import using
 
 LONGEST = 1 << 18
 """Keys up to which planning is replayed: beyond, the device is the slower one, and the graph would hold memory."""

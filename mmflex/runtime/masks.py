@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from ..compiler.blocks import Values, side_attribute
 from ..ir import expr as x
-from .kernels import kept
+from .kernels.memory import kept
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from . import backends, dense, graphs, steps
 from .backends import Backend
 from .beside import Beside
 from .inputs import check
-from .kernels import writing_to
+from .kernels.memory import writing_to
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import result
+from .memory import result
 
 try:
     import triton
