@@ -164,36 +164,38 @@ def sampled_error(plan: mmflex.Plan, q: Tensor, k: Tensor, v: Tensor, out: Tenso
 def measure(name: str, backend: str, q: Tensor, k: Tensor, v: Tensor, dense: dict[str, float]) -> dict[str, Any]:
     """One row of the table."""
     spec, n = SPECS[name], q.shape[2]
-    layout = mmflex.TokenLayout.text(n)
+    how: dict[str, Any] = {"layout": mmflex.TokenLayout.text(n), "backend": backend}
+    call = partial_(mmflex.attention, q, k, v, spec, **how)
+    make = partial_(mmflex.plan, q, k, spec, **how)
     before, begin = backends.compiles, time.perf_counter()
-    out = mmflex.attention(q, k, v, spec, layout=layout, backend=backend)
+    out = call()
     torch.cuda.synchronize()
     first = time.perf_counter() - begin
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    mmflex.attention(q, k, v, spec, layout=layout, backend=backend)
+    call()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - held - out.nbytes
     again = backends.compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        mmflex.attention(q, k, v, spec, layout=layout, backend=backend)
+        call()
         syncs = 0
     except RuntimeError:
         syncs = 1
     torch.cuda.set_sync_debug_mode("default")
-    total = milliseconds(lambda: mmflex.attention(q, k, v, spec, layout=layout, backend=backend))
-    plan = mmflex.plan(q, k, spec, layout=layout, backend=backend)
+    total = milliseconds(call)
+    plan = make()
     begin = time.perf_counter()
-    mmflex.plan(q, k, spec, layout=layout, backend=backend)
+    make()
     host = (time.perf_counter() - begin) * 1e3
     torch.cuda.synchronize()
-    planning = milliseconds(lambda: mmflex.plan(q, k, spec, layout=layout, backend=backend))
+    planning = milliseconds(make)
     ready = [plan.state.ready[i] for i, launch in enumerate(plan.program.launches) if launch.kind != "dense"]
     partial, full = (sum(int(one.lists[i].sum()) for one in ready) for i in (0, 2))
     whole, kernel = total, 0.0
     if ready:
-        whole, kernel = attending(lambda: mmflex.attention(q, k, v, spec, layout=layout, backend=backend), total)
+        whole, kernel = attending(call, total)
     flops = (full + partial) * 128.0**2 * DIM * 4
     best = min(dense.values())
     dense_rate = HEADS * (n / 128) * (n / 128 + 1) / 2 * 128.0**2 * DIM * 4 / best

@@ -14,9 +14,9 @@ from torch.nn.functional import pad
 from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
 from mmflex.runtime.kernels.rows import take_rows
 
-from .estimate import LastMass, LastQueries, Pooled, PooledBlocks, _last, _on, first_of
+from .estimate import LastMass, LastQueries, Pooled, PooledBlocks, _last, _on
 from .shares import Shortlist, check_share, fewest, top_share
-from .vertical_slash import NEAR_DIAGONALS, SINK_COLUMNS
+from .vertical_slash import always
 
 _SCORES = 1 << 26
 """Block scores held at a time."""
@@ -130,9 +130,8 @@ class FlexPrefill(Pattern):
         return Switch(self.last_q, self.block_size)
 
     def select(self, estimate: SwitchMass, view: View) -> Mapping[str, Tensor]:
-        aware, device = (estimate.distance < self.tau)[..., None], estimate.distance.device
-        sink = first_of(view.size, SINK_COLUMNS, device)
-        near = first_of(view.tiles, 1 + -(-(NEAR_DIAGONALS - 1) // view.tile), device)
+        aware = (estimate.distance < self.tau)[..., None]
+        sink, near = always(view, aware.device)
         slash, least = -(-self.slash // view.tile), -(-self.minimum // view.tile)
         return {
             "columns": top_share(estimate.vertical, self.gamma, self.vertical, sink, self.minimum) & ~aware,

@@ -17,6 +17,12 @@ SINK_COLUMNS = 30
 NEAR_DIAGONALS = 100
 
 
+def always(view: View, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is chosen before all else: the first keys, bool [keys], and the nearest block diagonals, bool [tiles]."""
+    near = 1 + -(-(NEAR_DIAGONALS - 1) // view.tile)
+    return first_of(view.size, SINK_COLUMNS, device), first_of(view.tiles, near, device)
+
+
 @dataclass(frozen=True)
 class VerticalSlash(Pattern):
     """``vertical`` key columns and ``slash`` diagonals, both in tokens, chosen by the attention of the last ``last_q``
@@ -41,13 +47,10 @@ class VerticalSlash(Pattern):
         return LastQueries(self.last_q)
 
     def select(self, estimate: LastMass, view: View) -> Mapping[str, torch.Tensor]:
-        diagonals = estimate.block_diagonals
-        near = -(-(NEAR_DIAGONALS - 1) // view.tile)
-        first = first_of(view.size, SINK_COLUMNS, diagonals.device)
-        nearest = first_of(view.tiles, near + 1, diagonals.device)
+        first, nearest = always(view, estimate.vertical.device)
         return {
             "columns": heaviest(estimate.vertical, self.vertical, first),
-            "diagonals": heaviest(diagonals, -(-self.slash // view.tile), nearest),
+            "diagonals": heaviest(estimate.block_diagonals, -(-self.slash // view.tile), nearest),
         }
 
     def mask(self, t: Tokens) -> Boolean:

@@ -1,7 +1,7 @@
 """Planning as one CUDA graph.
 
-Selecting, gathering and listing is some fifty small kernels, which the host takes longer to launch than the device to
-run: from the second call of a program on they are replayed at once. Estimates run outside: they read q and k, which
+Selecting, gathering and listing is thirty to fifty small kernels, which the host takes longer to launch than the device
+to run: from the second call of a program on they are replayed at once. Estimates run outside: they read q and k, which
 stand elsewhere at every call. What they find is written to the graph's own tensors, or copied there.
 """
 

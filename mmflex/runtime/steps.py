@@ -270,12 +270,13 @@ def _based(launch: Launch, state: State) -> tuple[Tensor, Tensor, int | None]:
     return row.expand(state.batch, -1), at.expand(state.batch, -1), base
 
 
-def _ends(launch: Launch, state: State, heads: int) -> Extremes:
-    """Extremes of the positions of a launch's tiles, before anything is selected (cached)."""
+def _ends(launch: Launch, state: State, heads: int, based: bool = True) -> Extremes:
+    """Extremes of the positions of a launch's tiles, before anything is selected (cached). ``based``: counted as by
+    `_based`, else as by `_positions`."""
     memo = state.program.memo
-    key = ("ends", launch.rows, launch.keys, launch.compare, heads, state.batch, state.device)
+    key = ("ends", launch.rows, launch.keys, launch.compare, based, heads, state.batch, state.device)
     if key not in memo:
-        row, at, _ = _based(launch, state)
+        row, at = _based(launch, state)[:2] if based else _positions(launch, state)
         memo[key] = Extremes.of(row[:, None], at[:, None].expand(-1, heads, -1), state.program.tile)
     return memo[key]
 
@@ -318,7 +319,8 @@ def _rows(state: State, launch: Launch) -> Ready:
     filled = torch.arange(launch.capacity, device=state.device) < count[..., None]
     position = row[:, None].expand(-1, len(heads), -1).gather(-1, index)
     position = torch.where(filled, position, -1).int()
-    ends = _rows_ends(launch, state, position, at)
+    tiled = position.unflatten(-1, (-1, state.program.tile))
+    ends = replace(_ends(launch, state, len(heads), based=False), row_low=tiled.amin(-1), row_high=tiled.amax(-1))
     lists.add(tuple(range(len(heads))), sympy.true, None, ends)
     token_index = index
     if not launch.rows.identity:
@@ -329,18 +331,6 @@ def _rows(state: State, launch: Launch) -> Ready:
         limit = at[:, None].expand(-1, len(heads), -1).contiguous()
     mask_mod = masks.comparison(position, limit)
     return Ready(lists.done(), mask_mod, row_index=token_index, row_count=count)
-
-
-def _rows_ends(launch: Launch, state: State, position: Tensor, at: Tensor) -> Extremes:
-    """Extremes of the positions of gathered queries [B, H, S] and of the keys' [B, slots] (those cached)."""
-    memo, heads = state.program.memo, position.shape[1]
-    key = ("row ends", launch.keys, heads, state.batch, state.device)
-    if key not in memo:
-        found = Extremes.of(at[:, None], at[:, None], state.program.tile)
-        memo[key] = tuple(t.expand(-1, heads, -1).contiguous() for t in (found.low, found.high))
-    low, high = memo[key]
-    tiled = position.unflatten(-1, (-1, state.program.tile))
-    return Extremes(tiled.amin(-1), tiled.amax(-1), low, high)
 
 
 def _classes(state: State, launch: Launch) -> Ready:
@@ -394,11 +384,7 @@ def _by_residue(
 # ---- attending -----------------------------------------------------------------------------------------------------
 
 
-Pair = tuple[Tensor, Tensor]
-"""Keys and values."""
-
-
-def keys(state: State, number: int, k: Tensor, v: Tensor, given: bool = False) -> Pair:
+def keys(state: State, number: int, k: Tensor, v: Tensor, given: bool = False) -> tuple[Tensor, Tensor]:
     """k and v [B, Hkv, N, D] in the slots of a launch: main section, then the gathered sections; themselves where
     nothing moves. ``given``: they need not fill all slots."""
     launch, ready = state.program.launches[number], state.ready[number]

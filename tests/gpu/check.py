@@ -67,6 +67,16 @@ def cases() -> list[tuple[str, object]]:
     ]
 
 
+def told(backend: str, where: object, case: str, error: float, verdict: str, more: str = "", **facts: object) -> dict:
+    """A row of results, printed as well."""
+    print(f"{backend:9} {where!s:8} {case:22} {error:.1e} {verdict} {more}", flush=True)
+    return {"case": case, "backend": backend, "error": error, "verdict": verdict, **facts}
+
+
+def judged(error: float, dtype: torch.dtype) -> str:
+    return "ok" if error <= TOLERANCE[dtype] else "WRONG"
+
+
 def short(backend: str, dtype: torch.dtype, only: str = "") -> list[dict]:
     """Every case at a few thousand tokens, plain, padded, and with fewer queries than keys."""
     torch.manual_seed(0)
@@ -102,7 +112,7 @@ def short(backend: str, dtype: torch.dtype, only: str = "") -> list[dict]:
                 found, mask = plan.attend(q, k, v), plan.dense_mask()
                 expected, _ = softmax_attention(q.double(), k.double(), v.double(), mask, 64**-0.5)
                 error = ((found - expected).norm() / expected.norm()).item()
-                verdict = "ok" if error <= TOLERANCE[dtype] else "WRONG"
+                verdict = judged(error, dtype)
             except Exception as problem:
                 error, verdict = float("nan"), f"{type(problem).__name__}: {problem}"[:300]
             launches = (
@@ -110,23 +120,13 @@ def short(backend: str, dtype: torch.dtype, only: str = "") -> list[dict]:
                 if plan is None
                 else [launch.label + ("" if launch.compare else " (looked up)") for launch in plan.program.launches]
             )
-            out.append(
-                {
-                    "case": name,
-                    "input": kind,
-                    "backend": backend,
-                    "error": error,
-                    "verdict": verdict,
-                    "launches": launches,
-                }
-            )
-            print(f"{backend:9} {kind:7} {name:20} {error:.1e} {verdict} {launches}", flush=True)
+            out.append(told(backend, kind, name, error, verdict, str(launches), input=kind, launches=launches))
     return out
 
 
 def steady(backend: str) -> list[dict]:
     """Calls in a row with other k and v each, without waiting, at a length that fills no tiles: as `Plan.attend` has
-    them. Plans are replayed, copies and rows run beside, and memory is used again."""
+    them. Plans are replayed, rows run beside, and memory is used again."""
     out = []
     for n, memory in ((40_001, "heads"), (40_001, "tokens"), (131_072, "tokens")):
         generator = torch.Generator("cuda").manual_seed(0)
@@ -144,17 +144,7 @@ def steady(backend: str) -> list[dict]:
         expected = [mmflex.plan(*qkv[:2], spec, layout=layout, backend=backend).attend(*qkv) for qkv in inputs]
         errors = [((a - b).float().norm() / b.float().norm()).item() for a, b in zip(found, expected, strict=True)]
         error = max(errors, key=lambda e: (e != e, e))  # one that is no number comes first
-        verdict = "ok" if error <= TOLERANCE[torch.bfloat16] else "WRONG"
-        out.append(
-            {
-                "case": f"steady, {memory} first",
-                "tokens": n,
-                "backend": backend,
-                "error": error,
-                "verdict": verdict,
-            }
-        )
-        print(f"{backend:9} {n:8} steady, {memory:13} {error:.1e} {verdict}", flush=True)
+        out.append(told(backend, n, f"steady, {memory} first", error, judged(error, torch.bfloat16), tokens=n))
     return out
 
 
@@ -191,12 +181,9 @@ def long(backend: str, n: int, heads: int = 28, kv_heads: int = 4, dim: int = 12
             error += (found[:, h : h + 1, rows] - expected).square().sum().item()
             norm += expected.square().sum().item()
         relative = (error / norm) ** 0.5
-        verdict = "ok" if relative <= TOLERANCE[torch.bfloat16] else "WRONG"
+        verdict = judged(relative, torch.bfloat16)
         peak = torch.cuda.max_memory_allocated() / 2**30
-        out.append(
-            {"case": name, "tokens": n, "backend": backend, "error": relative, "verdict": verdict, "peak_gib": peak}
-        )
-        print(f"{backend:9} {n:8} {name:20} {relative:.1e} {verdict} peak {peak:.1f} GiB", flush=True)
+        out.append(told(backend, n, name, relative, verdict, f"peak {peak:.1f} GiB", tokens=n, peak_gib=peak))
         del q, k, v, plan, found
         torch.cuda.empty_cache()
     return out

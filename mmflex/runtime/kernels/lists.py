@@ -172,13 +172,12 @@ def list_blocks(
     kernel[(triton.cdiv(rows, _ROWS), batch * heads)](
         table, counts, fits, place, shift, row_low, row_high, low, high, _coarse(low, block, True), tail_low, tail_high,
         heads, table.shape[2], rows, main, tail, chunks, width, row_b, row_h, *values,
-        BLOCK=block, MANY=triton.next_power_of_2(chunks), TAIL=triton.cdiv(tail, block), ROWS=_ROWS, num_warps=_WARPS,
+        BLOCK=block, MANY=triton.next_power_of_2(chunks), TAIL=triton.cdiv(tail, block), ROWS=_ROWS, num_warps=1,
     )  # fmt: skip
 
 
 _CHUNK = 64
 """Key tiles that are tested together first."""
-_WARPS = 1
 _ROWS = 2
 """Query tiles that one program lists: neighbours have blocks in the same chunks. One warp needs no barriers; measured
 best on H200 (one to eight tiles, one or four warps)."""
