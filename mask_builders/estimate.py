@@ -157,7 +157,7 @@ class PooledBlocks:
 
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> Pooled:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `Pooled`."""
-        layout, size = view.layout, self.block_size
+        layout, size = view.layout, view.block_size(self.block_size)
         tail = slice(layout.length - view.queries, None)
 
         def build() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -215,6 +215,7 @@ class _Last:
 
 def _last(view: View, last_q: int) -> _Last:
     layout, scope, m = view.layout, view.scope, view.queries
+    last_q = min(last_q, max(1, m))
 
     def build() -> _Last:
         tail = slice(layout.length - m, None)

@@ -52,8 +52,8 @@ class Switch:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `SwitchMass`."""
         mass = LastQueries(self.last_q)(q, k, view, scale)
         pooled = PooledBlocks(self.block_size)(q, k, view, scale)
-        blocks = pooled.k.shape[2]
-        truth = pad(mass.vertical, (0, blocks * self.block_size - view.size)).unflatten(2, (blocks, -1)).sum(-1)
+        blocks, size = pooled.k.shape[2], view.block_size(self.block_size)
+        truth = pad(mass.vertical, (0, blocks * size - view.size)).unflatten(2, (blocks, -1)).sum(-1)
         truth = truth / truth.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         return SwitchMass(
             mass.vertical, mass.diagonal, mass.block_diagonals, view, pooled,
@@ -66,7 +66,7 @@ class Switch:
         rows, stand = _on(last.rows, q.device), _on(last.stand, q.device).amax(-1)
         query = take_rows(q, rows[:, None].expand(len(q), q.shape[1], -1)).float().nan_to_num(0.0).sum(2)
         query = query * scale / (rows >= 0).sum(-1).clamp(min=1)[:, None, None]
-        reach = (stand // self.block_size)[:, None].expand(len(q), -1)
+        reach = (stand // view.block_size(self.block_size))[:, None].expand(len(q), -1)
         here = Pooled(query[:, :, None], pooled.k, reach)
         return here.scores(slice(None))[:, :, 0].softmax(-1).nan_to_num(0.0)
 

@@ -10,7 +10,6 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
-from mmflex.ir import expr as x
 from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
 
 from .estimate import LastMass, LastQueries, comb_excess, combed, likely_strides
@@ -81,42 +80,47 @@ class Grid(Pattern):
         if self.estimator() is None:
             return {}
         vertical, device = estimate.vertical, estimate.vertical.device
-        first, last = self.sink, view.size - self.local - self.last_q
+        sink, local, last_q = (min(n, view.size) for n in (self.sink, self.local, self.last_q))
+        first, last = sink, view.size - local - last_q
         if self.stride == "search" or view.layout.batch_size > 1:  # prompts end at different places
             place = torch.arange(view.size, device=device)
-            end = view.counts(device)[:, None, None] - self.local - self.last_q
+            end = view.counts(device)[:, None, None] - local - last_q
             vertical = vertical * ((place >= first) & (place < end))
         if self.stride != "search":
             stride = self._stride(view.frame_stride)
             phase = combed(vertical, stride, first, last).argmax(-1).int()
             return {"stride": torch.full_like(phase, stride), "phase": phase}
-        diagonal = None if estimate.diagonal is None else estimate.diagonal * (place >= self.local)
+        diagonal = None if estimate.diagonal is None else estimate.diagonal * (place >= local)
         mass = [vertical] if self.columns or self.rows or diagonal is None else []
         mass += [] if diagonal is None else [diagonal]
-        strides = torch.cat([likely_strides(m, self.shortest, self.longest, _TRIED) for m in mass], -1)
-        score, phases = comb_excess(vertical, strides, self.longest).max(-1)
+        shortest, longest = (min(n, view.layout.length) for n in (self.shortest, self.longest))
+        strides = torch.cat([likely_strides(m, shortest, longest, _TRIED) for m in mass], -1)
+        score, phases = comb_excess(vertical, strides, longest).max(-1)
         if not (self.columns or self.rows):
             score = torch.zeros_like(score)
         if diagonal is not None:
-            score = score + comb_excess(diagonal, strides, self.longest)[..., 0]
+            score = score + comb_excess(diagonal, strides, longest)[..., 0]
         best = score.argmax(-1, keepdim=True)
         return {"stride": strides.gather(-1, best)[..., 0].int(), "phase": phases.gather(-1, best)[..., 0].int()}
 
     def mask(self, t: Tokens) -> Boolean:
+        stride: int | sympy.Expr
+        phase: int | sympy.Expr
         if self.stride == "search":
-            stride: sympy.Expr = t.number("stride", at_least=self.shortest)
+            stride = t.number("stride", at_least=self.shortest)
         else:
-            stride = sympy.Integer(self._stride(t.layout.frame_stride(t.scope.key)))
-        phase = (
-            t.number("phase") if self._searches_phase else sympy.Integer(0 if self.phase == "search" else self.phase)
-        )
+            stride = self._stride(t.layout.frame_stride(t.scope.key))
+        if self._searches_phase:
+            phase = t.number("phase")
+        else:
+            phase = 0 if self.phase == "search" else self.phase
         out = t.sink(self.sink) | t.local(self.local)
         if self.columns:
-            out |= sympy.Eq(x.mod(t.k - phase, stride), 0)
+            out |= t.residue(t.k, stride, phase)
         if self.rows:
-            out |= sympy.Eq(x.mod(t.row - phase, stride), 0)
+            out |= t.residue(t.row, stride, phase)
         if self.slash:
-            out |= sympy.Eq(x.mod(t.q - t.k, stride), 0)
+            out |= t.residue(t.q - t.k, stride)
         return out
 
     @classmethod

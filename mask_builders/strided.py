@@ -32,9 +32,9 @@ class StridedFixed(Pattern):
             check_counts(self, "stride", minimum=1)
 
     def mask(self, t: Tokens) -> Boolean:
-        stride = _stride(self.stride, t)
+        stride = max(1, t.capped(_stride(self.stride, t)))
         own = sympy.Eq(Tile(t.q, stride), Tile(t.k, stride))
-        return own | (sympy.Mod(t.k, stride) < self.first)
+        return own | (sympy.Mod(t.k, stride) < t.capped(self.first))
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Strided(Pattern):
 
     def mask(self, t: Tokens) -> Boolean:
         stride = _stride(self.stride, t)
-        return (t.q - t.k < stride) | sympy.Eq(sympy.Mod(t.q - t.k, stride), 0)
+        return (t.q - t.k < t.capped(stride)) | t.residue(t.q - t.k, stride)
 
 
 @dataclass(frozen=True)
@@ -66,5 +66,5 @@ class Dilated(Pattern):
         check_counts(self, "dilation", minimum=1)
 
     def mask(self, t: Tokens) -> Boolean:
-        near = (t.q - t.k < self.local) & sympy.Eq(sympy.Mod(t.q - t.k, self.dilation), 0)
-        return (t.k < self.sink) | near
+        near = (t.q - t.k < t.capped(self.local)) & t.residue(t.q - t.k, self.dilation)
+        return (t.k < t.capped(self.sink)) | near

@@ -111,13 +111,15 @@ class Antidiagonals:
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> BlockMass:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `BlockMass`."""
         batch, heads, _, dim = q.shape
-        kv_heads, size, per = k.shape[1], self.block_size, self.block_size // self.stride
-        cells = _cells(view, self.stride, size)
+        kv_heads, stride = k.shape[1], view.block_size(self.stride)
+        size = -(-view.block_size(self.block_size) // stride) * stride
+        per = size // stride
+        cells = _cells(view, stride, size)
         queries, reach, block_reach = (
             _on(a, q.device).expand(batch, -1) for a in (cells.queries, cells.reach, cells.block_reach)
         )
         key = take_rows(k, _on(cells.keys, q.device).expand(batch, -1)[:, None].expand(-1, kv_heads, -1))
-        key = _finite(key).reshape(batch * kv_heads, -1, self.stride * dim)
+        key = _finite(key).reshape(batch * kv_heads, -1, stride * dim)
         rows, keys = cells.block_reach.shape[1], key.shape[1] // per
         step = max(1, _SCORES // max(1, batch * heads * per * key.shape[1]))
         parts = []
@@ -125,12 +127,12 @@ class Antidiagonals:
             part = slice(first, min(rows, first + step))
             taken = queries[:, part.start * size : part.stop * size, None].mT
             query = _finite(take_rows(q, taken.expand(-1, heads, -1)))
-            query = query.reshape(batch * kv_heads, -1, self.stride * dim)
+            query = query.reshape(batch * kv_heads, -1, stride * dim)
             some = per * (1 + max(0, int(cells.block_reach[:, part].max())))  # later keys are after all these queries
             scores = _product(query, key[:, :some]).view(batch, heads, -1, some)
             seen = torch.arange(some, device=q.device) <= reach[:, part.start * per : part.stop * per, None]
             hidden = torch.where(seen, 0.0, float("-inf"))[:, None]
-            torch.add(hidden, scores, alpha=scale / self.stride, out=scores)
+            torch.add(hidden, scores, alpha=scale / stride, out=scores)
             mass = scores.softmax(-1).unflatten(-1, (-1, per)).sum(-1).nan_to_num_(0.0)
             mass = mass.unflatten(2, (-1, per)).sum(3)
             parts.append(Shortlist.of_blocks(mass, block_reach[:, part], self.blocks))

@@ -65,6 +65,10 @@ class View:
         """Tokens of the query modality (of the longest prompt): queries are counted from the first of them."""
         return self.layout.most(self.scope.query)
 
+    def block_size(self, n: int) -> int:
+        """Blocks of ``n`` tokens as `Tokens.blocks` counts them: no larger than the prompt (or a tile)."""
+        return min(n, max(self.layout.length, self.tile))
+
     def counts(self, device: torch.device) -> torch.Tensor:
         """int64 [B]: keys in scope of each prompt, on a device (copied there once)."""
         return self.layout._once(
@@ -172,38 +176,53 @@ class Tokens:
 
     # ---- parts, rounded outwards to tiles ---------------------------------------------------------------------------
 
+    def capped(self, n: int) -> int:
+        """``n``, at most the prompt's length: a larger budget selects no more, and need not fit the kernels' int32."""
+        return min(n, self.layout.length)
+
+    def residue(self, value: sympy.Expr, stride: int | sympy.Expr, phase: int | sympy.Expr = 0) -> Boolean:
+        """``value = phase (mod stride)`` of a position, a rank or a distance. Token-exact."""
+        if isinstance(stride, int) and isinstance(phase, int):
+            phase, reach = phase % stride, self.layout.length
+            if phase > reach:
+                return sympy.false
+            # Beyond twice the prompt's length a stride meets each residue at most once, whatever it is.
+            stride = min(stride, 2 * reach + 2)
+        return sympy.Eq(x.mod(value - phase, sympy.sympify(stride)), 0)
+
     def sink(self, n: int) -> Boolean:
         """The first n keys, and the rest of their last tile."""
-        return x.Tile(self.k, self.tile) < -(-n // self.tile)
+        return x.Tile(self.k, self.tile) < -(-self.capped(n) // self.tile)
 
     def local(self, n: int) -> Boolean:
         """The last n keys up to the query itself, and the rest of the tiles that hold them for a query of its tile."""
         if n == 0:
             return sympy.false
-        return self._hull()[0] - x.Tile(self.k, self.tile) <= -(-(n - 1) // self.tile)
+        return self._hull()[0] - x.Tile(self.k, self.tile) <= -(-(self.capped(n) - 1) // self.tile)
 
     def last(self, n: int) -> Boolean:
         """The last n queries in scope, and the rest of the tiles that hold them."""
-        return x.Behind(x.q, x.ALL if self.scope.query is None else self.scope.query, self.tile) < n
+        scope = x.ALL if self.scope.query is None else self.scope.query
+        return x.Behind(x.q, scope, self.tile) < self.capped(n)
 
     def columns(self, name: str, at_most: int) -> Boolean:
         """Keys that selection put into ``name``: a bool tensor [B, H, `View.size`]."""
-        return x.Member(self.k, self._name(name), at_most)
+        return x.Member(self.k, self._name(name), self.capped(at_most))
 
     def diagonals(self, name: str, at_most: int) -> Boolean:
         """Block diagonals (tile of q less tile of k) in ``name``: a bool tensor [B, H, `View.tiles`]."""
         first, last = self._hull()
-        return x.Touches(first, last, x.Tile(self.k, self.tile), self._name(name), at_most)
+        return x.Touches(first, last, x.Tile(self.k, self.tile), self._name(name), self.capped(at_most))
 
     def blocks(self, name: str, at_most: int, size: int | None = None) -> Boolean:
         """Blocks of ``size`` (the tile) in the table ``name``, a bool tensor [B, H, query blocks, key blocks] counted
         from the first query and key in scope; at most ``at_most`` key blocks for a query block."""
-        size = self.tile if size is None else size
-        return x.Listed(x.Tile(self.row, size), x.Tile(self.k, size), self._name(name), at_most)
+        size = self.tile if size is None else min(size, max(self.layout.length, self.tile))
+        return x.Listed(x.Tile(self.row, size), x.Tile(self.k, size), self._name(name), self.capped(at_most))
 
     def number(self, name: str, at_least: int = 0) -> sympy.Expr:
         """A selected integer per head, ``name``: an int tensor [B, H]."""
-        return x.Number(str(self._name(name)), at_least)
+        return x.Number(str(self._name(name)), self.capped(at_least))
 
     def _name(self, name: str) -> sympy.Symbol:
         return sympy.Symbol(f"{name}@{self._leaf}")

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import warnings
 from collections.abc import Callable
@@ -64,8 +65,14 @@ def _not_flash(device: torch.device, dim: int, dtype: torch.dtype) -> str | None
     reason = _not_triton(device, dim, dtype)
     if reason is not None:
         return reason
-    if torch.cuda.get_device_capability(device) < (9, 0):
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (9, 0):
         return f"{torch.cuda.get_device_name(device)} is older than Hopper (compute capability 9.0)"
+    if capability >= (10, 0):  # its kernels there work on two query tiles at once (`q_stage`)
+        return (
+            f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, for which "
+            "flash-attn-4 takes block masks of 256 queries; mmflex lists blocks of 128"
+        )
     if dtype not in (torch.bfloat16, torch.float16):
         return f"q is {dtype}, it takes bfloat16 and float16"
     if dim > 128 or dim % 8:
@@ -109,7 +116,7 @@ def resolve(backend: str, device: torch.device, head_dim: int, dtype: torch.dtyp
     if backend == "auto":
         reasons = {name: why_not(name, device, head_dim, dtype) for name in ("flash", "triton", "cpu", "reference")}
         chosen = next(name for name, reason in reasons.items() if reason is None)
-        if chosen == "triton" and torch.cuda.get_device_capability(device) >= (9, 0):
+        if chosen == "triton" and torch.cuda.get_device_capability(device)[0] == 9:
             _notice(f"mmflex runs on Triton; its faster flash backend is out: {reasons['flash']}")
         return BACKENDS[chosen]
     reason = why_not(backend, device, head_dim, dtype)
@@ -207,6 +214,20 @@ def _head_dim(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
+@lru_cache(maxsize=1)
+def _flash_lse_factor() -> float:
+    """What the log-sum-exp of the flash backend has to be multiplied by.
+
+    flash-attn-4 gives a natural logarithm. FlexAttention of torch 2.11 takes it for one of base 2, as Triton's is, and
+    multiplies it by ln 2 (pytorch/pytorch#181645). Since 2.13 it does not; builds in between are told by the argument
+    that the correction brought, `stats_are_log2`.
+    """
+    code = flex_attention.__code__
+    arguments = {name for c in (code, *code.co_consts) if isinstance(c, types.CodeType) for name in c.co_varnames}
+    corrected = torch.torch_version.TorchVersion(torch.__version__) >= "2.13" or "stats_are_log2" in arguments
+    return 1.0 if corrected else 1 / math.log(2)
+
+
 compiles = 0
 """Kernels compiled so far in this process: one per mask_mod source, backend and length bucket."""
 
@@ -222,6 +243,7 @@ def _kernel(source: str, backend: str, tile: int, scale: float, lse: bool, bucke
     if fits and torch.cuda.get_device_capability(device) == (9, 0):  # measured best on H200, see benchmarks/NOTES.md
         options |= {"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 3, "num_warps": 8}
     make = _maker(source)
+    lse_factor = _flash_lse_factor() if backend == "flash" else 1.0
 
     def run(
         q: Tensor,
@@ -246,7 +268,7 @@ def _kernel(source: str, backend: str, tile: int, scale: float, lse: bool, bucke
         gqa = q.shape[1] != k.shape[1]
         extra: dict[str, Any] = {"return_aux": AuxRequest(lse=True)} if lse else {}
         out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=gqa, kernel_options=options, **extra)
-        return (out[0], out[1].lse) if lse else (out, None)
+        return (out[0], out[1].lse if lse_factor == 1.0 else out[1].lse * lse_factor) if lse else (out, None)
 
     def compiled() -> Callable[..., Any]:
         # Dynamo counts recompiles per code object: each kernel gets its own limit.

@@ -29,14 +29,13 @@ def dense_attention(
     fastest kernel there is: of SDPA, and beside the flash backend flash-attn-4."""
     if not lse:
         return dense_kernel(q, k, v, scale, backend)(q, k, v, scale), None
-    m, n = q.shape[2], k.shape[2]
-    if q.device.type == "cuda" and m == n and q.dtype in (torch.bfloat16, torch.float16):
+    half, like = q.dtype in (torch.bfloat16, torch.float16), q.shape[2:] == k.shape[2:] == v.shape[2:]
+    if q.device.type == "cuda" and half and like and not q.shape[3] % 8:
         group = q.shape[1] // k.shape[1]
         kr, vr = (t.repeat_interleave(group, 1) if group > 1 else t for t in (k, v))
         found = torch.ops.aten._scaled_dot_product_flash_attention(q, kr, vr, 0.0, True, scale=scale)
         return found[0], found[1]
-    seen = torch.arange(n, device=q.device) <= torch.arange(n - m, n, device=q.device)[:, None]
-    return reference.softmax_attention(q, k, v, seen.expand(*q.shape[:2], m, n), scale)
+    return reference.causal_attention(q, k, v, scale)
 
 
 Dense = Callable[[Tensor, Tensor, Tensor, float], Tensor]

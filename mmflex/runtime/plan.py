@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ..compiler.orders import Order
 from ..compiler.plan import Launch, Program
-from . import backends, dense, graphs, steps
+from . import backends, dense, graphs, reference, steps
 from .backends import Backend
 from .beside import Beside
 from .inputs import check
@@ -39,6 +39,11 @@ class HeadDensity:
         return self.total
 
 
+def _finite(t: Tensor) -> bool:
+    """Whether all of a tensor is finite. A sum is the quickest look; it may overflow, so only then every entry."""
+    return bool(t.sum(dtype=torch.float32).isfinite()) or bool(t.isfinite().all())
+
+
 class Plan:
     """A planned attention: reusable for other v, or for other q and k of the same shape (with this selection).
 
@@ -53,6 +58,8 @@ class Plan:
     ) -> None:
         """``once``: it attends before anything else is planned with its program, whose graph may then be replayed."""
         self.program, self._backend, self.scale, self.note = program, backend, scale, note
+        # Kernels take the row maximum before they scale: a scale that turns it round goes to the queries instead.
+        self._scale = abs(scale) if scale else 1.0
         self.layout, self.backend = program.layout, backend.name
         self.shape = (tuple(q.shape), tuple(k.shape))
         self.state = steps.State(program, q.device, q.shape[0])
@@ -78,6 +85,10 @@ class Plan:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]:
         program, state = self.program, self.state
+        if q.device.type == "cpu" and not all(map(_finite, (q, k, v))):
+            return self._eagerly(q, k, v, need_lse)
+        if self.scale <= 0:
+            q = q * (-1.0 if self.scale else 0.0)
         if self.dense_alone:
             return self._alone(q, k, v, need_lse)
         # Dense heads are never merged, so they need it only if it is asked for.
@@ -106,6 +117,15 @@ class Plan:
             lse = torch.full(q.shape[:3], float("-inf"), device=q.device)
         return out, lse if need_lse else None
 
+    def _eagerly(self, q: Tensor, k: Tensor, v: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
+        """Under the token mask itself: kernels on the CPU let what is not finite reach rows that do not see it."""
+
+        def mask(first: int, last: int) -> Tensor:
+            return self.dense_mask(range(first, last))
+
+        out, lse = reference.in_strips(q, k, v, self.scale, mask)
+        return out, lse if need else None
+
     def _begun(
         self, aside: Beside, q: Tensor, k: Tensor, v: Tensor, need: bool
     ) -> dict[int, Callable[[], tuple[Tensor, Tensor | None]]]:
@@ -130,20 +150,20 @@ class Plan:
         keys, values = steps.keys(state, number, k, v, given)
         rows, ready = steps.queries(state, number, q, given), state.ready[number]
         return backends.attend(
-            self._backend, rows, keys, values, ready.mask_mod, ready.lists, self.program.tile, self.scale, need
+            self._backend, rows, keys, values, ready.mask_mod, ready.lists, self.program.tile, self._scale, need
         )
 
     def _alone(self, q: Tensor, k: Tensor, v: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
         """All heads dense: nothing but the kernel, found once for each way that the tensors lie in memory."""
         if need or not q.is_cuda:
-            return dense.dense_attention(q, k, v, self.scale, need, self.backend)
+            return dense.dense_attention(q, k, v, self._scale, need, self.backend)
         strides = (q.stride(), k.stride(), v.stride())
         kernel = self._kernels.get(strides)
         if kernel is None:
-            kernel = dense.dense_kernel(q, k, v, self.scale, self.backend)
+            kernel = dense.dense_kernel(q, k, v, self._scale, self.backend)
             if len(self._kernels) < 8 and not torch.cuda.is_current_stream_capturing():  # where nothing is tried
                 self._kernels[strides] = kernel
-        return kernel(q, k, v, self.scale), None
+        return kernel(q, k, v, self._scale), None
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, launch: Launch, need: bool) -> tuple[Tensor, Tensor | None]:
         """SDPA for the dense heads, prompt by prompt where there is padding."""
@@ -151,7 +171,7 @@ class Plan:
         q = steps.take_heads(q, launch.heads.heads, state)
         k, v = (steps.take_heads(t, launch.heads.kv_heads, state) for t in (k, v))
         if not layout.padded:
-            return dense.dense_attention(q, k, v, self.scale, need, self.backend)
+            return dense.dense_attention(q, k, v, self._scale, need, self.backend)
         out = q.new_zeros((*q.shape[:3], v.shape[3]))
         lse = torch.full(q.shape[:3], float("-inf"), device=q.device) if need else None
         for b in range(q.shape[0]):
@@ -160,7 +180,7 @@ class Plan:
             for_q = valid[layout.length - q.shape[2] :]
             at_q, at_k = (torch.as_tensor(np.flatnonzero(x)).to(q.device) for x in (for_q, valid))
             own = [t[b : b + 1].index_select(2, at) for t, at in ((q, at_q), (k, at_k), (v, at_k))]
-            found, sums = dense.dense_attention(own[0], own[1], own[2], self.scale, need, self.backend)
+            found, sums = dense.dense_attention(own[0], own[1], own[2], self._scale, need, self.backend)
             out[b].index_copy_(1, at_q, found[0])
             if lse is not None and sums is not None:
                 lse[b].index_copy_(1, at_q, sums[0].float())

@@ -265,7 +265,8 @@ def _based(launch: Launch, state: State) -> tuple[Tensor, Tensor, int | None]:
     base = (program.layout.length - program.queries) // program.tile * program.tile
     key = ("based", launch.rows, launch.keys, state.device)
     if key not in memo:
-        memo[key] = (row[:1] - base, at[:1] - base)
+        # Natural queries without padding are the same for all prompts. Keys are not: their order may go by modality.
+        memo[key] = (row[:1] - base, at[: program.layout.batch_size] - base)
     row, at = memo[key]
     return row.expand(state.batch, -1), at.expand(state.batch, -1), base
 
