@@ -1,0 +1,91 @@
+"""A stack of equal layers under one `torch.compile`: norms, rotations, activations and residuals in few kernels.
+
+Every layer of a stack runs the same code on weights of its own, so one compilation, with the number of tokens left
+open, serves all of them ("regional" compilation). What a layer computes stays the same to rounding.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+FUSED_ROWS = 16_384
+"""Without a word from the user layers are compiled from this many rows (tokens) on: below, compiling takes longer than
+it ever saves."""
+
+
+def _layer_forward(layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+    return type(layer).forward(layer, hidden, **kwargs)
+
+
+class FusedLayers:
+    """Runs the layers of a stack through one compiled function; in place of each layer's ``forward``.
+
+    Args:
+        layers: modules of one class whose forward takes ``hidden [T, width]`` first and else keyword arguments.
+        fuse: True compiles always, None on CUDA from `FUSED_ROWS` rows on, False never.
+
+    A layer runs uncompiled with gradients, inside other compiled code and, after a notice, once compiling has failed.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], fuse: bool | None) -> None:
+        self.fuse, self.broken = fuse, False
+        self.compiled: Callable[..., Any] | None = None
+        alike = len({type(layer) for layer in layers}) == 1
+        own = [layer for layer in layers if "forward" in vars(layer)]  # another library's wrapper is in place
+        self.layers = [_FusedLayer(self, layer) for layer in layers] if alike and not own and fuse is not False else []
+
+    def wanted(self, hidden: torch.Tensor) -> bool:
+        """Whether a call on these rows goes through compiled code."""
+        if self.broken or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return False
+        return bool(self.fuse) or (hidden.device.type == "cuda" and hidden.shape[0] >= FUSED_ROWS)
+
+    def run(self, layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        """One layer, compiled; as it is where that fails."""
+        if self.compiled is None:
+            # Code of its own: compilations are counted by code, and other models must not use up this one's.
+            function = types.FunctionType(_layer_forward.__code__.replace(), globals(), "layer_forward")
+            self.compiled = torch.compile(function, dynamic=True, fullgraph=True)
+        try:
+            return self.compiled(layer, hidden, kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # compilers fail in many ways
+            out = type(layer).forward(layer, hidden, **kwargs)  # raises what the layer itself raises
+            self.broken = True
+            reason = str(error).strip().splitlines() or [""]
+            warnings.warn(
+                f"mmflex: {type(layer).__name__} can't be compiled and runs as it is: {type(error).__name__}: "
+                f"{reason[0][:300]}; mmflex.patch(model, spec, fuse=False) doesn't try",
+                stacklevel=2,
+            )
+            return out
+
+    def remove(self) -> None:
+        """Give the layers their own forward back."""
+        for layer in self.layers:
+            vars(layer.module).pop("forward", None)
+        self.layers = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "compiled": None}
+
+
+class _FusedLayer:
+    """A layer's ``forward``: a bound method, so that a copy of the model runs the weights of the copy."""
+
+    def __init__(self, stack: FusedLayers, module: nn.Module) -> None:
+        self.stack, self.module = stack, module
+        self.inner = module.forward
+        module.forward = self.forward  # type: ignore[method-assign]
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or not self.stack.wanted(hidden_states):
+            return self.inner(hidden_states, *args, **kwargs)
+        return self.stack.run(self.module, hidden_states, kwargs)
