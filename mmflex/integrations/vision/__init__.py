@@ -6,7 +6,6 @@ rounding.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import nn
@@ -54,12 +53,8 @@ class VisionPatch:
                 previous = previous_implementation(module.config) or "sdpa"
             remember_previous(module.config, previous)
             self.attention.append((module, previous))
-            module.set_attn_implementation({"": VISION_NAME})  # type: ignore[operator]
-            if module.config._attn_implementation != VISION_NAME:  # type: ignore[union-attr]
-                warnings.warn(
-                    f"mmflex: {type(module).__name__} keeps its attention: set_attn_implementation had no effect",
-                    stacklevel=4,
-                )
+            # not by set_attn_implementation, which imports a package for every name with "flash" in it
+            module.config._attn_implementation = VISION_NAME  # type: ignore[union-attr]
             self.replaced += [Projection(module.get_submodule(name)) for name in row.projections]
             layers = module.get_submodule(row.layers)
             self.replaced.append(FusedLayers(list(layers.children()), fuse))
@@ -71,5 +66,5 @@ class VisionPatch:
             part.remove()
         for module, previous in self.attention:
             if forget_previous(module.config):
-                module.set_attn_implementation({"": previous})
+                module.config._attn_implementation = previous
         self.replaced, self.attention = [], []
