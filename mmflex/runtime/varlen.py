@@ -252,8 +252,8 @@ def _batched(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float) -> Tens
     parts = []
     for first in range(0, len(q), GRID_LIMIT * length):
         rows = slice(first, first + GRID_LIMIT * length)
-        batch = (t[rows].unflatten(0, (-1, length)).transpose(1, 2) for t in (q, k, v))
-        out = scaled_dot_product_attention(*batch, scale=scale, enable_gqa=gqa)
+        qs, ks, vs = (t[rows].unflatten(0, (-1, length)).transpose(1, 2) for t in (q, k, v))
+        out = scaled_dot_product_attention(qs, ks, vs, scale=scale, enable_gqa=gqa)
         parts.append(out.transpose(1, 2).flatten(0, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -272,7 +272,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) ->
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     if width % 8:  # zeros change neither scores nor sums
         q, k, v = (pad(t, (0, -width % 8)) for t in (q, k, v))
-    out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale)
+    out: Any = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale)
     return out[..., :width]
 
 

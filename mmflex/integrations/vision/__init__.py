@@ -20,15 +20,17 @@ from .tower import CHUNK_PATCHES, ChunkedTower
 __all__ = ["CHUNK_PATCHES", "TOWERS", "VISION_NAME", "Tower", "VisionPatch", "vision_towers"]
 
 
-def vision_towers(root: nn.Module) -> list[tuple[nn.Module, Tower]]:
-    """The towers inside a model that mmflex knows, each with its row of `TOWERS`."""
+def vision_towers(root: nn.Module) -> list[tuple[Any, Tower]]:
+    """The towers inside a model that mmflex knows, each with its row of `TOWERS`. A class that is not transformers' own,
+    or has another forward, is none of them."""
     from transformers import PreTrainedModel
 
     found = []
     for module in root.modules():
-        row = TOWERS.get(getattr(module.config, "model_type", "")) if isinstance(module, PreTrainedModel) else None
-        if row is not None:
-            found.append((module, row))
+        if not isinstance(module, PreTrainedModel) or module.config.model_type not in TOWERS:
+            continue
+        if str(type(module).forward.__module__).startswith("transformers.models."):
+            found.append((module, TOWERS[module.config.model_type]))
     return found
 
 
@@ -48,13 +50,13 @@ class VisionPatch:
         if towers:
             register()
         for module, row in towers:
-            previous = module.config._attn_implementation or "eager"  # type: ignore[union-attr]
+            previous = module.config._attn_implementation or "eager"
             if previous == VISION_NAME:  # a config that another patched model shares
                 previous = previous_implementation(module.config) or "sdpa"
             remember_previous(module.config, previous)
             self.attention.append((module, previous))
             # not by set_attn_implementation, which imports a package for every name with "flash" in it
-            module.config._attn_implementation = VISION_NAME  # type: ignore[union-attr]
+            module.config._attn_implementation = VISION_NAME
             self.replaced += [Projection(module.get_submodule(name)) for name in row.projections]
             layers = module.get_submodule(row.layers)
             self.replaced.append(FusedLayers(list(layers.children()), fuse))

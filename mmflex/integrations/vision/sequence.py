@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from mmflex.runtime.varlen import Segments, device_constant
 
@@ -82,7 +81,7 @@ def frame_chunks(grid: Sequence[Grid], limit: int) -> list[Chunk]:
     return chunks
 
 
-def ready_made(module: nn.Module, row: Tower, grid: Sequence[Grid], merges: Sequence[int], device: Any) -> ReadyMade:
+def ready_made(module: Any, row: Tower, grid: Sequence[Grid], merges: Sequence[int], device: Any) -> ReadyMade:
     """What a tower's forward would compute from ``grid``, on ``device``.
 
     Args:
@@ -94,7 +93,7 @@ def ready_made(module: nn.Module, row: Tower, grid: Sequence[Grid], merges: Sequ
     from transformers import vision_utils
 
     thw = torch.tensor(grid, dtype=torch.int64).reshape(-1, 3)
-    config: Any = module.config
+    config = module.config
     merge: Any = torch.tensor(merges, dtype=torch.int64) if row.merge_sizes else int(config.spatial_merge_size)
     values: dict[str, Any] = {"position_ids": vision_utils.get_vision_position_ids(thw, merge)}
     frames = Segments(vision_utils.get_vision_cu_seqlens(thw).numpy())
@@ -108,7 +107,7 @@ def ready_made(module: nn.Module, row: Tower, grid: Sequence[Grid], merges: Sequ
     if row.interpolates:
         values["interp_indices"], values["interp_weights"] = vision_utils.get_vision_interpolation_indices_and_weights(
             thw,
-            num_grid_per_side=int(module.num_grid_per_side),  # type: ignore[arg-type]
+            num_grid_per_side=int(module.num_grid_per_side),
             mode=module.interpolation_mode,
             align_corners=module.interpolation_align_corners,
             spatial_merge_size=merge,

@@ -17,7 +17,7 @@ from .families import Tower
 from .sequence import READY_MADE, Grid, ReadyMade, frame_chunks, host_grid, ready_made
 
 CHUNK_PATCHES = 65_536
-"""Patches that a tower is given at a time: enough to fill a GPU, and 2 GB of temporaries in a tower of 1280 channels."""
+"""Patches that a tower is given at a time: they fill a GPU, and temporaries of a tower of 1280 channels take 2 GB."""
 
 REMEMBERED = 16
 """Grids whose positions, windows and segments are remembered (16 MB each for the largest)."""
