@@ -23,6 +23,14 @@ def _layer_forward(layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any
     return type(layer).forward(layer, hidden, **kwargs)
 
 
+def _plain(value: Any) -> Any:
+    """Tensors that are no views (tuples of them too): graphs are guarded by what a view's base looks like, so the first
+    layer, whose input often is one, would get a compilation of its own."""
+    if isinstance(value, torch.Tensor):
+        return value.data
+    return tuple(_plain(part) for part in value) if type(value) is tuple else value
+
+
 class FusedLayers:
     """Runs the layers of a stack through one compiled function; in place of each layer's ``forward``.
 
@@ -53,7 +61,7 @@ class FusedLayers:
             function = types.FunctionType(_layer_forward.__code__.replace(), globals(), "layer_forward")
             self.compiled = torch.compile(function, dynamic=True, fullgraph=True)
         try:
-            return self.compiled(layer, hidden, kwargs)
+            return self.compiled(layer, _plain(hidden), {name: _plain(value) for name, value in kwargs.items()})
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # compilers fail in many ways
