@@ -41,7 +41,7 @@ from mask_builders import (
     VerticalSlash,
     XAttention,
 )
-from mmflex.compiler import plan as compiler
+from mmflex.compiler.lower import Lowering
 from mmflex.runtime import backends
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
@@ -235,29 +235,26 @@ class Case(dict):
         return f"{self['layout']} {[str(p) for p in self['spec']]} {shapes}"
 
 
+ORDERS = [
+    Lowering(queries, keys, gather_rows=True, residue_launches=True)
+    for queries in ("natural", "modality-major")
+    for keys in ("natural", "modality-major")
+]
+
+
 @contextmanager
-def lowered(how: str | int) -> Iterator[None]:
+def lowered(how: str | int) -> Iterator[Lowering | None]:
     """Which of the ways to compute an expression is taken.
 
     "chosen": the cheapest, as the cost model has it. "without lse": in one launch, with lists of full width, as for the
-    CPU kernel. A number: that one of the alternatives, with launches for free, so that rows are gathered and residue
-    classes get a launch of their own at any length. All of them must be exact, not only those that win.
+    CPU kernel. A number: that one of the orders, where rows are gathered and residue classes get a launch of their own
+    at any length. All of them must be exact, not only those that win.
     """
     with pytest.MonkeyPatch.context() as patch:
         if how == "without lse":
             plain = replace(backends.BACKENDS["reference"], lse=False, full_width=True)
             patch.setattr(backends, "resolve", lambda *_: plain)
-        elif isinstance(how, int):
-            every = compiler._lowerings
-
-            def one(*args: object) -> list:
-                options = every(*args)
-                return [options[how % len(options)]]
-
-            patch.setattr(compiler, "_lowerings", one)
-            patch.setattr(compiler, "_class_cost", lambda *_: 0.0)
-            patch.setattr(compiler, "INLINE_TILES", 0)
-        yield
+        yield ORDERS[how] if isinstance(how, int) else None
 
 
 # ---- the proof ----
@@ -280,8 +277,11 @@ def prove(case: Case) -> mmflex.Plan:
     """All that the module's docstring promises, for one case."""
     q, k, v = tensors(case)
     spec, layout = case["spec"], case["layout"]
-    with lowered(case["lowering"]):
-        plan = mmflex.plan(q, k, spec, layout=layout, scale=case["scale"], backend="reference", block_size=case["tile"])
+    with lowered(case["lowering"]) as lowering:
+        plan = mmflex.plan(
+            q, k, spec, layout=layout, scale=case["scale"], backend="reference", block_size=case["tile"],
+            lowering=lowering,
+        )  # fmt: skip
     mask = oracle.token_mask(plan, spec)
     found = plan.dense_mask().numpy()
     assert found.shape == mask.shape
@@ -313,9 +313,9 @@ def prove_lists(plan: mmflex.Plan, mask: np.ndarray) -> None:
     count = np.zeros(mask.shape, np.int64)
     replaced: dict[tuple[int, int], np.ndarray] = {}
     for launch in plan.program.launches:
-        SEEN[f"{launch.kind}, {launch.rows.label} x {launch.keys.label}, compare={launch.compare}"] += 1
-        SEEN["sections"] += launch.section > 0
-        if launch.kind == "dense":
+        SEEN[f"{launch.name}, {launch.rows.label} x {launch.keys.label}, compare={launch.compares}"] += 1
+        SEEN["sections"] += getattr(launch, "section", 0) > 0
+        if launch.name == "dense":
             for h in launch.heads.heads:
                 if h >= 0:
                     for b in range(len(count)):
@@ -339,7 +339,7 @@ def prove_lists(plan: mmflex.Plan, mask: np.ndarray) -> None:
             )
         SEEN["loose"] += loose
         SEEN["listed"] += listed
-        if cover.kind == "rows":
+        if cover.kind == "gathered rows":
             rows = np.unique(cover.rows[cover.rows >= 0])
             real = cover.rows[cover.rows >= 0]
             assert len(rows) == len(real), "a row is gathered twice"
@@ -393,6 +393,6 @@ def test_few_blocks_are_listed_in_vain() -> None:
     print(f"{SEEN['cases']} cases, {SEEN['loose']} of {SEEN['listed']} listed blocks ({share:.1%}) compute nothing")
     assert share <= 0.10
     kinds = {name.split(",")[0] for name in SEEN if "compare" in name}
-    assert kinds == {"main", "rows", "classes", "dense"}, "every kind of launch was proved"
+    assert kinds == {"blocks", "gathered rows", "residue-major", "dense"}, "every kind of launch was proved"
     assert any("modality-major" in name for name in SEEN), "modality-major keys were proved"
     assert SEEN["sections"] > 30

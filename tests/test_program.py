@@ -24,7 +24,7 @@ from mask_builders import (
     TriShape,
     VerticalSlash,
 )
-from mmflex.compiler import plan as compiler
+from mmflex.compiler import lower as compiler
 
 ROOT = Path(mmflex.__file__).resolve().parent
 LAYERS = ["ir", "compiler", "runtime", "tuning", "integrations", "evaluation", "cli"]
@@ -48,7 +48,7 @@ def mixed_layout() -> mmflex.TokenLayout:
 
 
 def steps_of(plan: mmflex.Plan) -> Counter[str]:
-    return Counter(op for op, _ in plan.program.graph.nodes)
+    return Counter(step.op for step in plan.program.graph.order)
 
 
 def test_heads_with_the_same_estimate_share_it() -> None:
@@ -118,11 +118,11 @@ def test_heads_share_launches() -> None:
     q, k, _ = make(8, 4, 600)
     spec = [AShape(16, 64), VerticalSlash(32, 64), BlockTopK(4, 16), TriShape(16, 32, 16)] * 2
     plan = mmflex.plan(q, k, spec, backend="reference", block_size=16)
-    assert [launch.kind for launch in plan.program.launches] == ["main"]
-    assert plan.program.launches[0].compare
+    assert [launch.name for launch in plan.program.launches] == ["blocks"]
+    assert plan.program.launches[0].compares
     spec[5] = Dense()
     plan = mmflex.plan(q, k, spec, backend="reference", block_size=16)
-    assert [launch.kind for launch in plan.program.launches] == ["main", "dense"]
+    assert [launch.name for launch in plan.program.launches] == ["blocks", "dense"]
 
 
 def test_the_graph_is_acyclic_and_ordered() -> None:
@@ -138,10 +138,12 @@ def test_the_graph_is_acyclic_and_ordered() -> None:
         QBoundary({"text": AShape(1, 1)}),
     ]
     program = mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=16).program
-    assert nx.is_directed_acyclic_graph(program.graph)
-    order = program.steps("plan") + program.steps("attend")
-    assert sorted(map(str, order)) == sorted(map(str, program.graph.nodes))
-    assert all(order.index(a) < order.index(b) for a, b in program.graph.edges)
+    graph = program.graph.graph
+    assert nx.is_directed_acyclic_graph(graph)
+    order = program.graph.order
+    assert sorted(map(str, order)) == sorted(map(str, graph.nodes))
+    assert all(order.index(a) < order.index(b) for a, b in graph.edges)
+    assert sorted(map(str, program.graph.planning + program.graph.attending)) == sorted(map(str, order))
 
 
 # ---- caching ----
@@ -158,9 +160,9 @@ def test_a_second_call_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("built again")
 
-    for name in ("build", "_lowerings", "_merge"):
+    for name in ("lower", "_ways", "_joined"):
         monkeypatch.setattr(compiler, name, refuse)
-    monkeypatch.setattr("mmflex.runtime.attention.build", refuse)
+    monkeypatch.setattr("mmflex.runtime.calls.lower", refuse)
     second = mmflex.plan(*make(4, 2, layout.length, seed=1)[:2], list(spec), layout=layout, backend="reference")
     mmflex.attention(q, k, v, tuple(spec), layout=layout, backend="reference")
     assert second.program is first.program
@@ -224,7 +226,7 @@ def test_widths_hold_for_any_input(shape: str, m: int) -> None:
         elif shape == "equal":
             k = k[:, :, :1].expand_as(k).contiguous()
         plan = mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=tile)
-        for number, ready in plan.state.ready.items():
+        for number, ready in plan.state.prepared.items():
             launch = plan.program.launches[number]
             assert ready.lists[1].shape[-1] == ready.lists[3].shape[-1] == launch.width
             assert max(int(ready.lists[0].max()), int(ready.lists[2].max())) <= launch.width
@@ -374,7 +376,7 @@ def test_block_masks_are_flex_attention_s() -> None:
     spec = [AShape(16, 16), QBoundary({"text": AShape(16, 32), "video": Strided(5)}), Dense(), VerticalSlash(30, 16)]
     plan = mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=16)
     masks = plan.block_masks
-    assert len(masks) == sum(launch.kind != "dense" for launch in plan.program.launches)
+    assert len(masks) == sum(launch.name != "dense" for launch in plan.program.launches)
     for label, mask in masks:
         assert isinstance(label, str)
         assert isinstance(mask, BlockMask)
@@ -440,7 +442,7 @@ def test_no_value_is_read_back_while_planning() -> None:
     mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=16).attend(q, k, v)
     with NoReadBack():
         plan = mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=16)
-    assert plan.program.steps("plan")
+    assert plan.program.graph.planning
 
 
 def test_spec_order_does_not_matter() -> None:
