@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import importlib.util
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +31,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+from .caches import bounded
 
 __all__ = ["BACKENDS", "Segments", "varlen_attention"]
 
@@ -104,7 +105,8 @@ class Segments:
         if known is not None and cu_seqlens.numel() == len(known.starts):
             return known
         starts = _read(cu_seqlens)
-        return _by_content(starts.tobytes())
+        segments: Segments = _read_before.once(starts.tobytes(), lambda: cls(starts))
+        return segments
 
     def boundaries(self, device: torch.device) -> Tensor:
         """int32 ``[segments + 1]`` on a device, the same tensor each time. Not to be written to."""
@@ -132,12 +134,13 @@ class Segments:
     def _device_constant(self, name: str, values: np.ndarray, device: torch.device) -> Tensor:
         tensor = self._on_device.get((name, device))
         if tensor is None:
-            tensor = self._on_device[name, device] = device_constant(torch.from_numpy(values), device)
+            tensor = self._on_device[name, device] = upload(torch.from_numpy(values), device)
         return tensor
 
 
-def device_constant(values: Tensor, device: torch.device) -> Tensor:
-    """Host values on a device, without waiting for it, for any later use (in and out of inference mode)."""
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """Host values on a device, for later use in and out of inference mode. The host does not wait for the copy: another
+    stream than the current one has to."""
     with torch.inference_mode(False):
         if device.type == "cuda":
             values = values.pin_memory()  # a copy from pageable memory would make the host wait
@@ -148,9 +151,8 @@ _by_memory: weakref.WeakValueDictionary[tuple[torch.device, int], Segments] = we
 """Segments by where their own boundaries lie. They hold these tensors, so no other tensor can lie there."""
 
 
-@lru_cache(maxsize=16)
-def _by_content(starts: bytes) -> Segments:
-    return Segments(np.frombuffer(starts, np.int64))
+_read_before = bounded(16)
+"""Segments by the content of boundaries that others made."""
 
 
 def _read(cu_seqlens: Tensor) -> np.ndarray:
@@ -343,9 +345,7 @@ AUTOMATIC = ("flash", "cudnn")
 """What "auto" chooses from on CUDA. flash-attn-4 compiles for many seconds before its first call, and is asked for by
 name."""
 
-_choices: OrderedDict[Any, str] = OrderedDict()
-CHOICES = 64
-"""Measured choices that are remembered."""
+_choices = bounded(64)
 
 
 def _fastest(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> str:
@@ -354,13 +354,12 @@ def _fastest(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) 
     if len(able) < 2:
         return able[0] if able else "sdpa"
     key = (q.device, q.dtype, q.shape[1:], k.shape[1], segments.longest.bit_length(), len(q).bit_length())
-    if key not in _choices:
+    choice: str | None = _choices.recall(key)
+    if choice is None:
         if torch.cuda.is_current_stream_capturing():
             return able[0]
-        _choices[key] = _measured(able, q, k, v, segments, scale)
-        if len(_choices) > CHOICES:
-            _choices.popitem(last=False)
-    return _choices[key]
+        choice = _choices.keep(key, _measured(able, q, k, v, segments, scale))
+    return choice
 
 
 def _measured(names: list[str], q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> str:

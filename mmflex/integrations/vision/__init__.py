@@ -21,8 +21,8 @@ __all__ = ["CHUNK_PATCHES", "TOWERS", "VISION_NAME", "Tower", "VisionPatch", "vi
 
 
 def vision_towers(root: nn.Module) -> list[tuple[Any, Tower]]:
-    """The towers inside a model that mmflex knows, each with its row of `TOWERS`. A class that is not transformers' own,
-    or has another forward, is none of them."""
+    """The towers inside a model that mmflex knows, each with its row of `TOWERS`. A class that is not transformers'
+    own, or has another forward, is none of them."""
     from transformers import PreTrainedModel
 
     found = []

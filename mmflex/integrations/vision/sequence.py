@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmflex.runtime.varlen import Segments, device_constant
+from mmflex.runtime.varlen import Segments, upload
 
 from .families import Tower
 
@@ -114,14 +114,14 @@ def ready_made(module: Any, row: Tower, grid: Sequence[Grid], merges: Sequence[i
         )
     segments = [value for value in values.values() if isinstance(value, Segments)]
     where = device if row.grid_on_device else torch.device("cpu")
-    arguments = {"grid_thw": device_constant(thw, where)}
+    arguments = {"grid_thw": upload(thw, where)}
     if row.merge_sizes:
         arguments["merge_sizes"] = merge
     for name, value in values.items():
         if isinstance(value, Segments):
             arguments[name] = value.boundaries(device)
         else:
-            arguments[name] = device_constant(value, device) if isinstance(value, torch.Tensor) else value
+            arguments[name] = upload(value, device) if isinstance(value, torch.Tensor) else value
     return ReadyMade(arguments, segments)
 
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from mmflex.ir.memo import Memo
 from mmflex.runtime.varlen import Segments
 
 from .families import Tower
-from .sequence import READY_MADE, Grid, ReadyMade, frame_chunks, host_grid, ready_made
+from .sequence import READY_MADE, Chunk, ReadyMade, frame_chunks, host_grid, ready_made
 
 CHUNK_PATCHES = 65_536
 """Patches that a tower is given at a time: they fill a GPU, and temporaries of a tower of 1280 channels take 2 GB."""
 
 REMEMBERED = 16
-"""Grids whose positions, windows and segments are remembered (16 MB each for the largest)."""
+"""Grids whose positions, windows and segments are remembered: up to 4 MB each."""
 
 
 class ChunkedTower:
@@ -38,7 +38,7 @@ class ChunkedTower:
         self.inner = module.forward
         self.names = list(inspect.signature(self.inner).parameters)
         self.patches = self.names[0]
-        self.remembered: OrderedDict[Any, ReadyMade] = OrderedDict()
+        self.remembered = Memo(REMEMBERED)
         module.forward = self.forward  # type: ignore[method-assign]
 
     def remove(self) -> None:
@@ -61,26 +61,24 @@ class ChunkedTower:
         if self.row.merge_sizes:
             merges = [int(m) for m in given["merge_sizes"].tolist()]
         rest = {name: value for name, value in given.items() if name not in (self.patches, "grid_thw", "merge_sizes")}
+        chunks = frame_chunks(grid, self.limit)
+        made = [self._ready_made(chunk, merges, patches.device) for chunk in chunks]
+        if patches.device.type == "cuda" and any(new for _, new in made):
+            torch.cuda.current_stream(patches.device).synchronize()  # later calls may come on other streams
         outputs = []
-        for chunk in frame_chunks(grid, self.limit):
-            of_chunk = tuple(merges[picture] for picture in chunk.pictures) if merges else ()
-            arguments = self._ready_made(chunk.grid, of_chunk, patches.device).arguments
+        for chunk, (ready, _) in zip(chunks, made, strict=True):
             rows = patches[chunk.first : chunk.last]
-            outputs.append(self.inner(**{self.patches: rows}, **arguments, **rest))
+            outputs.append(self.inner(**{self.patches: rows}, **ready.arguments, **rest))
         return _joined(outputs) if outputs else self.inner(*args, **kwargs)
 
-    def _ready_made(self, grid: tuple[Grid, ...], merges: tuple[int, ...], device: torch.device) -> ReadyMade:
-        key = (grid, merges, device)
-        made = self.remembered.pop(key, None)
-        if made is None:
-            made = ready_made(self.module, self.row, grid, merges, device)
-        self.remembered[key] = made
-        if len(self.remembered) > REMEMBERED:
-            self.remembered.popitem(last=False)
-        return made
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "remembered": OrderedDict()}
+    def _ready_made(self, chunk: Chunk, merges: Sequence[int], device: torch.device) -> tuple[ReadyMade, bool]:
+        """What a chunk's forward is given, and whether it was made only now."""
+        of_chunk = tuple(merges[picture] for picture in chunk.pictures) if merges else ()
+        key = (chunk.grid, of_chunk, device)
+        known = self.remembered.recall(key)
+        if known is not None:
+            return known, False
+        return self.remembered.keep(key, ready_made(self.module, self.row, chunk.grid, of_chunk, device)), True
 
 
 def _joined(outputs: Sequence[Any]) -> Any:
