@@ -58,13 +58,22 @@ def difference(found: torch.Tensor, expected: np.ndarray) -> float:
     heads=st.sampled_from([(1, 1), (3, 3), (4, 2), (6, 1)]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
     scale=st.sampled_from([None, 0.3]),
+    gather=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_against_softmax_in_float64(
-    lengths: Lengths, width: int, heads: tuple[int, int], dtype: torch.dtype, scale: float | None, seed: int
+    lengths: Lengths,
+    width: int,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    scale: float | None,
+    gather: bool,
+    seed: int,
 ) -> None:
     q, k, v = tensors(sum(lengths), *heads, width, dtype, seed)
-    found = varlen_attention(q, k, v, Segments(boundaries(lengths)), scale)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(varlen.GATHER_S, "cpu", 0.0 if gather else 1.0)
+        found = varlen_attention(q, k, v, Segments(boundaries(lengths)), scale)
     assert (found.shape, found.dtype, found.is_contiguous()) == (q.shape, dtype, True)
     expected = oracle(q, k, v, lengths, width**-0.5 if scale is None else scale)
     limit = {torch.float64: 1e-13, torch.float32: 2e-6}.get(dtype, 4e-3)
@@ -118,8 +127,13 @@ def test_one_call_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
     varlen_attention(*tensors(64), Segments(boundaries([8] * 8)))
     assert calls == [[8, 2, 8, 16]]
     calls.clear()
-    varlen_attention(*tensors(60), Segments(boundaries([8, 6, 8, 6, 16, 16])))
+    mixed = Segments(boundaries([8, 6, 8, 6, 16, 16]))
+    varlen_attention(*tensors(60), mixed)
     assert calls == [[2, 2, 6, 16], [2, 2, 8, 16], [2, 2, 16, 16]]
+    calls.clear()
+    monkeypatch.setitem(varlen.GATHER_S, "cpu", 1.0)  # where copies are dear, neighbours of one length
+    varlen_attention(*tensors(60), mixed)
+    assert calls == [[1, 2, 8, 16], [1, 2, 6, 16], [1, 2, 8, 16], [1, 2, 6, 16], [2, 2, 16, 16]]
 
 
 # ---- boundaries on the device ----------------------------------------------------------------------------------------

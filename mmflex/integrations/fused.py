@@ -52,6 +52,8 @@ class FusedLayers:
         """Whether a call on these rows goes through compiled code."""
         if self.broken or torch.compiler.is_compiling() or torch.is_grad_enabled():
             return False
+        if torch._C._len_torch_dispatch_stack():  # a counter or tracer of operators, which compiled code would pass by
+            return False
         return bool(self.fuse) or (hidden.device.type == "cuda" and hidden.shape[0] >= FUSED_ROWS)
 
     def run(self, layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
