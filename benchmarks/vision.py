@@ -376,6 +376,11 @@ def tower_part(bench: Bench, lengths: list[int], changed: Callable[[], None], ro
             changed()
 
 
+PROFILED: tuple[tuple[str, dict[str, int]], ...] = (
+    ("mmflex", {}),
+    ("mmflex, fused", {}),
+    ("mmflex, fused", {"intermediate_size": 3424}),
+)
 KINDS = {
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "splitk"),
     "attention": ("flash", "fmha", "sdpa", "attention", "mha"),
@@ -410,7 +415,7 @@ def profile_part(bench: Bench) -> list[dict[str, Any]]:
     from torch.profiler import ProfilerActivity, profile
 
     found = []
-    for name, changes in (("mmflex", {}), ("mmflex, fused", {}), ("mmflex, fused", {"intermediate_size": 3424})):
+    for name, changes in PROFILED:
         bench.free()
         model = build(bench.device, bench.dtype, bench.tiny, **changes)
         patches, grid = video(model, 8 if bench.tiny else 512, 8 if bench.tiny else SIDE)
@@ -455,7 +460,8 @@ def demo_part(lengths: list[int]) -> list[dict[str, Any]]:
                     model(patches, grid)
                     if turn:
                         times[name].append(time.perf_counter() - start)
-        found.append({"frames": frames, "patches": len(patches), **{n: statistics.median(t) for n, t in times.items()}})
+        methods = {name: {"seconds": statistics.median(runs), "runs": runs} for name, runs in times.items()}
+        found.append({"frames": frames, "patches": len(patches), "methods": methods})
     return found
 
 
@@ -517,8 +523,6 @@ def show(report: dict[str, Any], console: Console) -> None:
             f"{kind} {seconds:.3f}" for kind, seconds in sorted(row["kinds"].items(), key=lambda x: -x[1])
         )
         console.print(f"{row['method']} {row['changes'] or ''}: {row['seconds']:.3f} s; {kinds}")
-    for row in report.get("demo", ()):
-        console.print(row)
 
 
 def main() -> None:
@@ -544,7 +548,7 @@ def main() -> None:
 
     with torch.inference_mode():
         if args.demo:
-            report["demo"] = demo_part(lengths)
+            report["tower"] = demo_part(lengths)
         for part in () if args.demo else args.parts.split(","):
             start = time.perf_counter()
             try:
