@@ -474,7 +474,11 @@ def notes(report: dict[str, Any]) -> list[str]:
         "a new prompt. Compiling: what the first call of a length takes beyond the second.",
         "Heads of every layer: " + ", ".join(f"{n} x {name}" for name, n in settings["spec"].items()) + ".",
         "Dense runs of more than 65,536 tokens have mmflex's chunked MLPs and norms, without which they do not fit.",
-        *([f"* counted up to {settings['layers']} layers from fewer ({'; '.join(dict.fromkeys(counted))})."] if counted else []),
+        *(
+            [f"* counted up to {settings['layers']} layers from fewer ({'; '.join(dict.fromkeys(counted))})."]
+            if counted
+            else []
+        ),
         *(f"Failed: {error}" for error in errors),
         ", ".join(f"{name} {value}" for name, value in report["machine"].items()),
     ]

@@ -5,7 +5,7 @@
     python -m benchmarks.vision --demo           # the tower of `mmflex demo` on the CPU, for several lengths
 
 The tower is Qwen2.5-VL-7B's (32 layers of 1280 channels, windows of 64 patches, 4 layers that see whole frames) with
-random weights, in bf16, on frames of 448 x 448: 1024 patches for two frames. Four parts, ``--parts``:
+random weights, in bf16, on frames of 448 x 448: 1024 patches for two frames. Five parts, ``--parts``:
 
 attention  one layer's attention over the segments of several families, every backend, a document mask through
            FlexAttention, and one call for every segment as transformers makes it; each against float64
@@ -14,6 +14,7 @@ exact      the whole tower on a short video against itself in float64: how far e
 tower      times, memory, kernel launches and host syncs of the tower by length: transformers with SDPA and with
            flash-attn-4 (where installed), mmflex with layers as they are and compiled
 profile    kernel time of the tower by kind of work
+processor  frames to patches by transformers' processor, on the CPU and (with torchvision) on the GPU
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from mmflex.integrations.vision import tower as tower_module
 from mmflex.runtime import varlen
 from mmflex.runtime.varlen import Segments
 
-PARTS = ("attention", "exact", "tower", "profile")
+PARTS = ("exact", "tower", "attention", "profile", "processor")
 
 SIDE = 32
 """Patches along a side of a frame of 448 pixels."""
@@ -440,6 +441,29 @@ def profile_part(bench: Bench) -> list[dict[str, Any]]:
     return found
 
 
+def processor_part(bench: Bench) -> list[dict[str, Any]]:
+    """Seconds of transformers' processor for 128 frames (8 tiny ones on a CPU), where it runs."""
+    from mmflex import demo
+
+    frames, size = (8, 56) if bench.tiny else (128, 448)
+    film = demo.moving_shapes(frames, size)
+    found = []
+    for device in dict.fromkeys(("cpu", bench.device.type)):
+        row: dict[str, Any] = {"frames": frames, "device": device}
+        found.append(row)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            patches, _, row["by"] = demo.process(film, device)
+            patches.to(bench.device, bench.dtype)
+            bench.wait()
+            times.append(time.perf_counter() - start)
+        row["seconds"] = statistics.median(times)
+        if patches.device.type != device:
+            row["why_not"] = f"{row['by']} runs on the CPU alone: install torchvision"
+    return found
+
+
 # ---- the demo's tower on a CPU ---------------------------------------------------------------------------------------
 
 
@@ -518,6 +542,8 @@ def show(report: dict[str, Any], console: Console) -> None:
                 k: v for k, v in found.items() if k in ("kernels", "copies", "host_syncs", "operators", "first_s")
             }
             console.print(f"{name}, {report['tower'][0]['frames']} frames: {counts}")
+    for row in report.get("processor", ()):
+        console.print(row)
     for row in report.get("profile", ()):
         kinds = ", ".join(
             f"{kind} {seconds:.3f}" for kind, seconds in sorted(row["kinds"].items(), key=lambda x: -x[1])
@@ -561,6 +587,8 @@ def main() -> None:
                     tower_part(bench, lengths, write, report[part])
                 elif part == "profile":
                     report[part] = profile_part(bench)
+                elif part == "processor":
+                    report[part] = processor_part(bench)
                 else:
                     parser.error(f"unknown part {part!r}: choose from {', '.join(PARTS)}")
             except Exception as error:  # the other parts are worth having

@@ -37,6 +37,7 @@ def test_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(len(found["runs"]) == 3 for found in row["methods"].values())
     assert report["tower"][0]["methods"]["mmflex"]["operators"] > 0
     assert report["profile"][0]["kinds"]
+    assert [row["device"] for row in report["processor"]] == ["cpu"]
 
 
 def test_document_mask_lists_every_block_once(monkeypatch: pytest.MonkeyPatch) -> None:
