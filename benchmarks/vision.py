@@ -169,6 +169,8 @@ def attention_part(bench: Bench) -> list[dict[str, Any]]:
         row.update(errors={}, why_not={})
         for candidate, attend in every.items():
             try:
+                if time.monotonic() > bench.deadline:
+                    raise TimeoutError("the time limit was reached; see --limit")
                 start = time.perf_counter()
                 found = attend(q, k, v, segments)
                 bench.wait()
@@ -333,7 +335,7 @@ def launches_and_syncs(bench: Bench, work: Callable[[], Any]) -> dict[str, int]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         work()
         bench.wait()
-    kernels = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in trace.events() if on_gpu(event.name, event.device_type)]
     copies = sum(event.name.startswith(("Memcpy", "Memset")) for event in kernels)
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("warn")
@@ -393,6 +395,11 @@ KINDS = {
 }
 
 
+def on_gpu(name: str, device: Any) -> bool:
+    """Whether an event of a profile is a kernel or a copy; ranges that PyTorch marks are on the device, too."""
+    return device == torch.autograd.DeviceType.CUDA and not name.startswith(("##", "Torch-Compiled", "Profiler"))
+
+
 def kind_of(kernel: str) -> str:
     name = kernel.lower()
     order = (
@@ -431,7 +438,7 @@ def profile_part(bench: Bench) -> list[dict[str, Any]]:
         kernels: dict[str, list[float]] = {}
         for event in trace.key_averages():
             spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-            if spent <= 0 or (cuda and event.device_type != torch.autograd.DeviceType.CUDA):
+            if spent <= 0 or (cuda and not on_gpu(event.key, event.device_type)):
                 continue
             kinds[kind_of(event.key)] = kinds.get(kind_of(event.key), 0.0) + spent / 1e6
             known = kernels.setdefault(event.key[:100], [0.0, 0])
