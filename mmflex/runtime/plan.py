@@ -19,6 +19,7 @@ from . import backends, dense, reference, replay
 from .attend import Attending
 from .backends import Backend
 from .device import writing_to
+from .explain import explain
 from .inputs import check
 from .planning import after_estimates
 from .state import PlanState
@@ -179,9 +180,8 @@ class Plan:
 
     def explain(self) -> str:
         """What was decided and why: expressions, orders with the cost of the alternatives, launches, blocks, steps."""
-        from .explain import explain
-
-        return explain(self)
+        heads = self.density.heads
+        return explain(self.program, self.state.prepared, heads, self.shape, self.backend, self.note)
 
     def __repr__(self) -> str:
         kinds = ", ".join(launch.label for launch in self.program.launches)
