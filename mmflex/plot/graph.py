@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import networkx as nx
 
-from .style import FULL, PARTIAL, SKIPPED, canvas
+from ..compiler.graph import PLANNING
+from .style import FULL, PARTIAL, canvas, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ..runtime.plan import Plan
 
 
+@styled
 def plot_graph(plan: Plan, *, ax: Axes | None = None) -> Figure:
     """The graph of a plan's program, from estimates at the left to merged outputs at the right. Steps that several
     launches share are one box. Steps on a side stream are orange.
@@ -30,6 +32,8 @@ def plot_graph(plan: Plan, *, ax: Axes | None = None) -> Figure:
     program = getattr(plan, "program", None)
     if program is None:
         raise ValueError("a saved plan holds no program: call plot_graph on the plan itself")
+    from matplotlib.lines import Line2D
+
     graph = program.graph
     place = _places(graph.graph)
     rows = 1 + max(y for _, y in place.values())
@@ -41,14 +45,19 @@ def plot_graph(plan: Plan, *, ax: Axes | None = None) -> Figure:
                  "connectionstyle": f"arc3,rad={bend}"}  # fmt: skip
         ax.annotate("", (x1, -y1), (x0, -y0), arrowprops=arrow)
     for step, (x, y) in place.items():
-        colour = PARTIAL if graph.stream(step) == "side" else SKIPPED if step.op in ("estimate", "select") else FULL
+        kind = "side" if graph.stream(step) == "side" else "planning" if step.op in PLANNING else "attending"
+        colour = _COLOURS[kind]
         box = {"boxstyle": "round,pad=0.35", "fc": "white", "ec": colour, "lw": 1.6}
         ax.text(x, -y, f"{step.op}\n{_of(step)}", ha="center", va="center", fontsize=7.5, bbox=box)
     ax.set(xlim=(-0.6, 5.6), ylim=(-rows + 0.4, 0.6), title="Steps of the plan")
     ax.axis("off")
+    names = {"planning": "planning, without v", "attending": "attending", "side": "attending, on a side stream"}
+    handles = [Line2D([], [], marker="s", ls="", color=_COLOURS[kind], label=name) for kind, name in names.items()]
+    ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, -0.08), ncols=3, frameon=False)
     return figure
 
 
+_COLOURS = {"planning": "0.6", "attending": FULL, "side": PARTIAL}
 _COLUMN = {"estimate": 0, "select": 1, "gather": 2, "list": 3, "keys": 3, "queries": 3, "attend": 4, "merge": 5}
 _LANE = {"keys": 0, "queries": 1, "list": 2}
 _LANES = 3
