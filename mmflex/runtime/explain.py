@@ -69,7 +69,7 @@ def explain(
             lines.append("  SDPA, causal")
             continue
         ready = prepared[number]
-        partial, full = (int(c.sum()) for c in (ready.lists[0], ready.lists[2]))
+        partial, full = (int(c.sum()) for c in (ready.lists.partial_count, ready.lists.full_count))
         tiles = (launch.row_slots // program.tile) * (launch.key_slots // program.tile) * len(own) * batch
         lines.append(
             f"  {full} full, {partial} partial, {tiles - full - partial} empty blocks; lists of width {launch.width}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,7 +158,9 @@ class Plan:
                     pairs[:, h] += causal[:, 0]
                 else:
                     lists = self.state.prepared[number].lists
-                    pairs[:, h] += (lists[0] + lists[2])[:, i].sum(-1).cpu().numpy() * float(tile * tile)
+                    pairs[:, h] += (lists.partial_count + lists.full_count)[:, i].sum(-1).cpu().numpy() * float(
+                        tile * tile
+                    )
         return HeadDensity(pairs / np.maximum(causal, 1.0))
 
     @property
@@ -190,4 +193,4 @@ class Plan:
 
 def _finite(t: Tensor) -> bool:
     """Whether all of a tensor is finite. A sum is the quickest look; it may overflow, so only then every entry."""
-    return bool(t.sum(dtype=torch.float32).isfinite()) or bool(t.isfinite().all())
+    return math.isfinite(t.sum(dtype=torch.float32).item()) or bool(t.isfinite().all())
