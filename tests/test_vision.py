@@ -29,6 +29,7 @@ WITH_TOWER = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "video_llama
 
 @pytest.fixture(autouse=True)
 def no_grad() -> Iterator[None]:
+    mmflex.clear_caches()  # layers that another test compiled
     with torch.no_grad():
         yield
 
@@ -280,6 +281,10 @@ def test_one_compilation_for_all_layers_and_sizes(monkeypatch: pytest.MonkeyPatc
     assert any("varlen_attention" in str(node.target) for node in graphs[0].graph.nodes)
     for a, b in zip(found, before, strict=True):
         assert relative(a, b) <= 2e-6
+    patch.remove()
+    patch = VisionPatch(module, fuse=True, chunk=100)
+    assert relative(module(**mixed).pooler_output, before[0]) <= 2e-6
+    assert len(graphs) == 1  # what is patched again is not compiled again
     twin = copy.deepcopy(module)
     for parameter in twin.parameters():
         parameter.zero_()
@@ -316,6 +321,19 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="mmflex")
         module(**inputs)
+
+
+def test_layers_that_another_library_wraps_stay_so() -> None:
+    module, inputs = tower("qwen2_vl_vision"), pictures("qwen2_vl_vision", *MIXED)
+    before = module(**inputs).pooler_output
+    block = module.blocks[1]
+    own = block.forward
+    block.forward = lambda *args, **options: own(*args, **options)
+    with pytest.warns(UserWarning, match="3 layers are not compiled: Qwen2VLVisionBlock has a forward of another"):
+        patch = VisionPatch(module, fuse=True)
+    assert relative(module(**inputs).pooler_output, before) <= 2e-6
+    patch.remove()
+    assert "forward" in vars(block)
 
 
 def test_errors_of_a_layer_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

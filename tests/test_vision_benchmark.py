@@ -38,6 +38,15 @@ def test_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["tower"][0]["methods"]["mmflex"]["operators"] > 0
     assert report["profile"][0]["kinds"]
     assert [row["device"] for row in report["processor"]] == ["cpu"]
+    assert vision.verdict(report) == []
+    windows["errors"]["sdpa"], unlike["contained"]["sdpa"] = float("nan"), False
+    report["exact"]["bfloat16"]["mmflex"]["to_float64"] *= 2
+    found = vision.verdict(report)
+    assert [line.split(":")[0] for line in found] == [
+        "windows, sdpa",
+        "images of unlike sizes, sdpa",
+        "tower, bfloat16, mmflex",
+    ]
 
 
 def test_document_mask_lists_every_block_once(monkeypatch: pytest.MonkeyPatch) -> None:

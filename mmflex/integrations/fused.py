@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmflex.runtime.caches import bounded
+
 FUSED_ROWS = 16_384
 """Without a word from the user layers are compiled from this many rows (tokens) on: below, compiling takes longer than
 it ever saves."""
@@ -21,6 +23,22 @@ it ever saves."""
 
 def _layer_forward(layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
     return type(layer).forward(layer, hidden, **kwargs)
+
+
+_compiled = bounded(16)
+"""Compiled functions by kind of layer: a model that is patched again, or another of its shape, is not compiled again."""
+
+
+def _kind(layer: nn.Module) -> Any:
+    """What layers must have in common to run the same compiled code."""
+    weights = tuple((name, p.shape, p.dtype, p.device) for name, p in layer.named_parameters())
+    return type(layer), weights
+
+
+def _compile() -> Callable[..., Any]:
+    # Code of its own for every kind: PyTorch counts compilations by code, and gives up at the eighth.
+    function = types.FunctionType(_layer_forward.__code__.replace(), globals(), "layer_forward")
+    return torch.compile(function, dynamic=True, fullgraph=True)
 
 
 def _plain(value: Any) -> Any:
@@ -44,9 +62,15 @@ class FusedLayers:
     def __init__(self, layers: Sequence[nn.Module], fuse: bool | None) -> None:
         self.fuse, self.broken = fuse, False
         self.compiled: Callable[..., Any] | None = None
-        alike = len({type(layer) for layer in layers}) == 1
-        own = [layer for layer in layers if "forward" in vars(layer)]  # another library's wrapper is in place
-        self.layers = [_FusedLayer(self, layer) for layer in layers] if alike and not own and fuse is not False else []
+        self.layers: list[_FusedLayer] = []
+        if fuse is False or not layers:
+            return
+        wrapped = [type(layer).__name__ for layer in layers if "forward" in vars(layer)]  # by another library
+        if not wrapped and len({type(layer) for layer in layers}) == 1:
+            self.layers = [_FusedLayer(self, layer) for layer in layers]
+        elif fuse:
+            what = f"{wrapped[0]} has a forward of another library" if wrapped else "they are of several classes"
+            warnings.warn(f"mmflex: {len(layers)} layers are not compiled: {what}", stacklevel=2)
 
     def wanted(self, hidden: torch.Tensor) -> bool:
         """Whether a call on these rows goes through compiled code."""
@@ -59,9 +83,7 @@ class FusedLayers:
     def run(self, layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         """One layer, compiled; as it is where that fails."""
         if self.compiled is None:
-            # Code of its own: compilations are counted by code, and other models must not use up this one's.
-            function = types.FunctionType(_layer_forward.__code__.replace(), globals(), "layer_forward")
-            self.compiled = torch.compile(function, dynamic=True, fullgraph=True)
+            self.compiled = _compiled.once(_kind(layer), _compile)
         try:
             return self.compiled(layer, _plain(hidden), {name: _plain(value) for name, value in kwargs.items()})
         except torch.OutOfMemoryError:
