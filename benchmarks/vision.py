@@ -500,8 +500,8 @@ def demo_part(lengths: list[int]) -> list[dict[str, Any]]:
 
 
 def verdict(report: dict[str, Any]) -> list[str]:
-    """What is wrong: attention farther from float64 than rounding takes it, a NaN outside of its segment, a tower half as
-    far again from float64 as transformers' own."""
+    """What is wrong: attention farther from float64 than rounding takes it, a NaN outside of its segment, a tower 1.5
+    times as far from float64 as transformers' own."""
     wrong = []
     for row in report.get("attention", ()):
         limit = 2e-6 if report["dtype"] == "float32" else 4e-3

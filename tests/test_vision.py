@@ -15,9 +15,8 @@ from families import FAMILIES, IMAGE, PAD, VIDEO, Family, text_config
 import mmflex
 from mask_builders import AShape, Dense
 from mmflex.integrations import fused
-from mmflex.integrations.vision import TOWERS, VISION_NAME, VisionPatch, vision_towers
+from mmflex.integrations.vision import TOWERS, VISION_NAME, VisionPatch, sequence, vision_towers
 from mmflex.integrations.vision import attention as vision_attention
-from mmflex.integrations.vision import tower as tower_module
 from mmflex.integrations.vision.sequence import frame_chunks
 from mmflex.runtime import varlen
 
@@ -198,10 +197,9 @@ def test_the_device_is_read_once(model_type: str, monkeypatch: pytest.MonkeyPatc
         return read
 
     module, inputs = tower(model_type), pictures(model_type, *MIXED)
-    patch = VisionPatch(module)
+    VisionPatch(module)
     module(**inputs)  # the grid is known from here on
-    (chunked,) = (part for part in patch.replaced if isinstance(part, tower_module.ChunkedTower))
-    (made,) = chunked.remembered.values()
+    (made,) = sequence._remembered.values()
     host_copies = {"merge_sizes"} if TOWERS[model_type].grid_on_device else {"merge_sizes", "grid_thw"}
     made_tensors = [t for name, t in made.arguments.items() if isinstance(t, torch.Tensor) and name not in host_copies]
     on_device = {t.data_ptr() for t in (*inputs.values(), *made_tensors)}
@@ -237,6 +235,18 @@ def test_hidden_states_of_all_chunks() -> None:
     as_tuple = module(**inputs, return_dict=False)
     assert isinstance(as_tuple, tuple)
     assert as_tuple[0].shape == before[-1].shape
+
+
+@pytest.mark.parametrize("change", [1, -1])
+@pytest.mark.parametrize("chunk", [65536, 20])
+def test_patches_that_do_not_fit_the_grid(chunk: int, change: int) -> None:
+    module, inputs = tower("qwen2_vl_vision"), pictures("qwen2_vl_vision", *MIXED)
+    inputs["grid_thw"][0, 0] += change
+    with pytest.raises((RuntimeError, ValueError)) as expected:
+        module(**inputs)
+    VisionPatch(module, chunk=chunk)
+    with pytest.raises(type(expected.value)):
+        module(**inputs)
 
 
 @pytest.mark.parametrize("limit", [1, 7, 24, 30, 55, 10_000])

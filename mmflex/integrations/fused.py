@@ -26,7 +26,8 @@ def _layer_forward(layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any
 
 
 _compiled = bounded(16)
-"""Compiled functions by kind of layer: a model that is patched again, or another of its shape, is not compiled again."""
+"""Compiled functions by kind of layer: a model that is patched again, and another of its shape, are not compiled again.
+"""
 
 
 def _kind(layer: nn.Module) -> Any:

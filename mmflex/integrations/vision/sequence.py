@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmflex.runtime.caches import bounded
 from mmflex.runtime.varlen import Segments, upload
 
 from .families import Tower
@@ -81,41 +82,86 @@ def frame_chunks(grid: Sequence[Grid], limit: int) -> list[Chunk]:
     return chunks
 
 
-def ready_made(module: Any, row: Tower, grid: Sequence[Grid], merges: Sequence[int], device: Any) -> ReadyMade:
-    """What a tower's forward would compute from ``grid``, on ``device``.
+@dataclass(frozen=True)
+class Geometry:
+    """What a tower's positions, windows and segments depend on beside the grid.
+
+    Attributes:
+        row: of `TOWERS`.
+        merge: patches along each side of what becomes one token; None where images bring their own.
+        window: (size in pixels, patch size in pixels), where there are windows.
+        interpolation: (positions along a side, mode, whether corners are aligned), where positions are resampled.
+    """
+
+    row: Tower
+    merge: int | None
+    window: tuple[int, int] | None
+    interpolation: tuple[int, str, bool] | None
+
+    @classmethod
+    def of(cls, module: Any, row: Tower) -> Geometry:
+        """That of a tower."""
+        config = module.config
+        interpolation = None
+        if row.interpolates:
+            interpolation = (
+                int(module.num_grid_per_side),
+                str(module.interpolation_mode),
+                bool(module.interpolation_align_corners),
+            )
+        return cls(
+            row,
+            None if row.merge_sizes else int(config.spatial_merge_size),
+            (int(config.window_size), int(config.patch_size)) if row.windows else None,
+            interpolation,
+        )
+
+
+_remembered = bounded(16)
+"""`ReadyMade` by geometry and grid, up to 4 MB on the device each."""
+
+
+def ready_made(
+    geometry: Geometry, grid: tuple[Grid, ...], merges: tuple[int, ...], device: torch.device
+) -> tuple[ReadyMade, bool]:
+    """(what a tower's forward would compute from a grid, whether it was computed only now).
 
     Args:
-        module: the tower.
-        row: its row in `TOWERS`.
+        geometry: of the tower.
         grid: of the patches of one forward.
-        merges: a merge size for each picture, where ``row.merge_sizes``.
+        merges: a merge size for each picture, where these bring their own.
+        device: where the tower is.
     """
+    key = (geometry, grid, merges, device)
+    known: ReadyMade | None = _remembered.recall(key)
+    if known is not None:
+        return known, False
+    return _remembered.keep(key, _made(geometry, grid, merges, device)), True
+
+
+def _made(geometry: Geometry, grid: Sequence[Grid], merges: Sequence[int], device: torch.device) -> ReadyMade:
     from transformers import vision_utils
 
     thw = torch.tensor(grid, dtype=torch.int64).reshape(-1, 3)
-    config = module.config
-    merge: Any = torch.tensor(merges, dtype=torch.int64) if row.merge_sizes else int(config.spatial_merge_size)
+    merge: Any = torch.tensor(merges, dtype=torch.int64) if geometry.merge is None else geometry.merge
     values: dict[str, Any] = {"position_ids": vision_utils.get_vision_position_ids(thw, merge)}
     frames = Segments(vision_utils.get_vision_cu_seqlens(thw).numpy())
     values.update(cu_seqlens=frames, max_seqlen=frames.longest)
-    if row.windows:
+    if geometry.window is not None:
         index, boundaries = vision_utils.get_vision_window_index(
-            thw, spatial_merge_size=merge, window_size=int(config.window_size), patch_size=int(config.patch_size)
+            thw, spatial_merge_size=merge, window_size=geometry.window[0], patch_size=geometry.window[1]
         )
         windows = Segments(boundaries.numpy())
         values.update(window_index=index, cu_window_seqlens=windows, max_window_seqlen=windows.longest)
-    if row.interpolates:
+    if geometry.interpolation is not None:
+        side, mode, aligned = geometry.interpolation
         values["interp_indices"], values["interp_weights"] = vision_utils.get_vision_interpolation_indices_and_weights(
-            thw,
-            num_grid_per_side=int(module.num_grid_per_side),
-            mode=module.interpolation_mode,
-            align_corners=module.interpolation_align_corners,
-            spatial_merge_size=merge,
+            thw, num_grid_per_side=side, mode=mode, align_corners=aligned, spatial_merge_size=merge
         )
     segments = [value for value in values.values() if isinstance(value, Segments)]
-    where = device if row.grid_on_device else torch.device("cpu")
+    where = device if geometry.row.grid_on_device else torch.device("cpu")
     arguments = {"grid_thw": upload(thw, where)}
-    if row.merge_sizes:
+    if geometry.merge is None:
         arguments["merge_sizes"] = merge
     for name, value in values.items():
         if isinstance(value, Segments):

@@ -10,17 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmflex.ir.memo import Memo
 from mmflex.runtime.varlen import Segments
 
 from .families import Tower
-from .sequence import READY_MADE, Chunk, ReadyMade, frame_chunks, host_grid, ready_made
+from .sequence import READY_MADE, Geometry, frame_chunks, host_grid, ready_made
 
 CHUNK_PATCHES = 65_536
 """Patches that a tower is given at a time: they fill a GPU, and temporaries of a tower of 1280 channels take 2 GB."""
-
-REMEMBERED = 16
-"""Grids whose positions, windows and segments are remembered: up to 4 MB each."""
 
 
 class ChunkedTower:
@@ -38,7 +34,6 @@ class ChunkedTower:
         self.inner = module.forward
         self.names = list(inspect.signature(self.inner).parameters)
         self.patches = self.names[0]
-        self.remembered = Memo(REMEMBERED)
         module.forward = self.forward  # type: ignore[method-assign]
 
     def remove(self) -> None:
@@ -57,28 +52,23 @@ class ChunkedTower:
             for name in {"cu_seqlens", "cu_window_seqlens"}.intersection(known):  # read once, not in every layer
                 kwargs[name] = Segments.of(given[name]).boundaries(given[name].device)
             return self.inner(*args, **kwargs)
-        grid, merges = host_grid(grid_thw), []
-        if self.row.merge_sizes:
-            merges = [int(m) for m in given["merge_sizes"].tolist()]
-        rest = {name: value for name, value in given.items() if name not in (self.patches, "grid_thw", "merge_sizes")}
+        grid = host_grid(grid_thw)
         chunks = frame_chunks(grid, self.limit)
-        made = [self._ready_made(chunk, merges, patches.device) for chunk in chunks]
+        if not chunks or chunks[-1].last != len(patches):
+            return self.inner(*args, **kwargs)  # patches of another number: the tower's own error says so
+        merges = [int(m) for m in given["merge_sizes"].tolist()] if self.row.merge_sizes else []
+        rest = {name: value for name, value in given.items() if name not in (self.patches, "grid_thw", "merge_sizes")}
+        geometry, made = Geometry.of(self.module, self.row), []
+        for chunk in chunks:
+            of_chunk = tuple(merges[picture] for picture in chunk.pictures) if merges else ()
+            made.append(ready_made(geometry, chunk.grid, of_chunk, patches.device))
         if patches.device.type == "cuda" and any(new for _, new in made):
             torch.cuda.current_stream(patches.device).synchronize()  # later calls may come on other streams
         outputs = []
         for chunk, (ready, _) in zip(chunks, made, strict=True):
             rows = patches[chunk.first : chunk.last]
             outputs.append(self.inner(**{self.patches: rows}, **ready.arguments, **rest))
-        return _joined(outputs) if outputs else self.inner(*args, **kwargs)
-
-    def _ready_made(self, chunk: Chunk, merges: Sequence[int], device: torch.device) -> tuple[ReadyMade, bool]:
-        """What a chunk's forward is given, and whether it was made only now."""
-        of_chunk = tuple(merges[picture] for picture in chunk.pictures) if merges else ()
-        key = (chunk.grid, of_chunk, device)
-        known = self.remembered.recall(key)
-        if known is not None:
-            return known, False
-        return self.remembered.keep(key, ready_made(self.module, self.row, chunk.grid, of_chunk, device)), True
+        return _joined(outputs)
 
 
 def _joined(outputs: Sequence[Any]) -> Any:
