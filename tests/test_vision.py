@@ -270,7 +270,8 @@ def test_chunks_are_whole_frames_in_order(limit: int) -> None:
 # ---- layers compiled together ----------------------------------------------------------------------------------------
 
 
-def test_one_compilation_for_all_layers_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_one_compilation_for_all_layers_and_sizes(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
@@ -280,26 +281,30 @@ def test_one_compilation_for_all_layers_and_sizes(monkeypatch: pytest.MonkeyPatc
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=backend, **options))
     torch._dynamo.reset()
-    module = tower("qwen2_5_vl_vision")
-    mixed, other = pictures("qwen2_5_vl_vision", *MIXED), pictures("qwen2_5_vl_vision", (2, 6, 6), seed=1)
-    before = module(**mixed).pooler_output, module(**other).pooler_output
+    module = tower(model_type)
+    mixed, other = pictures(model_type, *MIXED), pictures(model_type, (2, 6, 6), seed=1)
+
+    def run(tower: Any, inputs: Inputs) -> torch.Tensor:
+        return list(tensors(tower(**inputs)).values())[-1]  # what the language model is given
+
+    before = run(module, mixed), run(module, other)
     patch = VisionPatch(module, fuse=True, chunk=100)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="mmflex")
-        found = module(**mixed).pooler_output, module(**other).pooler_output
+        found = run(module, mixed), run(module, other)
     assert len(graphs) == 1
     assert any("varlen_attention" in str(node.target) for node in graphs[0].graph.nodes)
     for a, b in zip(found, before, strict=True):
         assert relative(a, b) <= 2e-6
     patch.remove()
     patch = VisionPatch(module, fuse=True, chunk=100)
-    assert relative(module(**mixed).pooler_output, before[0]) <= 2e-6
+    assert relative(run(module, mixed), before[0]) <= 2e-6
     assert len(graphs) == 1  # what is patched again is not compiled again
     twin = copy.deepcopy(module)
     for parameter in twin.parameters():
         parameter.zero_()
-    assert not twin(**mixed).pooler_output.any()  # a copy runs its own weights
-    assert relative(module(**mixed).pooler_output, before[0]) <= 2e-6
+    assert not run(twin, mixed).any()  # a copy runs its own weights
+    assert relative(run(module, mixed), before[0]) <= 2e-6
     patch.remove()
 
 
