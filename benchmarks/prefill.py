@@ -82,6 +82,10 @@ METHODS = {"mmflex": None, "sdpa": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "f
 # ---- the model and its prompts -------------------------------------------------------------------------------------
 
 
+VISION = {"hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "depth": 32}
+"""The tower of Qwen2.5-VL's checkpoints of 3B and 7B; the defaults of transformers are 3584 channels wide."""
+
+
 def build(device: torch.device, tiny: bool, whole: bool = False) -> Any:
     """Qwen2.5-VL with random weights, made where it runs."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -110,7 +114,7 @@ def build(device: torch.device, tiny: bool, whole: bool = False) -> Any:
         "fullatt_block_indexes": [0],
     }
     if whole and not tiny:
-        vision = {"out_hidden_size": text["hidden_size"]}
+        vision = {**VISION, "out_hidden_size": text["hidden_size"]}
     config = Qwen2_5_VLConfig(
         text_config=text,
         vision_config=vision,

@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.prefill import RESULTS, machine
+from benchmarks.prefill import RESULTS, VISION, machine
 from mmflex.integrations.vision import VisionPatch
 from mmflex.integrations.vision import tower as tower_module
 from mmflex.runtime import varlen
@@ -209,7 +209,7 @@ def build(device: torch.device, dtype: torch.dtype, tiny: bool, **changes: Any) 
     """Qwen2.5-VL-7B's tower with random weights."""
     from transformers.models.qwen2_5_vl import configuration_qwen2_5_vl, modeling_qwen2_5_vl
 
-    sizes: dict[str, Any] = {"out_hidden_size": 3584, **changes}
+    sizes: dict[str, Any] = {**VISION, "out_hidden_size": 3584, **changes}
     if tiny:
         sizes.update(depth=4, hidden_size=160, intermediate_size=428, num_heads=2, out_hidden_size=64)
         sizes["fullatt_block_indexes"] = [1, 3]

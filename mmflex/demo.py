@@ -183,6 +183,8 @@ def build(settings: Settings) -> Any:
         "intermediate_size": 128,
         "fullatt_block_indexes": [0],
     }
+    # of Qwen2.5-VL's checkpoints: the defaults of transformers are 3584 channels wide
+    qwen_tower = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420}
     rotary = [eighth, 3 * eighth // 2, 3 * eighth // 2]
     config = Qwen2_5_VLConfig(
         text_config={
@@ -197,7 +199,7 @@ def build(settings: Settings) -> Any:
             "eos_token_id": 1,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": rotary},
         },
-        vision_config={**({} if settings.real_tower else small_tower), "out_hidden_size": width},
+        vision_config={**(qwen_tower if settings.real_tower else small_tower), "out_hidden_size": width},
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=VISION_START,
