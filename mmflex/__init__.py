@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .compiler.lowering import Lowering
 from .ir.layout import Segment, TokenLayout
 from .ir.pattern import Pattern, Tokens, View
 from .runtime.attention import Plan, attention, plan
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Config",
     "DenseFallback",
+    "Lowering",
     "Pattern",
     "Plan",
     "Segment",

@@ -31,7 +31,6 @@ from mask_builders import (
     VerticalSlash,
     XAttention,
 )
-from mmflex.compiler import plan as compiler
 
 N, HEADS, KV_HEADS, DIM = 750, 4, 2, 32
 MOST_KERNELS = 13
@@ -68,22 +67,14 @@ def tensors(
 def check(
     spec: object,
     layout: mmflex.TokenLayout = LAYOUT,
-    lowering: int | None = None,
+    lowering: mmflex.Lowering | None = None,
     scale: float | None = None,
     **options: object,
 ) -> mmflex.Plan:
-    """Mask and output of one call on the compiled kernel against the oracle, head by head.
-
-    Args:
-        lowering: take this one of the ways to compute the spec, not the cheapest.
-    """
+    """Mask and output of one call on the compiled kernel against the oracle, head by head."""
     patterns = (spec,) * HEADS if isinstance(spec, mmflex.Pattern) else tuple(spec)  # type: ignore[arg-type]
     q, k, v = tensors(**options)  # type: ignore[arg-type]
-    with pytest.MonkeyPatch.context() as patch:
-        if lowering is not None:
-            layout, every = prompt(), compiler._lowerings
-            patch.setattr(compiler, "_lowerings", lambda *args: [every(*args)[lowering]])
-        plan = mmflex.plan(q, k, patterns, layout=layout, scale=scale, backend="cpu")
+    plan = mmflex.plan(q, k, patterns, layout=layout, scale=scale, backend="cpu", lowering=lowering)
     mask = oracle.token_mask(plan, patterns)
     assert (plan.dense_mask().numpy() == mask).all()
     out = plan.attend(q, k, v)
@@ -165,7 +156,7 @@ BY_MODALITY = [
 @pytest.mark.parametrize("spec", BY_MODALITY)
 def test_queries_by_modality(spec: list[mmflex.Pattern]) -> None:
     """Q-boundary: the queries of a modality are a launch of their own."""
-    plan = check(spec, lowering=-1)
+    plan = check(spec, lowering=mmflex.Lowering(queries="modality-major", keys="natural"))
     assert {x.rows.label for x in plan.program.launches} == {"text queries", "video queries"}
 
 
@@ -180,7 +171,10 @@ BY_PAIR = [
 def test_queries_and_keys_by_modality(patterns: tuple[mmflex.Pattern, ...]) -> None:
     """2D-boundary: modality-major keys as well, lines in ranks within the modality."""
     pairs = (("text", "text"), ("video", "video"), ("text", "video"), ("video", "text"))
-    plan = check(Boundary2D(dict(zip(pairs, patterns, strict=True))), lowering=-1)
+    plan = check(
+        Boundary2D(dict(zip(pairs, patterns, strict=True))),
+        lowering=mmflex.Lowering(queries="modality-major", keys="modality-major"),
+    )
     assert {x.keys.label for x in plan.program.launches} == {"modality-major"}
 
 

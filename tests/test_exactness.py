@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -41,8 +38,6 @@ from mask_builders import (
     VerticalSlash,
     XAttention,
 )
-from mmflex.compiler import plan as compiler
-from mmflex.runtime import backends
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 NAMES = {0: "text", 1: "image", 2: "video", 3: "audio"}
@@ -201,6 +196,23 @@ def patterns(
     return Boundary2D({(NAMES[a], NAMES[b]): draw(patterns(key=b if key is None else key, **below)) for a, b in chosen})
 
 
+ONE_LAUNCH = mmflex.Lowering(log_sum_exp=False, full_width=True)
+"""As for the CPU kernel."""
+
+
+def lowerings() -> st.SearchStrategy[mmflex.Lowering]:
+    """Ways to compute a spec, whatever the cost model would choose: all must be exact, not only those that win."""
+    orders = st.sampled_from(["natural", "modality-major"])
+    return st.builds(
+        mmflex.Lowering,
+        queries=orders,
+        keys=orders,
+        rows=st.sampled_from(["gathered", "gathered", "main", None]),
+        residues=st.sampled_from(["residue-major", "residue-major", "main", None]),
+        full_width=st.booleans(),
+    )
+
+
 @st.composite
 def cases(draw: st.DrawFn, nested: int = 2, longest: int = 120) -> Case:
     """Layout, spec, shapes and dtype of one call."""
@@ -223,7 +235,7 @@ def cases(draw: st.DrawFn, nested: int = 2, longest: int = 120) -> Case:
         dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])),
         scale=draw(st.sampled_from([None, None, 0.3])),
         seed=draw(st.integers(0, 10_000)),
-        lowering=draw(st.sampled_from(["chosen", "chosen", "without lse", 0, 1, 2, 3])),
+        lowering=draw(st.one_of(st.none(), st.just(ONE_LAUNCH), lowerings())),
     )
 
 
@@ -233,31 +245,6 @@ class Case(dict):
     def __repr__(self) -> str:
         shapes = {name: value for name, value in self.items() if name not in ("layout", "spec")}
         return f"{self['layout']} {[str(p) for p in self['spec']]} {shapes}"
-
-
-@contextmanager
-def lowered(how: str | int) -> Iterator[None]:
-    """Which of the ways to compute an expression is taken.
-
-    "chosen": the cheapest, as the cost model has it. "without lse": in one launch, with lists of full width, as for the
-    CPU kernel. A number: that one of the alternatives, with launches for free, so that rows are gathered and residue
-    classes get a launch of their own at any length. All of them must be exact, not only those that win.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        if how == "without lse":
-            plain = replace(backends.BACKENDS["reference"], lse=False, full_width=True)
-            patch.setattr(backends, "resolve", lambda *_: plain)
-        elif isinstance(how, int):
-            every = compiler._lowerings
-
-            def one(*args: object) -> list:
-                options = every(*args)
-                return [options[how % len(options)]]
-
-            patch.setattr(compiler, "_lowerings", one)
-            patch.setattr(compiler, "_class_cost", lambda *_: 0.0)
-            patch.setattr(compiler, "INLINE_TILES", 0)
-        yield
 
 
 # ---- the proof ----
@@ -280,8 +267,8 @@ def prove(case: Case) -> mmflex.Plan:
     """All that the module's docstring promises, for one case."""
     q, k, v = tensors(case)
     spec, layout = case["spec"], case["layout"]
-    with lowered(case["lowering"]):
-        plan = mmflex.plan(q, k, spec, layout=layout, scale=case["scale"], backend="reference", block_size=case["tile"])
+    how = {"scale": case["scale"], "block_size": case["tile"], "lowering": case["lowering"]}
+    plan = mmflex.plan(q, k, spec, layout=layout, backend="reference", **how)
     mask = oracle.token_mask(plan, spec)
     found = plan.dense_mask().numpy()
     assert found.shape == mask.shape

@@ -167,6 +167,66 @@ def test_a_second_call_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(layout.memo) == memo
 
 
+def test_a_lowering_is_taken_whatever_it_costs() -> None:
+    """Launches and orders as asked for, the same mask and result, and a program of its own for each."""
+    layout = mixed_layout()
+    q, k, v = make(2, 1, layout.length)
+    lines = Grid(25, rows=True, slash=True, local=16, sink=16, phase=3)
+    spec = QBoundary({"text": lines, "video": lines, "image": lines})
+    asked = {
+        (): {"main natural natural"},
+        (("rows", "gathered"), ("residues", "main"), ("queries", "natural")): {
+            "main natural natural",
+            "rows natural natural",
+        },
+        (("rows", "main"), ("residues", "residue-major"), ("queries", "natural")): {
+            "main natural natural",
+            "classes natural natural",
+        },
+        (("rows", "main"), ("residues", "residue-major"), ("queries", "natural"), ("log_sum_exp", False)): {
+            "main natural natural"
+        },
+        (("rows", "main"), ("residues", "main"), ("queries", "modality-major"), ("full_width", True)): {
+            "main text queries natural",
+            "main video queries natural",
+            "main image queries natural",
+        },
+    }
+    plans = []
+    for choices, launches in asked.items():
+        how = mmflex.Lowering(**dict(choices)) if choices else None
+        plan = mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=16, lowering=how)
+        if how is not None:
+            assert {f"{x.kind} {x.rows.label} {x.keys.label}" for x in plan.program.launches} == launches
+        again = mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=16, lowering=how)
+        assert again.program is plan.program
+        plans.append(plan)
+    assert len({id(plan.program) for plan in plans}) == len(plans)
+    wanted, _ = oracle.softmax(q, k, v, oracle.token_mask(plans[0], (spec, spec)))
+    for plan in plans:
+        assert oracle.error(plan.attend(q, k, v), wanted) <= 2e-6
+    full = plans[-1].program.launches[0]
+    assert full.width == full.key_slots // 16
+
+
+def test_a_lowering_keeps_auto_from_running_dense() -> None:
+    q, k, _ = make(2, 1, 300)
+    assert mmflex.plan(q, k, AShape(16, 16)).dense_alone
+    assert not mmflex.plan(q, k, AShape(16, 16), lowering=mmflex.Lowering()).dense_alone
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("queries", "video"), ("keys", 1), ("rows", True), ("residues", "gathered"), ("log_sum_exp", None)],
+)
+def test_a_lowering_says_what_it_knows(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"Lowering\.{field} is {value!r}: use one of"):
+        mmflex.Lowering(**{field: value})
+    q, k, _ = make(2, 1, 30)
+    with pytest.raises(TypeError, match=r"Lowering"):
+        mmflex.plan(q, k, AShape(16, 16), lowering="gathered")  # type: ignore[arg-type]
+
+
 def test_equal_texts_share_a_program_without_a_layout() -> None:
     q, k, _ = make(2, 1, 777)
     first, second = (mmflex.plan(q, k, AShape(16, 16), backend="reference").program for _ in range(2))

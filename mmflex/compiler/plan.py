@@ -22,6 +22,7 @@ from ..ir.layout import MODALITY_NAMES, TokenLayout
 from ..ir.pattern import Pattern, Scope, Tokens
 from . import cost, predict
 from .constants import GENERIC, Constants
+from .lowering import CHEAPEST, Lowering
 from .orders import Order, bucket, key_order, row_order
 from .until import until
 
@@ -218,6 +219,7 @@ def build(
     lse: bool,
     full_width: bool,
     constants: Constants = GENERIC,
+    lowering: Lowering = CHEAPEST,
 ) -> Program:
     """Lowers a spec (one pattern per query head).
 
@@ -225,7 +227,9 @@ def build(
         lse: the backend returns log-sum-exp, so a head may be computed by two launches and merged.
         full_width: the backend wants index tables as wide as there are key blocks.
         constants: what blocks, launches and copies cost: orders are weighed by it.
+        lowering: choices that are not left to the cost model.
     """
+    lse, full_width = lse and lowering.log_sum_exp, full_width or lowering.full_width
     group_size = len(spec) // kv_heads
     by_expr: dict[Boolean, tuple[Pattern, list[int]]] = {}
     leaves: dict[str, tuple[Pattern, Scope]] = {}
@@ -236,7 +240,7 @@ def build(
     groups: list[Group] = []
     pieces: list[Launch] = []
     for expr, (pattern, heads) in by_expr.items():
-        options = _lowerings(expr, tuple(sorted(heads)), layout, queries, group_size, tile, lse, constants)
+        options = _lowerings(expr, tuple(sorted(heads)), layout, queries, group_size, tile, lse, constants, lowering)
         label, best = min(options, key=lambda option: sum(piece.cost for piece in option[1]))
         weighed = [(label, sum(piece.cost for piece in found)) for label, found in options]
         weighed.sort(key=lambda entry: entry[0] != label)
@@ -308,6 +312,7 @@ def _lowerings(
     tile: int,
     lse: bool,
     constants: Constants,
+    lowering: Lowering,
 ) -> list[tuple[str, list[Launch]]]:
     """The ways to compute an expression: rows and keys in natural or modality-major order."""
     natural = row_order(layout, queries, tile)
@@ -315,10 +320,9 @@ def _lowerings(
         tiles = cost.Tiles.between(layout, natural, key_order(layout, tile))
         return [("dense", [_launch("dense", tiles, Part(heads, expr), group, constants)])]
     mentioned = _mentioned(expr)
-    row_choices, key_choices = ([False, True] if token in mentioned else [False] for token in (x.q, x.k))
     options = []
-    for by_rows in row_choices:
-        for by_keys in key_choices:
+    for by_rows in lowering.orders("queries", x.q in mentioned):
+        for by_keys in lowering.orders("keys", x.k in mentioned):
             tail = slice(layout.length - queries, None)
             present = [m for m in layout.modalities if layout.of(m)[:, tail].any()] if by_rows else [None]
             pieces = []
@@ -326,7 +330,7 @@ def _lowerings(
                 order = row_order(layout, queries, tile, m)
                 tiles = cost.Tiles.between(layout, order, key_order(layout, tile, by_keys))
                 inner = expr if m is None else _assume(expr, x.q, m)
-                pieces += _pieces(inner, heads, tiles, group, lse, constants)
+                pieces += _pieces(inner, heads, tiles, group, lse, constants, lowering)
             label = f"{'modality-major' if by_rows else 'natural'} queries, "
             options.append((label + f"{'modality-major' if by_keys else 'natural'} keys", pieces))
     return options
@@ -347,7 +351,13 @@ def _assume(expr: Boolean, token: sympy.Symbol, modality: int) -> Boolean:
 
 
 def _pieces(
-    expr: Boolean, heads: tuple[int, ...], tiles: cost.Tiles, group: int, lse: bool, constants: Constants
+    expr: Boolean,
+    heads: tuple[int, ...],
+    tiles: cost.Tiles,
+    group: int,
+    lse: bool,
+    constants: Constants,
+    lowering: Lowering,
 ) -> list[Launch]:
     """Launches that together compute an expression with these rows."""
     layout, tile, n = tiles.layout, tiles.rows.tile, tiles.layout.length
@@ -357,17 +367,19 @@ def _pieces(
         fixed = cost.tile_constant(term, tiles)
         if side == {x.k} and not fixed and cost.count(term, layout) <= n // 2:
             columns.append(term)
-        elif side == {x.q} and not (fixed and tiles.row_tiles * tiles.key_tiles <= INLINE_TILES):
+        elif side == {x.q} and _gathers_rows(fixed, tiles, lowering):
             rows.append(term)
-        elif lse and cost.class_pair(term) is not None:
+        elif lse and lowering.residues != "main" and cost.class_pair(term) is not None:
             classes.append(term)
         else:
             rest.append(term)
     out = []
-    if rows and cost.count(x.any_of(*rows), layout) > max(tile, tiles.rows.tokens // 2):
+    many = max(tile, tiles.rows.tokens // 2)
+    if rows and lowering.rows is None and cost.count(x.any_of(*rows), layout) > many:
         rest, rows = rest + rows, []
     gathered = x.any_of(*columns)
-    if classes and _class_cost(classes, tiles, constants) > _looked_up_cost(classes, tiles, constants):
+    weighed = classes and lowering.residues is None
+    if weighed and _class_cost(classes, tiles, constants) > _looked_up_cost(classes, tiles, constants):
         rest, classes = rest + classes, []
     main = x.any_of(*rest)
     if main != sympy.false or columns:
@@ -382,6 +394,14 @@ def _pieces(
         out.append(_launch("classes", tiles, part, group, constants, width=_class_width(pair, tiles), compare=False))
         done.append(term)
     return out
+
+
+def _gathers_rows(fixed: bool, tiles: cost.Tiles, lowering: Lowering) -> bool:
+    """Whether a term that reads the query alone may be gathered rows. ``fixed``: it is constant on tiles and costs no
+    mask in the main launch; there it stays as long as the block table is small."""
+    if lowering.rows is not None:
+        return lowering.rows == "gathered"
+    return not (fixed and tiles.row_tiles * tiles.key_tiles <= INLINE_TILES)
 
 
 def _launch(

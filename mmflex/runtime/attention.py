@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..compiler import constants
 from ..compiler.constants import Constants
+from ..compiler.lowering import CHEAPEST, Lowering
 from ..compiler.plan import Program, build
 from ..compiler.predict import MARGIN, least_ms, predict
 from ..ir.layout import TokenLayout, listed
@@ -82,12 +83,14 @@ def plan(
     scale: float | None = None,
     backend: str = "auto",
     block_size: int = TILE,
+    lowering: Lowering | None = None,
 ) -> Plan:
     """What `attention` decides before it looks at v: estimates, selections, orders and block lists.
 
-    Args: as `attention`; ``block_size``: tokens per block (other than 128 for experiments on the reference backend).
+    Args: as `attention`; ``block_size``: tokens per block (other than 128 for experiments on the reference backend);
+        ``lowering``: how the spec is computed where the cost model shall not choose (for tests and experts).
     """
-    return _planned(q, k, spec, layout, scale, backend, False, None, block_size, once=False)
+    return _planned(q, k, spec, layout, scale, backend, False, None, block_size, lowering, once=False)
 
 
 _requests: dict[tuple[str, ...], tuple[Spec, TokenLayout | None]] = {}
@@ -201,10 +204,12 @@ def _planned(
     need_lse: bool,
     v: Tensor | None,
     tile: int = TILE,
+    lowering: Lowering | None = None,
     once: bool = True,
 ) -> Plan:
     usual = scale is None or type(scale) is float
-    key, calls = _pinned(q, k, v, spec, layout, (scale, backend, need_lse, tile)) if usual else (None, {})
+    rest = (scale, backend, need_lse, tile, lowering)
+    key, calls = _pinned(q, k, v, spec, layout, rest) if usual else (None, {})
     call = calls.get(key)
     if call is None or not _holds(call, q):
         alike = None  # the same of equal patterns, made anew
@@ -212,7 +217,7 @@ def _planned(
             alike = (spec if isinstance(spec, Pattern) else (type(spec), *spec), *key[1:])
         call = calls.get(alike)
         if call is None or not _holds(call, q):
-            call = _decided(q, k, v, spec, layout, scale, backend, need_lse, tile)
+            call = _decided(q, k, v, spec, layout, scale, backend, need_lse, tile, lowering)
         for name in (key, alike) if key is not None else ():
             if len(calls) >= CALLS:
                 calls.pop(next(iter(tuple(calls))), None)  # another thread may be at it too
@@ -244,7 +249,10 @@ def _decided(
     backend: str,
     need_lse: bool,
     tile: int,
+    lowering: Lowering | None,
 ) -> _Call:
+    if not isinstance(lowering, Lowering | None):
+        raise TypeError(f"lowering is {lowering!r}: give a mmflex.Lowering(...), or None to leave it to the cost model")
     patterns = _check(q, k, v, spec, layout)
     layout = TokenLayout.text(k.shape[2]) if layout is None else layout
     runs = backends.resolve(backend, q.device, q.shape[3], q.dtype)
@@ -254,10 +262,10 @@ def _decided(
         )
     generation = constants.generation
     prices = constants.constants_for(q.device, runs.name, q.dtype, q.shape[3])
-    auto = max(1, q.shape[0]) if backend == "auto" else 0
+    auto = max(1, q.shape[0]) if backend == "auto" and lowering is None else 0
     if not q.shape[0]:  # no prompts, and no kernel takes so few
         runs = backends.BACKENDS["dense"]
-    program, note = _program(patterns, layout, q.shape[2], k.shape[1], tile, runs, prices, auto)
+    program, note = _program(patterns, layout, q.shape[2], k.shape[1], tile, runs, prices, auto, lowering or CHEAPEST)
     return _Call(runs, prices, generation, program, note, q.shape[3] ** -0.5 if scale is None else float(scale))
 
 
@@ -270,17 +278,18 @@ def _program(
     runs: Backend,
     prices: Constants,
     auto: int,
+    lowering: Lowering,
 ) -> tuple[Program, str]:
     """The program of a spec, cached with the layout, and why it is dense if it is. ``auto``: it may be, where dense is
     predicted to be faster for that many prompts."""
-    key = ("program", patterns, m, kv_heads, tile, runs.name, prices, auto)
+    key = ("program", patterns, m, kv_heads, tile, runs.name, prices, auto, lowering)
     if key not in layout.memo:
         dense_spec = (find("Dense")(),) * len(patterns)
         note = ""
         if runs.name == "dense" or not m:
             note = "dense: asked for" if m else "no queries"
             patterns = dense_spec
-        how: Any = {"lse": runs.lse, "full_width": runs.full_width, "constants": prices}
+        how: Any = {"lse": runs.lse, "full_width": runs.full_width, "constants": prices, "lowering": lowering}
         dense = build(dense_spec, layout, m, kv_heads, tile, **how) if auto else None
         dense_ms = predict(dense, batch=auto).total_ms if dense else 0.0
         if dense and least_ms(prices) >= dense_ms:  # not worth building, but a spec must make sense

@@ -103,8 +103,8 @@ class Prices:
         layer, q = self.layer, self.layer.q
         runs = backends.resolve(self.backend, q.device, q.shape[3], q.dtype)
         constants = constants_for(q.device, runs.name, q.dtype, q.shape[3])
-        patterns, options = (pattern,) * layer.heads, {"lse": runs.lse, "full_width": runs.full_width}
-        return build(patterns, self._layout, q.shape[2], layer.kv_heads, layer.tile, constants=constants, **options)
+        patterns, sizes = (pattern,) * layer.heads, (q.shape[2], layer.kv_heads, layer.tile)
+        return build(patterns, self._layout, *sizes, lse=runs.lse, full_width=runs.full_width, constants=constants)
 
     def _listed(self, program: Program) -> steps.State:
         """Block lists, from the layer's own estimates and selections."""
