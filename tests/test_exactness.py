@@ -286,6 +286,8 @@ def prove(case: Case) -> mmflex.Plan:
     assert oracle.error(out, wanted) <= TOLERANCE[case["dtype"]]
     assert (out[torch.as_tensor(~mask.any(-1))] == 0).all(), "rows without a key must be 0"
     assert torch.equal(plan.attend(q, k, v), out) or oracle.error(plan.attend(q, k, v), wanted) <= 4e-3
+    checked = plan.verify(q, k, v, rows=24, seed=case["seed"], lse=True)
+    assert checked.rows >= min(24, case["queries"]) * case["batch"] * len(spec)
     lse = lse.double().numpy()
     some = np.isfinite(sums)
     assert (lse[~some] == -np.inf).all(), "rows without a key have a log-sum-exp of -inf"

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from ..compiler.orders import Order
 from ..compiler.plan import Launch, Program
 from . import backends, dense, graphs, reference, steps
 from .backends import Backend
 from .beside import Beside
 from .inputs import check
 from .kernels.memory import writing_to
+from .token_mask import TokenMask
+
+if TYPE_CHECKING:
+    from .verify import Verification
 
 
 @dataclass(eq=False)
@@ -75,13 +78,41 @@ class Plan:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The attention of these tensors under this plan's mask: shapes as planned."""
+        self._check(q, k, v)
+        with torch.no_grad():
+            return self._attend(q, k, v, False)[0]
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         check(q, k, v, self.program.groups[0].pattern, None)
         if (tuple(q.shape), tuple(k.shape)) != self.shape:
             raise ValueError(
                 f"planned for q and k of shapes {self.shape}, got {tuple(q.shape)}, {tuple(k.shape)}: plan again"
             )
-        with torch.no_grad():
-            return self._attend(q, k, v, False)[0]
+
+    def verify(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: int = 64, seed: int = 0, *, lse: bool = False
+    ) -> Verification:
+        """Whether this plan computes what its patterns mean, on a sample, at any length.
+
+        Sampled rows of `attend` are computed again in float64, under a token mask that comes from the patterns'
+        expressions and the selected sets alone. Of sampled query tiles of every launch the block lists are gone through
+        by brute force: every allowed pair must be computed by exactly one launch, and no other pair by any. It takes
+        memory for a few million pairs at a time.
+
+        Args:
+            q, k, v: finite, shapes as planned.
+            rows: query rows that are recomputed for every head, and an eighth as many gathered ones; of every launch, a
+                sixteenth as many query tiles have their lists checked.
+            seed: of the sample.
+            lse: compare the log-sum-exp as well; ValueError on a backend that returns none.
+
+        Raises:
+            RuntimeError: a block list is wrong (it names the pair), or an error is beyond what rounding explains.
+        """
+        from .verify import verify
+
+        self._check(q, k, v)
+        return verify(self, q, k, v, rows, seed, lse)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]:
         program, state = self.program, self.state
@@ -192,20 +223,14 @@ class Plan:
         """bool [B, Hq, M, N]: the token-level mask, from the expressions alone; of some ``rows`` (query numbers) only,
         if given. For small N, or few rows: it is as large as it says."""
         program, state = self.program, self.state
-        layout, m, n = program.layout, program.queries, program.layout.length
+        m, n = program.queries, program.layout.length
         chosen = np.arange(m) if rows is None else np.asarray(rows, dtype=np.int64)
         out = torch.zeros((state.batch, program.heads, len(chosen), n), dtype=torch.bool, device=state.device)
         if not len(chosen) or not n:
             return out
-        batch = (layout.batch_size, 1)
-        order = Order("tokens", np.tile(chosen.astype(np.int32), batch), m, 1, n - m)
-        keys = Order("tokens", np.tile(np.arange(n, dtype=np.int32), batch), n, 1)
-        position = torch.as_tensor(layout.position).to(state.device)
-        row = position[:, torch.as_tensor(chosen + n - m).to(state.device)]
-        causal = (row[:, None, :, None] >= position[:, None, None]) & (position >= 0)[:, None, None]
+        tokens = TokenMask(state)
         for group in program.groups:
-            mask = state.values([group.expr], group.heads, order, keys).of(group.expr)
-            out[:, list(group.heads)] = mask & causal
+            out[:, list(group.heads)] = tokens.rows(group.expr, group.heads, chosen)
         return out
 
     @property
