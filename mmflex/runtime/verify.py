@@ -251,8 +251,8 @@ def softmax_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) ->
     for first in range(0, k.shape[0], _KEYS):
         keys = slice(first, first + _KEYS)
         seen = mask[..., keys]
-        scores = (q @ k[keys].double().mT).masked_fill(~seen, -math.inf)
-        greatest = torch.maximum(greatest, scores.masked_fill(~seen, 0.0).abs().amax())
+        scores = torch.where(seen, q @ k[keys].double().mT, -math.inf)
+        greatest = torch.maximum(greatest, torch.where(seen, scores, 0.0).abs().amax())
         highest = torch.maximum(top, scores.amax(-1))
         base = torch.where(highest == -math.inf, 0.0, highest)
         before, weights = (top - base).exp(), (scores - base[..., None]).exp()
