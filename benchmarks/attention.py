@@ -191,7 +191,7 @@ def measure(name: str, backend: str, q: Tensor, k: Tensor, v: Tensor, dense: dic
     host = (time.perf_counter() - begin) * 1e3
     torch.cuda.synchronize()
     planning = milliseconds(make)
-    ready = [plan.state.ready[i] for i, launch in enumerate(plan.program.launches) if launch.kind != "dense"]
+    ready = [plan.state.prepared[i] for i, launch in enumerate(plan.program.launches) if launch.name != "dense"]
     partial, full = (sum(int(one.lists[i].sum()) for one in ready) for i in (0, 2))
     whole, kernel = total, 0.0
     if ready:
@@ -201,7 +201,7 @@ def measure(name: str, backend: str, q: Tensor, k: Tensor, v: Tensor, dense: dic
     dense_rate = HEADS * (n / 128) * (n / 128 + 1) / 2 * 128.0**2 * DIM * 4 / best
     given = min(ms for kind, ms in dense.items() if kind != "fa4" or GIVEN not in dense)
     row = {
-        "tokens": n, "pattern": name, "spec": str(spec), "backend": backend, "runs": plan.program.launches[0].kind,
+        "tokens": n, "pattern": name, "spec": str(spec), "backend": backend, "runs": plan.program.launches[0].name,
         "dense_ms": dense, "total_ms": total, "S": best / total, "S_given": given / total,
         "S_fa2": dense["fa2"] / total,
         "density": plan.density.total, "full": full, "partial": partial,

@@ -39,6 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import mmflex
 from mask_builders import Grid, VerticalSlash
 from mmflex.integrations.long_prefill import chunk_rows
+from mmflex.runtime.calls import programs_of
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -252,8 +253,7 @@ class Bench:
     def decisions(self) -> list[str]:
         """What mmflex made of the last prompts, while patched: its launches, or why it ran dense."""
         patch = self.model.__dict__.get("_mmflex_patch")
-        entries = [entry for x in patch.prompt.recent.values() for entry in x.memo.items()] if patch else []
-        programs = [value for key, value in entries if isinstance(key, tuple) and key[0] == "program"]
+        programs = [one for layout in patch.prompt.recent.values() for one in programs_of(layout)] if patch else []
         made = {note or ", ".join(launch.label for launch in program.launches) for program, note in programs}
         return sorted(made | set(patch.noticed if patch else ()))
 

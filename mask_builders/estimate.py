@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from mmflex.ir.pattern import View
+from mmflex.ir.queries import QueryTokens
+from mmflex.runtime.device import device_constant
 from mmflex.runtime.kernels import use_triton
 from mmflex.runtime.kernels.mass import SPAN, block_diagonals, last_mass
-from mmflex.runtime.kernels.memory import kept
 from mmflex.runtime.kernels.rows import take_rows
 from mmflex.runtime.kernels.select import heaviest
 
@@ -57,7 +58,8 @@ class LastQueries:
 
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> LastMass:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `LastMass`. Scores that are not finite count as no attention."""
-        last = _last(view, self.last_q)
+        q, queries = view.last_queries(q)
+        last = _last(view, self.last_q, queries)
         rows, limit, stand, position, keys = (None if a is None else _on(a, q.device) for a in last.arrays)
         assert rows is not None
         assert limit is not None
@@ -157,20 +159,19 @@ class PooledBlocks:
 
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> Pooled:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `Pooled`."""
-        layout, size = view.layout, view.block_size(self.block_size)
-        tail = slice(layout.length - view.queries, None)
+        layout, size, take = view.layout, view.block_size(self.block_size), view.queries.take
 
         def build() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            in_rows = layout.of(view.scope.query)[:, tail]
-            row_block = np.where(in_rows, layout.coordinate(view.scope.query)[:, tail] // size, -1)
+            in_rows = take(layout.of(view.scope.query))
+            row_block = np.where(in_rows, take(layout.coordinate(view.scope.query)) // size, -1)
             key_block = np.where(layout.of(view.scope.key), layout.coordinate(view.scope.key) // size, -1)
-            stand = np.where(in_rows, layout.coordinate(view.scope.key)[:, tail] // size, -1)
+            stand = np.where(in_rows, take(layout.coordinate(view.scope.key)) // size, -1)
             reach = np.full((len(stand), -(-view.rows // size) + 1), -1)
             for b in range(len(stand)):
                 np.maximum.at(reach[b], row_block[b], stand[b])
             return row_block, key_block, np.ascontiguousarray(reach[:, :-1])
 
-        row_block, key_block, reach = layout._once(("pooled", view.scope, view.queries, size), build)
+        row_block, key_block, reach = layout.once(("pooled", view.scope, view.queries, size), build)
         pooled_q = _pool(q, row_block, reach.shape[1], size) * scale
         return Pooled(pooled_q, _pool(k, key_block, -(-view.size // size), size), _on(reach, q.device))
 
@@ -213,16 +214,15 @@ class _Last:
         return int(np.where(inside.any(axis=1), self.stand.max(axis=1) - least, 0).max(initial=0))
 
 
-def _last(view: View, last_q: int) -> _Last:
-    layout, scope, m = view.layout, view.scope, view.queries
-    last_q = min(last_q, max(1, m))
+def _last(view: View, last_q: int, queries: QueryTokens) -> _Last:
+    layout, scope = view.layout, view.scope
+    last_q = min(last_q, max(1, queries.count))
 
     def build() -> _Last:
-        tail = slice(layout.length - m, None)
-        rows = _last_true(layout.of(scope.query)[:, tail], max(16, 1 << (last_q - 1).bit_length()), last_q)
+        rows = _last_true(queries.take(layout.of(scope.query)), max(16, 1 << (last_q - 1).bit_length()), last_q)
         at = np.maximum(rows, 0)
-        limit = np.where(rows >= 0, np.take_along_axis(layout.position[:, tail], at, axis=1), -1)
-        stand = np.where(rows >= 0, np.take_along_axis(layout.coordinate(scope.key)[:, tail], at, axis=1), -1)
+        limit = np.where(rows >= 0, np.take_along_axis(queries.take(layout.position), at, axis=1), -1)
+        stand = np.where(rows >= 0, np.take_along_axis(queries.take(layout.coordinate(scope.key)), at, axis=1), -1)
         keys = None
         if scope.key is not None or layout.padded:
             keys = np.full((layout.batch_size, view.size), -1, np.int64)
@@ -231,7 +231,7 @@ def _last(view: View, last_q: int) -> _Last:
                 keys[b, : len(found)] = found
         return _Last(rows, limit, stand, layout.position, keys)
 
-    return layout._once(("last queries", scope, m, last_q), build)
+    return layout.once(("last queries", scope, queries, last_q), build)
 
 
 def _last_true(mask: np.ndarray, width: int, n: int) -> np.ndarray:
@@ -257,12 +257,12 @@ def _on(array: np.ndarray, device: torch.device) -> Tensor:
 
 def _ramp(n: int, device: torch.device) -> Tensor:
     """int64 [n], from 0 on; kept."""
-    return kept(("ramp", n), device, lambda where: torch.arange(n, device=where))
+    return device_constant(("ramp", n), device, lambda on: torch.arange(n, device=on))
 
 
 def first_of(n: int, count: int, device: torch.device) -> Tensor:
     """bool [n], true for the first ``count``; kept."""
-    return kept(("first", n, count), device, lambda where: torch.arange(n, device=where) < count)
+    return device_constant(("first of", n, count), device, lambda on: torch.arange(n, device=on) < count)
 
 
 def combed(mass: Tensor, stride: int, first: int, last: int) -> Tensor:

@@ -62,7 +62,8 @@ class Switch:
 
     def _guess(self, q: Tensor, pooled: Pooled, view: View, scale: float) -> Tensor:
         """float32 [B, H, key blocks]: softmax of the mean of the last queries with the mean keys."""
-        last = _last(view, self.last_q)
+        q, queries = view.last_queries(q)
+        last = _last(view, self.last_q, queries)
         rows, stand = _on(last.rows, q.device), _on(last.stand, q.device).amax(-1)
         query = take_rows(q, rows[:, None].expand(len(q), q.shape[1], -1)).float().nan_to_num(0.0).sum(2)
         query = query * scale / (rows >= 0).sum(-1).clamp(min=1)[:, None, None]

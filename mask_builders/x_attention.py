@@ -63,12 +63,11 @@ class _Cells:
 
 
 def _cells(view: View, stride: int, size: int) -> _Cells:
-    layout, scope = view.layout, view.scope
-    tail = slice(layout.length - view.queries, None)
+    layout, scope, take = view.layout, view.scope, view.queries.take
 
     def build() -> _Cells:
-        inside, row = layout.of(scope.query)[:, tail], layout.coordinate(scope.query)[:, tail]
-        stand = layout.coordinate(scope.key)[:, tail]
+        inside, row = take(layout.of(scope.query)), take(layout.coordinate(scope.query))
+        stand = take(layout.coordinate(scope.key))
         skipped = int(row[inside].min(initial=view.rows - 1)) // size
         row = row - skipped * size
         slots = (-(-view.rows // size) - skipped) * size
@@ -86,7 +85,7 @@ def _cells(view: View, stride: int, size: int) -> _Cells:
         block_reach = reach.reshape(len(reach), -1, per).max(-1) // per
         return _Cells(queries, keys, reach, block_reach, skipped)
 
-    return layout._once(("antidiagonals", scope, view.queries, stride, size), build)
+    return layout.once(("antidiagonals", scope, view.queries, stride, size), build)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,15 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .compiler.lowering import Lowering
+from .compiler.lower import Lowering
 from .ir.layout import Segment, TokenLayout
 from .ir.pattern import Pattern, Tokens, View
-from .runtime.attention import Plan, attention, plan
+from .ir.queries import QueryTokens
+from .runtime.attention import attention, plan
 from .runtime.backends import why_not
+from .runtime.caches import clear_caches
+from .runtime.merge import merge_attention
+from .runtime.plan import Plan
 
 if TYPE_CHECKING:
     from .integrations.layouts import layout_for
@@ -23,15 +27,18 @@ __all__ = [
     "Lowering",
     "Pattern",
     "Plan",
+    "QueryTokens",
     "Segment",
     "TokenLayout",
     "Tokens",
     "View",
     "attention",
+    "clear_caches",
     "last_token_logits",
     "layout_for",
     "load_config",
     "load_minference_config",
+    "merge_attention",
     "patch",
     "patched",
     "plan",
@@ -57,6 +64,22 @@ _LAZY = {
     "token_layout": "integrations.transformers",
     "unpatch": "integrations.transformers",
 }
+
+
+def _show_in_notebooks() -> None:
+    """Has notebooks draw plans and layouts: pictures know the runtime, which knows nothing of them."""
+
+    def plan_html(self: Plan) -> str:
+        return import_module(".plot", __name__).plan_html(self)
+
+    def layout_html(self: TokenLayout) -> str:
+        return import_module(".plot", __name__).layout_html(self)
+
+    Plan._repr_html_ = plan_html  # type: ignore[attr-defined]
+    TokenLayout._repr_html_ = layout_html  # type: ignore[attr-defined]
+
+
+_show_in_notebooks()
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ import mmflex
 from mask_builders.estimate import LastQueries, _last, _on, _twin
 from mmflex import TokenLayout
 from mmflex.ir.pattern import Scope, View
+from mmflex.ir.queries import QueryTokens
 from mmflex.runtime.kernels import use_triton
 from mmflex.runtime.kernels.mass import block_diagonals
 from mmflex.runtime.kernels.rows import fill_slots, put_rows, take_rows
@@ -43,10 +44,10 @@ def lists(device: str) -> None:
         for spec in chosen if batch == 1 else [vs, grid, boundary]:
             q, k = (torch.randn(batch, heads, layout.length, 16, device=device) for heads in (4, 2))
             plan = mmflex.plan(q, k, spec, layout=lay, backend="reference", block_size=16)
-            with unittest.mock.patch("mmflex.runtime.steps.dialect", return_value=False):
-                twin = mmflex.runtime.attention.Plan(plan.program, plan._backend, plan.scale, q, k)
-            for number, ready in plan.state.ready.items():
-                other = twin.state.ready[number]
+            with unittest.mock.patch("mmflex.runtime.launches.base.writes_triton", return_value=False):
+                twin = mmflex.Plan(plan.program, plan._backend, plan.scale, q, k)
+            for number, ready in plan.state.prepared.items():
+                other = twin.state.prepared[number]
                 for at in (0, 2):
                     assert torch.equal(ready.lists[at], other.lists[at]), (spec, number)
                     used = torch.arange(ready.lists[at + 1].shape[-1], device=device) < ready.lists[at][..., None]
@@ -123,18 +124,16 @@ def filled(k: torch.Tensor, table: torch.Tensor, generator: torch.Generator) -> 
         (k, v.mT.contiguous().mT),
     ]
     main, heads = n + 5, torch.arange(src_heads - 1, -1, -1, device=k.device)
-    last = main + table.shape[2]
     empty = [torch.zeros_like(t[:, :, :1]).expand(-1, -1, 5, -1) for t in (k, v)]
     wanted = [torch.cat([t[:, heads], e, take_rows(t[:, heads], table)], 2) for t, e in zip((k, v), empty, strict=True)]
     for given in ways:
         out = [torch.full_like(t, 7.0) for t in wanted]
-        fill_slots(*given, *out, heads, main, table, 0, last)
+        fill_slots(*given, *out, heads, main, table)
         assert all(map(torch.equal, out, wanted))
         out = [torch.full_like(t, 7.0) for t in wanted]
-        fill_slots(*given, *out, heads, main, None, 0, main)
-        assert all(bool((t[:, :, main:] == 7).all()) for t in out)
-        fill_slots(*given, *out, heads, main, table, main, last)
-        assert all(map(torch.equal, out, wanted))
+        fill_slots(*given, *out, heads, main, table, main)
+        assert all(bool((t[:, :, :main] == 7).all()) for t in out)
+        assert all(torch.equal(t[:, :, main:], w[:, :, main:]) for t, w in zip(out, wanted, strict=True))
 
 
 def mass(device: str) -> None:
@@ -164,10 +163,10 @@ def _mass(device: str) -> None:
                 if m != n:  # scores too great for the sums of a chunk, and infinite ones
                     k[0, 1, n // 3] *= 100.0
                     k[0, 0, n // 4, 2] = float("inf")
-                view = View(layout, scope, m, 128)
+                view = View(layout, scope, QueryTokens.last(m, n), 128)
                 found = LastQueries(last_q, distances=True)(q, k, view, dim**-0.5)
                 plain = LastQueries(last_q)(q, k, view, dim**-0.5) if scope.key is None else found
-                last = _last(view, last_q)
+                last = _last(view, last_q, view.queries)
                 on = [None if a is None else _on(a, q.device) for a in last.arrays]
                 at, limit, _, position, keys = on
                 query = take_rows(q, at[:, None].expand(batch, 4, -1))

@@ -247,7 +247,7 @@ def selected(plan: mmflex.Plan, row: int, head: int) -> Callable[[Pattern, Scope
     def find(pattern: Pattern, scope: Scope, name: str) -> np.ndarray:
         for leaf in plan.program.leaves.values():
             if leaf.pattern == pattern and (leaf.scope.query, leaf.scope.key) == scope and head in leaf.heads:
-                table = plan.state.found[f"{name}@{leaf.name}"]
+                table = plan.selections[f"{name}@{leaf.name}"]
                 return table[min(row, len(table) - 1), leaf.heads.index(head)].numpy()
         rng = np.random.default_rng(abs(hash((pattern, scope, name))) % 1000)
         n = plan.layout.length
@@ -373,9 +373,9 @@ def launch_cover(plan: mmflex.Plan) -> Iterator[Cover]:
     """What every launch of a plan computes, from its lists, its mask_mod and its slots alone."""
     tile = plan.program.tile
     for number, launch in enumerate(plan.program.launches):
-        if launch.kind == "dense":
+        if launch.name == "dense":
             continue
-        ready = plan.state.ready[number]
+        ready = plan.state.prepared[number]
         partial_count, partial_index, full_count, full_index = ready.lists
         assert partial_index.shape == full_index.shape, "both lists must have one width (Triton's strides)"
         row_slots, key_slots = launch.row_slots, launch.key_slots
@@ -396,7 +396,7 @@ def launch_cover(plan: mmflex.Plan) -> Iterator[Cover]:
                 limit = _limit(ready.mask_mod, b, i)
                 if ready.key_index is not None:
                     keys = np.where(limit < NO_KEY, ready.key_index[b, i].numpy(), -1)
-                if head in launch.table_slot:
+                if head in getattr(launch, "table_slot", {}):
                     first = launch.keys.slots + launch.section_slot[head] * launch.section
                     own = slice(first, first + launch.section)
                     tokens = ready.section_table[b, launch.table_slot[head]].numpy()
@@ -408,7 +408,7 @@ def launch_cover(plan: mmflex.Plan) -> Iterator[Cover]:
                 allowed = ready.mask_mod(b, i, at_q, at_k).numpy()
                 wide_full, wide_partial = (t.repeat(tile, 0).repeat(tile, 1) for t in (full, partial))
                 computed = wide_full | (wide_partial & allowed)
-                yield Cover(launch.kind, launch.compare, b, head, rows, keys, full, partial, computed, tile)
+                yield Cover(launch.name, launch.compares, b, head, rows, keys, full, partial, computed, tile)
 
 
 # ---- selection ----

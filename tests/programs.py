@@ -36,7 +36,9 @@ from mask_builders import (
     XAttention,
 )
 from mmflex.compiler.constants import GENERIC, Constants, shipped
-from mmflex.compiler.plan import build
+from mmflex.compiler.launches import DenseLaunch
+from mmflex.compiler.lower import lower
+from mmflex.ir.queries import QueryTokens
 from mmflex.runtime.attention import Plan
 from mmflex.runtime.backends import BACKENDS
 
@@ -129,7 +131,8 @@ def planned(
     k = torch.randn(layout.batch_size, KV_HEADS, layout.length, DIM, generator=generator)
     k[:, :, ::37] *= 2  # some keys that queries like
     patterns = (spec,) * HEADS if isinstance(spec, mmflex.Pattern) else tuple(spec)
-    program = build(patterns, layout, queries, KV_HEADS, tile, constants=constants, **can)
+    tokens = QueryTokens.last(queries, layout.length)
+    program = lower(patterns, layout, tokens, KV_HEADS, tile, constants=constants, **can)
     return Plan(program, BACKENDS["reference"], DIM**-0.5, q, k)
 
 
@@ -141,15 +144,15 @@ def described(plan: mmflex.Plan) -> list[dict[str, Any]]:
             "launch": launch.label,
             "heads": list(launch.heads.heads),
             "width": launch.width,
-            "section": launch.section,
-            "capacity": launch.capacity,
+            "section": getattr(launch, "section", 0),
+            "capacity": getattr(launch, "capacity", 0),
             "slots": [launch.row_slots, launch.key_slots],
             "cost": float(f"{launch.cost:.4g}"),
         }
-        if launch.kind != "dense":
-            ready = plan.state.ready[number]
-            facts["partial blocks"] = ready.mask_mod.comparison or "looked up"
-            facts["lists"] = _hash(ready.lists)
+        if not isinstance(launch, DenseLaunch):
+            prepared = plan.state.prepared[number]
+            facts["partial blocks"] = prepared.mask_mod.comparison or "looked up"
+            facts["lists"] = _hash(prepared.lists)
         out.append(facts)
     return out
 

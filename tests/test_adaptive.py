@@ -25,7 +25,7 @@ SMALL = {"minimum": 0, "block_size": TILE, "last_q": 4 * TILE}
 
 def found(plan: mmflex.Plan, name: str) -> torch.Tensor:
     """The set of a name, [B, H, ...]."""
-    (table,) = (t for key, t in plan.state.found.items() if key.split("@")[0] == name)
+    (table,) = (t for key, t in plan.selections.items() if key.split("@")[0] == name)
     return table
 
 

@@ -98,7 +98,7 @@ def test_boundary_finds_what_each_modality_wants() -> None:
     pattern = FlexPrefill(0.9, 0.12, 40, 64, 6, **SMALL | {"last_q": 1})
     spec = Boundary2D({("video", "video"): pattern, ("text", "text"): pattern})
     plan = mmflex.plan(planted.q, planted.k, spec, layout=VIDEO, backend="reference", block_size=TILE)
-    kinds = {key.split("[")[1]: t for key, t in plan.state.found.items() if key.startswith("blocks")}
+    kinds = {key.split("[")[1]: t for key, t in plan.selections.items() if key.startswith("blocks")}
     assert kinds["video>video]"].any()
     assert not kinds["text>text]"].any()
     assert oracle.check_selection(plan, planted.q, planted.k) == 4
@@ -135,7 +135,7 @@ def test_widths_hold_for_any_input(shape: str) -> None:
     both = FlexPrefill(1.0, 0.15, 50, 100, 5, 0, 16, 32)
     plan = mmflex.plan(q, k, [both, CROSSED, FLEX, both], backend="reference", block_size=16)
     (launch,) = plan.program.launches
-    counts = plan.state.ready[0].lists
+    counts = plan.state.prepared[0].lists
     assert max(int(counts[0].max()), int(counts[2].max())) <= launch.width < 640 // 16
     assert found(mmflex.plan(q, k, both, backend="reference", block_size=16), "columns").sum(-1).max() <= 50
     assert oracle.check_selection(plan, q, k) == 8

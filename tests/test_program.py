@@ -24,7 +24,7 @@ from mask_builders import (
     TriShape,
     VerticalSlash,
 )
-from mmflex.compiler import plan as compiler
+from mmflex.compiler import lower as compiler
 
 ROOT = Path(mmflex.__file__).resolve().parent
 LAYERS = ["ir", "compiler", "runtime", "tuning", "integrations", "evaluation", "cli"]
@@ -48,7 +48,7 @@ def mixed_layout() -> mmflex.TokenLayout:
 
 
 def steps_of(plan: mmflex.Plan) -> Counter[str]:
-    return Counter(op for op, _ in plan.program.graph.nodes)
+    return Counter(step.op for step in plan.program.graph.order)
 
 
 def test_heads_with_the_same_estimate_share_it() -> None:
@@ -118,11 +118,11 @@ def test_heads_share_launches() -> None:
     q, k, _ = make(8, 4, 600)
     spec = [AShape(16, 64), VerticalSlash(32, 64), BlockTopK(4, 16), TriShape(16, 32, 16)] * 2
     plan = mmflex.plan(q, k, spec, backend="reference", block_size=16)
-    assert [launch.kind for launch in plan.program.launches] == ["main"]
-    assert plan.program.launches[0].compare
+    assert [launch.name for launch in plan.program.launches] == ["blocks"]
+    assert plan.program.launches[0].compares
     spec[5] = Dense()
     plan = mmflex.plan(q, k, spec, backend="reference", block_size=16)
-    assert [launch.kind for launch in plan.program.launches] == ["main", "dense"]
+    assert [launch.name for launch in plan.program.launches] == ["blocks", "dense"]
 
 
 def test_the_graph_is_acyclic_and_ordered() -> None:
@@ -138,10 +138,12 @@ def test_the_graph_is_acyclic_and_ordered() -> None:
         QBoundary({"text": AShape(1, 1)}),
     ]
     program = mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=16).program
-    assert nx.is_directed_acyclic_graph(program.graph)
-    order = program.steps("plan") + program.steps("attend")
-    assert sorted(map(str, order)) == sorted(map(str, program.graph.nodes))
-    assert all(order.index(a) < order.index(b) for a, b in program.graph.edges)
+    graph = program.graph.graph
+    assert nx.is_directed_acyclic_graph(graph)
+    order = program.graph.order
+    assert sorted(map(str, order)) == sorted(map(str, graph.nodes))
+    assert all(order.index(a) < order.index(b) for a, b in graph.edges)
+    assert sorted(map(str, program.graph.planning + program.graph.attending)) == sorted(map(str, order))
 
 
 # ---- caching ----
@@ -158,73 +160,13 @@ def test_a_second_call_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("built again")
 
-    for name in ("build", "_lowerings", "_merge"):
+    for name in ("lower", "_ways", "_joined"):
         monkeypatch.setattr(compiler, name, refuse)
-    monkeypatch.setattr("mmflex.runtime.attention.build", refuse)
+    monkeypatch.setattr("mmflex.runtime.calls.lower", refuse)
     second = mmflex.plan(*make(4, 2, layout.length, seed=1)[:2], list(spec), layout=layout, backend="reference")
     mmflex.attention(q, k, v, tuple(spec), layout=layout, backend="reference")
     assert second.program is first.program
     assert set(layout.memo) == memo
-
-
-def test_a_lowering_is_taken_whatever_it_costs() -> None:
-    """Launches and orders as asked for, the same mask and result, and a program of its own for each."""
-    layout = mixed_layout()
-    q, k, v = make(2, 1, layout.length)
-    lines = Grid(25, rows=True, slash=True, local=16, sink=16, phase=3)
-    spec = QBoundary({"text": lines, "video": lines, "image": lines})
-    asked = {
-        (): {"main natural natural"},
-        (("rows", "gathered"), ("residues", "main"), ("queries", "natural")): {
-            "main natural natural",
-            "rows natural natural",
-        },
-        (("rows", "main"), ("residues", "residue-major"), ("queries", "natural")): {
-            "main natural natural",
-            "classes natural natural",
-        },
-        (("rows", "main"), ("residues", "residue-major"), ("queries", "natural"), ("log_sum_exp", False)): {
-            "main natural natural"
-        },
-        (("rows", "main"), ("residues", "main"), ("queries", "modality-major"), ("full_width", True)): {
-            "main text queries natural",
-            "main video queries natural",
-            "main image queries natural",
-        },
-    }
-    plans = []
-    for choices, launches in asked.items():
-        how = mmflex.Lowering(**dict(choices)) if choices else None
-        plan = mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=16, lowering=how)
-        if how is not None:
-            assert {f"{x.kind} {x.rows.label} {x.keys.label}" for x in plan.program.launches} == launches
-        again = mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=16, lowering=how)
-        assert again.program is plan.program
-        plans.append(plan)
-    assert len({id(plan.program) for plan in plans}) == len(plans)
-    wanted, _ = oracle.softmax(q, k, v, oracle.token_mask(plans[0], (spec, spec)))
-    for plan in plans:
-        assert oracle.error(plan.attend(q, k, v), wanted) <= 2e-6
-    full = plans[-1].program.launches[0]
-    assert full.width == full.key_slots // 16
-
-
-def test_a_lowering_keeps_auto_from_running_dense() -> None:
-    q, k, _ = make(2, 1, 300)
-    assert mmflex.plan(q, k, AShape(16, 16)).dense_alone
-    assert not mmflex.plan(q, k, AShape(16, 16), lowering=mmflex.Lowering()).dense_alone
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("queries", "video"), ("keys", 1), ("rows", True), ("residues", "gathered"), ("log_sum_exp", None)],
-)
-def test_a_lowering_says_what_it_knows(field: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"Lowering\.{field} is {value!r}: use one of"):
-        mmflex.Lowering(**{field: value})
-    q, k, _ = make(2, 1, 30)
-    with pytest.raises(TypeError, match=r"Lowering"):
-        mmflex.plan(q, k, AShape(16, 16), lowering="gathered")  # type: ignore[arg-type]
 
 
 def test_equal_texts_share_a_program_without_a_layout() -> None:
@@ -284,7 +226,7 @@ def test_widths_hold_for_any_input(shape: str, m: int) -> None:
         elif shape == "equal":
             k = k[:, :, :1].expand_as(k).contiguous()
         plan = mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=tile)
-        for number, ready in plan.state.ready.items():
+        for number, ready in plan.state.prepared.items():
             launch = plan.program.launches[number]
             assert ready.lists[1].shape[-1] == ready.lists[3].shape[-1] == launch.width
             assert max(int(ready.lists[0].max()), int(ready.lists[2].max())) <= launch.width
@@ -434,7 +376,7 @@ def test_block_masks_are_flex_attention_s() -> None:
     spec = [AShape(16, 16), QBoundary({"text": AShape(16, 32), "video": Strided(5)}), Dense(), VerticalSlash(30, 16)]
     plan = mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=16)
     masks = plan.block_masks
-    assert len(masks) == sum(launch.kind != "dense" for launch in plan.program.launches)
+    assert len(masks) == sum(launch.name != "dense" for launch in plan.program.launches)
     for label, mask in masks:
         assert isinstance(label, str)
         assert isinstance(mask, BlockMask)
@@ -500,7 +442,7 @@ def test_no_value_is_read_back_while_planning() -> None:
     mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=16).attend(q, k, v)
     with NoReadBack():
         plan = mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=16)
-    assert plan.program.steps("plan")
+    assert plan.program.graph.planning
 
 
 def test_spec_order_does_not_matter() -> None:

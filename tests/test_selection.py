@@ -139,7 +139,7 @@ def test_a_grid_of_columns_with_stride_and_phase_searched(stride: int, phase: in
     planted, pairs = grid(1100, stride, phase)
     spec = Grid("search", columns=True, local=32, sink=16, last_q=32, shortest=16, longest=200)
     kept, plan = recall(planted, spec, pairs)
-    found = {name.split("@")[0]: int(t[0, 0]) for name, t in plan.state.found.items()}
+    found = {name.split("@")[0]: int(t[0, 0]) for name, t in plan.selections.items()}
     assert found == {"stride": stride, "phase": phase}
     assert kept >= 0.99
     wrong = Grid(stride + 1, columns=True, local=32, sink=16, last_q=32)
@@ -150,7 +150,7 @@ def test_a_grid_of_columns_with_stride_and_phase_searched(stride: int, phase: in
 def test_a_grid_of_columns_with_the_phase_searched(phase: int) -> None:
     planted, pairs = grid(700, 30, phase)
     kept, plan = recall(planted, Grid(30, columns=True, local=32, sink=16, last_q=32), pairs)
-    assert [int(t[0, 0]) for name, t in plan.state.found.items() if name.startswith("phase")] == [phase]
+    assert [int(t[0, 0]) for name, t in plan.selections.items() if name.startswith("phase")] == [phase]
     assert kept >= 0.99
     assert recall(planted, Grid(30, columns=True, local=32, sink=16, phase=(phase + 3) % 30), pairs)[0] < 0.4
 
@@ -165,7 +165,7 @@ def test_a_grid_of_diagonals_with_the_stride_searched(stride: int) -> None:
     pairs = (place[:, None] - place) % stride == 0
     spec = Grid("search", columns=False, slash=True, local=16, sink=16, last_q=64, shortest=16, longest=200)
     kept, plan = recall(planted, spec, pairs)
-    assert [int(t[0, 0]) for name, t in plan.state.found.items() if name.startswith("stride")] == [stride]
+    assert [int(t[0, 0]) for name, t in plan.selections.items() if name.startswith("stride")] == [stride]
     assert kept >= 0.99
     wrong = Grid(stride + 1, columns=False, slash=True, local=16, sink=16)
     assert recall(planted, wrong, pairs)[0] < 0.5
@@ -230,7 +230,7 @@ def test_boundary_2d_finds_a_grid_in_ranks_across_timestamps() -> None:
     )
     kept, plan = recall(planted, boundary, pairs, VIDEO)
     assert kept >= 0.99
-    assert [int(t[0, 0]) for name, t in plan.state.found.items() if name.startswith("phase")] == [phase]
+    assert [int(t[0, 0]) for name, t in plan.selections.items() if name.startswith("phase")] == [phase]
     for flat in (lines, QBoundary({"video": lines, "text": columns})):
         assert recall(planted, flat, pairs & np.isin(np.arange(n), video)[:, None], VIDEO)[0] < 0.7
     assert recall(planted, columns, pairs, VIDEO)[0] < 0.7
@@ -277,7 +277,7 @@ def test_a_stride_search_prefers_the_true_stride_to_its_divisors_and_multiples()
         planted, _ = grid(900, stride, 3)
         spec = Grid("search", columns=True, local=16, sink=16, last_q=32, shortest=6, longest=300)
         plan = mmflex.plan(planted.q, planted.k, spec, backend="reference", block_size=TILE)
-        assert [int(t[0, 0]) for name, t in plan.state.found.items() if name.startswith("stride")] == [stride]
+        assert [int(t[0, 0]) for name, t in plan.selections.items() if name.startswith("stride")] == [stride]
 
 
 def test_every_head_finds_its_own_stride() -> None:
@@ -287,5 +287,5 @@ def test_every_head_finds_its_own_stride() -> None:
     q, k = (torch.cat([getattr(p, side)[:, :1] for p in parts], 1) for side in "qk")
     spec = Grid("search", columns=True, local=16, sink=16, last_q=32, shortest=16, longest=200)
     plan = mmflex.plan(q, k, spec, backend="reference", block_size=TILE)
-    found = {name.split("@")[0]: t[0].tolist() for name, t in plan.state.found.items()}
+    found = {name.split("@")[0]: t[0].tolist() for name, t in plan.selections.items()}
     assert found == {"stride": list(strides), "phase": [0, 1, 2, 3]}

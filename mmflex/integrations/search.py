@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmflex.compiler.constants import device_name
 from mmflex.ir.layout import TokenLayout
 from mmflex.ir.pattern import Pattern
-from mmflex.runtime.attention import TILE
+from mmflex.runtime.calls import TILE
 from mmflex.tuning import candidates as table
 from mmflex.tuning.budget import Budget, Option, allocate
 from mmflex.tuning.checkpoint import Checkpoint, Done, Header, digest

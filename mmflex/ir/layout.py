@@ -7,10 +7,8 @@ A layout lives on the host (int32 arrays, a few MB at one million tokens). Every
 from __future__ import annotations
 
 import hashlib
-import itertools
 import operator
-import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -18,28 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from .identity import alive, new_serial
+from .memo import Memo
+
 MODALITIES = {"text": 0, "image": 1, "video": 2, "audio": 3}
 """Modality names and their ids, as transformers uses them in ``mm_token_type_ids``."""
 
 MODALITY_NAMES = {number: name for name, number in MODALITIES.items()}
 
+MEMO = 4096
+"""Entries kept with a layout."""
+
 _FIELDS = ("position", "modality", "segment", "frame", "cell")
-
-
-_serial = itertools.count()
-_alive: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
-
-
-def enlist(thing: Any) -> str:
-    """A name for an object of ours, by which `listed` finds it while it lives."""
-    name = f"mmflex-{next(_serial)}"
-    _alive[name] = thing
-    return name
-
-
-def listed(name: str) -> Any:
-    """The object that `enlist` named."""
-    return _alive[name]
 
 
 def modality_id(modality: str | int) -> int:
@@ -148,11 +136,11 @@ class TokenLayout:
     segment: np.ndarray
     frame: np.ndarray
     cell: np.ndarray
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    memo: Memo = field(default_factory=lambda: Memo(MEMO), repr=False, compare=False)
     serial: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "serial", enlist(self))
+        object.__setattr__(self, "serial", new_serial(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold the arrays alone, not what was computed from them."""
@@ -262,12 +250,12 @@ class TokenLayout:
 
     @property
     def padded(self) -> bool:
-        return self._once("padded", lambda: bool((self.position < 0).any()))
+        return self.once("padded", lambda: bool((self.position < 0).any()))
 
     @property
     def modalities(self) -> tuple[int, ...]:
         """Ids of the modalities that occur, ascending."""
-        return self._once("modalities", lambda: tuple(np.unique(self.modality[self.valid]).tolist()))
+        return self.once("modalities", lambda: tuple(np.unique(self.modality[self.valid]).tolist()))
 
     def of(self, modality: str | int | None) -> np.ndarray:
         """bool [B, N]: the valid tokens of a modality, by name or id (None: of all)."""
@@ -276,7 +264,7 @@ class TokenLayout:
 
     def most(self, modality: int | None) -> int:
         """Tokens of a modality (None: of any) in the prompt that has most of them; at least 1."""
-        return self._once(("most", modality), lambda: max(1, int(self.of(modality).sum(axis=1).max(initial=0))))
+        return self.once(("most", modality), lambda: max(1, int(self.of(modality).sum(axis=1).max(initial=0))))
 
     def coordinate(self, modality: str | int | None) -> np.ndarray:
         """int32 [B, N]: how many tokens of ``modality`` (None: of any) stand up to and including this one, less one.
@@ -284,7 +272,7 @@ class TokenLayout:
         For a token of that modality this is its rank; for any other it is the rank of the last such token before it
         (-1 before the first). So for a key k of the modality, ``coordinate(q) >= coordinate(k)`` is causality.
         """
-        return self._once(
+        return self.once(
             ("coordinate", modality), lambda: np.cumsum(self.of(modality), axis=1, dtype=np.int32) - np.int32(1)
         )
 
@@ -298,7 +286,7 @@ class TokenLayout:
                 rank = np.where(self.of(m), self.coordinate(m), rank)
             return rank
 
-        return self._once("rank", build)
+        return self.once("rank", build)
 
     def frame_stride(self, modality: str | int | None) -> int | None:
         """Tokens from one frame to the next (the commonest distance, in ``coordinate(modality)``); None without
@@ -314,7 +302,7 @@ class TokenLayout:
             values, counts = np.unique(np.concatenate(distances), return_counts=True)
             return int(values[counts.argmax()]) if len(values) else None
 
-        return self._once(("frame_stride", modality), build)
+        return self.once(("frame_stride", modality), build)
 
     @property
     def fingerprint(self) -> str:
@@ -326,12 +314,15 @@ class TokenLayout:
                 digest.update(getattr(self, name).tobytes())
             return digest.hexdigest()
 
-        return self._once("fingerprint", build)
+        return self.once("fingerprint", build)
 
-    def _once(self, key: Any, build: Any) -> Any:
-        if key not in self.memo:
-            self.memo[key] = build()
-        return self.memo[key]
+    def once(self, key: Any, build: Callable[[], Any]) -> Any:
+        """What ``build`` returns, kept with the layout: token orders, programs, whatever follows from it alone."""
+        return self.memo.once(key, build)
+
+    def forget(self) -> None:
+        """Drop all that was kept."""
+        self.memo.clear()
 
     def summary(self) -> str:
         """One line a prompt: runs of modalities with their lengths."""
@@ -345,11 +336,6 @@ class TokenLayout:
                 shown.append(f"... {len(runs) - 6} more runs")
             lines.append(" | ".join(shown) or "empty")
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        from ..plot import layout_html
-
-        return layout_html(self)
 
     def __repr__(self) -> str:
         return f"TokenLayout([{self.batch_size}, {self.length}]: {'; '.join(self.summary().splitlines()[:2])})"
@@ -370,3 +356,8 @@ def _array(value: Any, name: str) -> np.ndarray:
     if array.ndim != 2:
         raise ValueError(f"{name} has shape {array.shape}: [batch, tokens] or [tokens] is needed")
     return array.astype(np.int32)
+
+
+def layouts_alive() -> list[TokenLayout]:
+    """All layouts that anybody holds."""
+    return alive(TokenLayout)

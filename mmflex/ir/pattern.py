@@ -16,7 +16,10 @@ import torch
 from sympy.logic.boolalg import Boolean
 
 from . import expr as x
-from .layout import MODALITY_NAMES, TokenLayout, enlist, modality_id
+from .atoms import Listed, Member, Touches
+from .identity import new_serial
+from .layout import MODALITY_NAMES, TokenLayout, modality_id
+from .queries import QueryTokens
 
 VERSION = 1
 """Version of the JSON form."""
@@ -35,20 +38,40 @@ class Scope:
 
 
 @dataclass(frozen=True, eq=False)
+class EstimateFrom:
+    """Queries to estimate with, where they are not those of the call: for a chunk, the last ones of the whole prompt.
+
+    Attributes:
+        q: [B, Hq, L, D]. queries: which tokens they are.
+    """
+
+    q: torch.Tensor
+    queries: QueryTokens
+
+
+@dataclass(frozen=True, eq=False)
 class View:
     """What selection knows of a prompt: its layout seen through a scope. All of it is host data.
 
     Attributes:
         layout: the layout of the N keys.
         scope: whose queries and keys.
-        queries: M, the number of query tokens (the last M of the N).
+        queries: which of the N tokens the M queries are.
         tile: block size in tokens.
+        estimate_from: queries that estimates go by instead, if any (`last_queries`).
     """
 
     layout: TokenLayout
     scope: Scope
-    queries: int
+    queries: QueryTokens
     tile: int
+    estimate_from: EstimateFrom | None = None
+
+    def last_queries(self, q: torch.Tensor) -> tuple[torch.Tensor, QueryTokens]:
+        """(queries [B, H, L, D], which tokens they are) for estimators that look at the last ones: those of the call,
+        q, or those that were given for it."""
+        given = self.estimate_from
+        return (q, self.queries) if given is None else (given.q, given.queries)
 
     @property
     def size(self) -> int:
@@ -71,7 +94,7 @@ class View:
 
     def counts(self, device: torch.device) -> torch.Tensor:
         """int64 [B]: keys in scope of each prompt, on a device (copied there once)."""
-        return self.layout._once(
+        return self.layout.once(
             ("counts", self.scope.key, device),
             lambda: torch.as_tensor(self.layout.of(self.scope.key).sum(axis=1)).to(device),
         )
@@ -207,18 +230,18 @@ class Tokens:
 
     def columns(self, name: str, at_most: int) -> Boolean:
         """Keys that selection put into ``name``: a bool tensor [B, H, `View.size`]."""
-        return x.Member(self.k, self._name(name), self.capped(at_most))
+        return Member(self.k, self._name(name), self.capped(at_most))
 
     def diagonals(self, name: str, at_most: int) -> Boolean:
         """Block diagonals (tile of q less tile of k) in ``name``: a bool tensor [B, H, `View.tiles`]."""
         first, last = self._hull()
-        return x.Touches(first, last, x.Tile(self.k, self.tile), self._name(name), self.capped(at_most))
+        return Touches(first, last, x.Tile(self.k, self.tile), self._name(name), self.capped(at_most))
 
     def blocks(self, name: str, at_most: int, size: int | None = None) -> Boolean:
         """Blocks of ``size`` (the tile) in the table ``name``, a bool tensor [B, H, query blocks, key blocks] counted
         from the first query and key in scope; at most ``at_most`` key blocks for a query block."""
         size = self.tile if size is None else min(size, max(self.layout.length, self.tile))
-        return x.Listed(x.Tile(self.row, size), x.Tile(self.k, size), self._name(name), self.capped(at_most))
+        return Listed(x.Tile(self.row, size), x.Tile(self.k, size), self._name(name), self.capped(at_most))
 
     def number(self, name: str, at_least: int = 0) -> sympy.Expr:
         """A selected integer per head, ``name``: an int tensor [B, H]."""
@@ -253,7 +276,7 @@ class Pattern:
                 f"{cls.__name__} is no frozen dataclass, as patterns are: put @dataclass(frozen=True) on it"
             )
         self = super().__new__(cls)
-        object.__setattr__(self, "serial", enlist(self))
+        object.__setattr__(self, "serial", new_serial(self))
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -324,6 +347,14 @@ class Pattern:
         return {"pattern": type(self).__name__, "version": VERSION, **fields}
 
     from_json: ClassVar[Any] = staticmethod(lambda data: from_json(data))
+
+
+@dataclass(frozen=True)
+class Dense(Pattern):
+    """Plain causal attention: all keys up to the query."""
+
+    def mask(self, t: Tokens) -> Boolean:
+        return sympy.true
 
 
 @dataclass(frozen=True)

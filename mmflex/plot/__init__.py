@@ -14,7 +14,6 @@ One module per picture: `masks`, `orders`, `estimates`, `heads`, `importance`, `
 are theirs in common, `html` is what notebooks show of a plan, `files` holds `save_plan` and `load_plan`.
 """
 
-from ..snapshot import family
 from .estimates import plot_estimate
 from .files import load_plan, save_plan
 from .heads import plot_config, plot_heads
@@ -24,6 +23,7 @@ from .masks import plot_mask, plot_masks
 from .orders import plot_orders
 from .recall import attention_recall, plot_recall
 from .recorded import recorded
+from .snapshot import family
 from .style import FAMILIES, look
 from .text import mask_text
 

@@ -6,6 +6,7 @@ Block lists and token orders are kept as differences from entry to entry, which 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..ir.layout import TokenLayout
-from ..snapshot import LaunchInfo, Lists, SlotTokens, Snapshot, snapshot
+from ..ir.queries import QueryTokens
 from .masks import TOKEN_LEVEL
+from .snapshot import LaunchInfo, Lists, SlotTokens, Snapshot, snapshot
 
 if TYPE_CHECKING:
-    from ..runtime.attention import Plan
+    from ..runtime.plan import Plan
 
 SCHEMA = "mmflex.plan"
 VERSION = 1
@@ -57,6 +59,7 @@ def save_plan(plan: Plan | Snapshot, path: str | os.PathLike[str]) -> None:
         "tile": snap.tile,
         "backend": snap.backend,
         "note": snap.note,
+        "query_runs": [list(run) for run in snap.query_tokens.runs],
         "patterns": list(snap.patterns),
         "families": list(snap.families),
         "launches": [_launch_meta(launch) for launch in snap.launches],
@@ -180,6 +183,10 @@ def _snapshot(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> Snapshot:
         None if launch.kind == "dense" else _Launch.of(arrays, number, launch, batch, int(meta["tile"]))
         for number, launch in enumerate(launches)
     ]
+    listed = meta.get("query_runs", [[n - m, n]] if m else [])
+    runs = QueryTokens(tuple((int(first), int(end)) for first, end in listed))
+    if any(a >= b for a, b in runs.runs) or any(b >= a for (_, b), (a, _) in itertools.pairwise(runs.runs)):
+        raise ValueError(f"query runs {list(runs.runs)[:4]} are not ascending runs of tokens")
     return Snapshot(
         q,
         k,
@@ -187,6 +194,7 @@ def _snapshot(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> Snapshot:
         meta["backend"],
         meta["note"],
         TokenLayout.from_modality_ids(ids, valid=arrays["valid"], **fields),
+        QueryTokens.of(runs, m, n),
         tuple(meta["patterns"]),
         tuple(meta["families"]),
         arrays["density"],

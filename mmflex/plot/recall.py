@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .. import raster
 from ..ir.layout import TokenLayout
 from ..ir.pattern import Pattern
-from ..snapshot import family
+from . import raster
+from .snapshot import family
 from .style import FAMILIES, canvas, plain, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..runtime.attention import Plan
+    from ..runtime.plan import Plan
 
 
 def attention_recall(q: torch.Tensor, k: torch.Tensor, plan: Plan, rows: int = 256) -> np.ndarray:
     """float [B, Hq]: the share of softmax attention that a plan keeps, over evenly spaced queries (and the last)."""
-    m, n = q.shape[2], k.shape[2]
+    m = q.shape[2]
     at = torch.linspace(0, m - 1, min(rows, m)).round().long().unique()
     kept = raster.allowed_rows(plan, at)
     position = torch.as_tensor(plan.layout.position)
-    own = position[:, n - m :][:, at]
+    own = position[:, torch.as_tensor(plan.program.queries.numbers[at.numpy()]).long()]
     causal = (own[:, None, :, None] >= position[:, None, None]) & (position >= 0)[:, None, None]
     group = q.shape[1] // k.shape[1]
     out = np.zeros((q.shape[0], q.shape[1]))

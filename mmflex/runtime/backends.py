@@ -20,7 +20,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from . import reference
-from .masks import MaskMod, _maker, in_strips
+from .masks import MaskMod, in_strips, maker
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 """kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices: int32 [B, H, NQ] and [B, H, NQ, W], both W equal (up
@@ -242,7 +242,7 @@ def _kernel(source: str, backend: str, tile: int, scale: float, lse: bool, bucke
     fits = backend == "triton" and dtype != torch.float32 and head_dim == 128 and tile == 128
     if fits and torch.cuda.get_device_capability(device) == (9, 0):  # measured best on H200, see benchmarks/NOTES.md
         options |= {"BLOCK_M": 128, "BLOCK_N": 128, "num_stages": 3, "num_warps": 8}
-    make = _maker(source)
+    make = maker(source)
     lse_factor = _flash_lse_factor() if backend == "flash" else 1.0
 
     def run(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..ir.layout import TokenLayout
-from ..ir.pattern import Pattern
+from ..ir.pattern import EstimateFrom, Pattern
 
 Spec = Pattern | Sequence[Pattern]
 
@@ -59,3 +60,29 @@ def check(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayou
             f"spec has {len(patterns)} patterns for {heads} query heads: give one per head, or a single one"
         )
     return patterns
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """The scale of the scores; TypeError, ValueError for what is no finite number."""
+    if scale is None:
+        return head_dim**-0.5
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+        raise TypeError(f"scale is {scale!r}: give a number, or None for 1 / sqrt(head dimension)")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}: give a finite number, or None for 1 / sqrt(head dimension)")
+    return float(scale)
+
+
+def check_estimate(given: EstimateFrom | None, q: Tensor) -> None:
+    """ValueError, TypeError for queries to estimate with that do not go with q."""
+    if given is None:
+        return
+    for what, own, other in (
+        ("dtype", given.q.dtype, q.dtype),
+        ("device", given.q.device, q.device),
+        ("batch size", given.q.shape[0], q.shape[0]),
+        ("heads", given.q.shape[1], q.shape[1]),
+        ("head dimension", given.q.shape[3], q.shape[3]),
+    ):
+        if own != other:
+            raise ValueError(f"estimate_from has {what} {own} but q {other}: they must agree")

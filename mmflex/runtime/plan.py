@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from ..compiler.plan import Launch, Program
-from . import backends, dense, graphs, reference, steps
+from ..compiler.launches import DenseLaunch
+from ..compiler.orders import given_order
+from ..compiler.program import Program
+from ..ir.pattern import EstimateFrom
+from . import backends, dense, reference, replay
+from .attend import Attending
 from .backends import Backend
-from .beside import Beside
+from .device import writing_to
 from .inputs import check
-from .kernels.memory import writing_to
-from .token_mask import TokenMask
-
-if TYPE_CHECKING:
-    from .verify import Verification
+from .planning import after_estimates
+from .state import PlanState
+from .verify import Verification, verify
 
 
 @dataclass(eq=False)
@@ -42,11 +43,6 @@ class HeadDensity:
         return self.total
 
 
-def _finite(t: Tensor) -> bool:
-    """Whether all of a tensor is finite. A sum is the quickest look; it may overflow, so only then every entry."""
-    return bool(t.sum(dtype=torch.float32).isfinite()) or bool(t.isfinite().all())
-
-
 class Plan:
     """A planned attention: reusable for other v, or for other q and k of the same shape (with this selection).
 
@@ -57,96 +53,64 @@ class Plan:
     """
 
     def __init__(
-        self, program: Program, backend: Backend, scale: float, q: Tensor, k: Tensor, note: str = "", once: bool = False
+        self,
+        program: Program,
+        backend: Backend,
+        scale: float,
+        q: Tensor,
+        k: Tensor,
+        note: str = "",
+        once: bool = False,
+        estimate_from: EstimateFrom | None = None,
     ) -> None:
         """``once``: it attends before anything else is planned with its program, whose graph may then be replayed."""
         self.program, self._backend, self.scale, self.note = program, backend, scale, note
-        # Kernels take the row maximum before they scale: a scale that turns it round goes to the queries instead.
-        self._scale = abs(scale) if scale else 1.0
+        # Kernels take the row maximum before they scale: the sign of a scale goes to the queries instead.
+        self._kernel_scale = abs(scale) if scale else 1.0
         self.layout, self.backend = program.layout, backend.name
         self.shape = (tuple(q.shape), tuple(k.shape))
-        self.state = steps.State(program, q.device, q.shape[0])
-        whole = [launch.kind == "dense" and launch.heads.all(program.heads) for launch in program.launches]
-        self.dense_alone = whole == [True] and not self.layout.padded
+        self.state = PlanState(program, q.device, q.shape[0])
+        launch = program.launches[0] if len(program.launches) == 1 else None
+        ends = program.queries.consecutive and program.queries.end == program.layout.length
+        whole = isinstance(launch, DenseLaunch) and launch.heads.all(program.heads)
+        self.dense_alone = whole and ends and not self.layout.padded
         self._kernels: dict[Any, dense.Dense] = {}
-        with writing_to(graphs.inputs(self.state) if once else ()):
-            for op, key in program.steps("plan"):
-                if op == "estimate":
-                    steps.estimate(self.state, key, q, k, scale)
-        if not (once and graphs.replayed(self.state)):
-            steps.after_estimates(self.state)
+        with writing_to(replay.inputs(self.state) if once else ()):
+            self.state.estimate(q, k, scale, estimate_from)
+        if not (once and replay.replayed(self.state)):
+            after_estimates(self.state)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The attention of these tensors under this plan's mask: shapes as planned."""
-        self._check(q, k, v)
-        with torch.no_grad():
-            return self._attend(q, k, v, False)[0]
-
-    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         check(q, k, v, self.program.groups[0].pattern, None)
         if (tuple(q.shape), tuple(k.shape)) != self.shape:
             raise ValueError(
                 f"planned for q and k of shapes {self.shape}, got {tuple(q.shape)}, {tuple(k.shape)}: plan again"
             )
-
-    def verify(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: int = 64, seed: int = 0, *, lse: bool = False
-    ) -> Verification:
-        """Whether this plan computes what its patterns mean, on a sample, at any length.
-
-        Sampled rows of `attend` are computed again in float64, under a token mask that comes from the patterns'
-        expressions and the selected sets alone. Of sampled query tiles of every launch the block lists are gone through
-        by brute force: every allowed pair must be computed by exactly one launch, and no other pair by any. It takes
-        memory for a few million pairs at a time.
-
-        Args:
-            q, k, v: finite, shapes as planned.
-            rows: query rows that are recomputed for every head, and an eighth as many gathered ones; of every launch, a
-                sixteenth as many query tiles have their lists checked.
-            seed: of the sample.
-            lse: compare the log-sum-exp as well; ValueError on a backend that returns none.
-
-        Raises:
-            RuntimeError: a block list is wrong (it names the pair), or an error is beyond what rounding explains.
-        """
-        from .verify import verify
-
-        self._check(q, k, v)
-        return verify(self, q, k, v, rows, seed, lse)
+        with torch.no_grad():
+            return self._attend(q, k, v, False)[0]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-        program, state = self.program, self.state
         if q.device.type == "cpu" and not all(map(_finite, (q, k, v))):
             return self._eagerly(q, k, v, need_lse)
         if self.scale <= 0:
             q = q * (-1.0 if self.scale else 0.0)
         if self.dense_alone:
-            return self._alone(q, k, v, need_lse)
-        # Dense heads are never merged, so they need it only if it is asked for.
-        need = need_lse or any(launch.kind == "classes" for launch in program.launches)
-        out: Tensor | None = None
-        lse: Tensor | None = None
-        with Beside(q.device) as aside:
-            launched = self._begun(aside, q, k, v, need)
-            for _, number in program.steps("attend"):
-                launch = program.launches[number]
-                if launch.kind == "dense":
-                    found, sums = self._dense(q, k, v, launch, need_lse)
-                else:
-                    found, sums = launched[number]()
-                ordered = launch.rows.stays(self.layout, found.shape[2] == q.shape[2])
-                whole = launch.kind == "dense" or (launch.kind == "main" and ordered)
-                if whole and launch.heads.all(program.heads):
-                    out, lse = found, sums
-                    continue
-                if out is None:
-                    out = q.new_zeros((*q.shape[:3], v.shape[3]))
-                    lse = torch.full(q.shape[:3], float("-inf"), device=q.device) if need else None
-                steps.place(state, number, out, lse, found, sums)
-        if out is None:  # nothing allows anything
-            out = q.new_zeros((*q.shape[:3], v.shape[3]))
-            lse = torch.full(q.shape[:3], float("-inf"), device=q.device)
-        return out, lse if need_lse else None
+            return self._dense_alone(q, k, v, need_lse)
+        return Attending(self.state, self._backend, q, k, v, self._kernel_scale, need_lse).run()
+
+    def _dense_alone(self, q: Tensor, k: Tensor, v: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
+        """All heads dense: nothing but the kernel, chosen once for each way that the tensors lie in memory."""
+        scale = self._kernel_scale
+        if need or not q.is_cuda:
+            return dense.dense_attention(q, k, v, scale, need, self.backend)
+        strides = (q.stride(), k.stride(), v.stride())
+        kernel = self._kernels.get(strides)
+        if kernel is None:
+            kernel = dense.dense_kernel(q, k, v, scale, self.backend)
+            if len(self._kernels) < 8 and not torch.cuda.is_current_stream_capturing():  # where nothing is tried
+                self._kernels[strides] = kernel
+        return kernel(q, k, v, scale), None
 
     def _eagerly(self, q: Tensor, k: Tensor, v: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
         """Under the token mask itself: kernels on the CPU let what is not finite reach rows that do not see it."""
@@ -157,98 +121,69 @@ class Plan:
         out, lse = reference.in_strips(q, k, v, self.scale, mask)
         return out, lse if need else None
 
-    def _begun(
-        self, aside: Beside, q: Tensor, k: Tensor, v: Tensor, need: bool
-    ) -> dict[int, Callable[[], tuple[Tensor, Tensor | None]]]:
-        """Launch number -> what gives the result of a block-sparse launch. Begins what runs beside the rest: gathered
-        rows, few queries that see much, which alone would leave most of the device idle."""
-        out: dict[int, Callable[[], tuple[Tensor, Tensor | None]]] = {}
-        for number, launch in enumerate(self.program.launches):
-            if launch.kind == "dense":
-                continue
-            out[number] = partial(self._launch, number, q, k, v, need)
-            if launch.beside(self.layout.length):
-                out[number] = aside.run(out[number])
-        return out
+    # ---- what it is ------------------------------------------------------------------------------------------------
 
-    def _given(self, number: int) -> bool:
-        """Whether the kernel of a launch takes tokens as they stand, though they do not fill their slots."""
-        return self._backend.any_length and bool(self.state.ready[number].mask_mod.comparison)
-
-    def _launch(self, number: int, q: Tensor, k: Tensor, v: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
-        """Runs a block-sparse launch."""
-        state, given = self.state, self._given(number)
-        keys, values = steps.keys(state, number, k, v, given)
-        rows, ready = steps.queries(state, number, q, given), state.ready[number]
-        return backends.attend(
-            self._backend, rows, keys, values, ready.mask_mod, ready.lists, self.program.tile, self._scale, need
-        )
-
-    def _alone(self, q: Tensor, k: Tensor, v: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
-        """All heads dense: nothing but the kernel, found once for each way that the tensors lie in memory."""
-        if need or not q.is_cuda:
-            return dense.dense_attention(q, k, v, self._scale, need, self.backend)
-        strides = (q.stride(), k.stride(), v.stride())
-        kernel = self._kernels.get(strides)
-        if kernel is None:
-            kernel = dense.dense_kernel(q, k, v, self._scale, self.backend)
-            if len(self._kernels) < 8 and not torch.cuda.is_current_stream_capturing():  # where nothing is tried
-                self._kernels[strides] = kernel
-        return kernel(q, k, v, self._scale), None
-
-    def _dense(self, q: Tensor, k: Tensor, v: Tensor, launch: Launch, need: bool) -> tuple[Tensor, Tensor | None]:
-        """SDPA for the dense heads, prompt by prompt where there is padding."""
-        state, layout = self.state, self.layout
-        q = steps.take_heads(q, launch.heads.heads, state)
-        k, v = (steps.take_heads(t, launch.heads.kv_heads, state) for t in (k, v))
-        if not layout.padded:
-            return dense.dense_attention(q, k, v, self._scale, need, self.backend)
-        out = q.new_zeros((*q.shape[:3], v.shape[3]))
-        lse = torch.full(q.shape[:3], float("-inf"), device=q.device) if need else None
-        for b in range(q.shape[0]):
-            row = b % layout.batch_size
-            valid = layout.valid[row]
-            for_q = valid[layout.length - q.shape[2] :]
-            at_q, at_k = (torch.as_tensor(np.flatnonzero(x)).to(q.device) for x in (for_q, valid))
-            own = [t[b : b + 1].index_select(2, at) for t, at in ((q, at_q), (k, at_k), (v, at_k))]
-            found, sums = dense.dense_attention(own[0], own[1], own[2], self._scale, need, self.backend)
-            out[b].index_copy_(1, at_q, found[0])
-            if lse is not None and sums is not None:
-                lse[b].index_copy_(1, at_q, sums[0].float())
-        return out, lse
-
-    # ---- what it is ----------------------------------------------------------------------------------------------
-
-    def dense_mask(self, rows: Sequence[int] | None = None) -> Tensor:
-        """bool [B, Hq, M, N]: the token-level mask, from the expressions alone; of some ``rows`` (query numbers) only,
-        if given. For small N, or few rows: it is as large as it says."""
+    def dense_mask(self, rows: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> Tensor:
+        """bool [B, Hq, M, N]: the token-level mask, from the expressions alone; of some ``rows`` (query numbers) and
+        query ``heads`` only, if given. For small N, or few rows: it is as large as it says."""
         program, state = self.program, self.state
-        m, n = program.queries, program.layout.length
-        chosen = np.arange(m) if rows is None else np.asarray(rows, dtype=np.int64)
-        out = torch.zeros((state.batch, program.heads, len(chosen), n), dtype=torch.bool, device=state.device)
+        layout, queries, n = program.layout, program.queries, program.layout.length
+        chosen = np.arange(queries.count) if rows is None else np.asarray(rows, dtype=np.int64)
+        asked = list(range(program.heads)) if heads is None else list(heads)
+        out = torch.zeros((state.batch, len(asked), len(chosen), n), dtype=torch.bool, device=state.device)
         if not len(chosen) or not n:
             return out
-        tokens = TokenMask(state)
+        order = given_order(chosen, queries.count, layout.batch_size, queries)
+        keys = given_order(np.arange(n), n, layout.batch_size)
+        position = torch.as_tensor(layout.position).to(state.device)
+        row = position[:, torch.as_tensor(queries.numbers[chosen]).to(state.device).long()]
+        causal = (row[:, None, :, None] >= position[:, None, None]) & (position >= 0)[:, None, None]
         for group in program.groups:
-            out[:, list(group.heads)] = tokens.rows(group.expr, group.heads, chosen)
+            own = tuple(h for h in asked if h in group.heads)
+            if own:
+                mask = state.values([group.expr], own, order, keys).of(group.expr)
+                out[:, [asked.index(h) for h in own]] = mask & causal
         return out
+
+    def verify(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: int = 64, seed: int = 0, return_lse: bool = False
+    ) -> Verification:
+        """Whether this plan computes what its spec means, on samples, at any length.
+
+        Recomputes ``rows`` query rows of every head in float64 under the token mask (which follows from the patterns'
+        expressions and selected sets, never from block lists), and counts the pairs that ``rows`` query tiles compute,
+        dealt out over heads and launches: each allowed pair once, no other. At 1M tokens it takes about 2 GB.
+
+        Args:
+            q, k, v: as planned, all finite.
+            seed: of what is sampled. return_lse: check the log-sum-exp as well.
+
+        Returns:
+            The greatest errors, and how much was looked at.
+
+        Raises:
+            VerificationError: an error above rounding, or a pair that is not computed as allowed; it says which.
+            ValueError, TypeError: tensors that the plan was not made for.
+        """
+        if return_lse and not self._backend.lse:
+            raise ValueError(f"return_lse: backend {self.backend!r} does not give it; verify without")
+        return verify(self, q, k, v, rows, seed, return_lse)
 
     @property
     def density(self) -> HeadDensity:
         """Pairs in listed blocks over causal pairs, per head and in all (reads the block counts back)."""
         program, tile = self.program, self.program.tile
         pairs = np.zeros((self.state.batch, program.heads))
-        layout, m = program.layout, program.queries
-        valid = layout.position[:, layout.length - m :]
+        valid = program.queries.take(program.layout.position)
         causal = np.broadcast_to(np.where(valid >= 0, valid + 1.0, 0.0).sum(1)[:, None], (self.state.batch, 1))
         for number, launch in enumerate(program.launches):
             for i, h in enumerate(launch.heads.heads):
                 if h < 0:
                     continue
-                if launch.kind == "dense":
+                if isinstance(launch, DenseLaunch):
                     pairs[:, h] += causal[:, 0]
                 else:
-                    lists = self.state.ready[number].lists
+                    lists = self.state.prepared[number].lists
                     pairs[:, h] += (lists[0] + lists[2])[:, i].sum(-1).cpu().numpy() * float(tile * tile)
         return HeadDensity(pairs / np.maximum(causal, 1.0))
 
@@ -257,23 +192,30 @@ class Plan:
         """(order, BlockMask) of every launch that runs FlexAttention; heads as in ``program.launches[i].heads``."""
         out = []
         for number, launch in enumerate(self.program.launches):
-            if launch.kind != "dense":
-                ready = self.state.ready[number]
+            if not isinstance(launch, DenseLaunch):
+                prepared = self.state.prepared[number]
                 size = (launch.row_slots, launch.key_slots)
-                out.append((launch.label, backends.block_mask(ready.mask_mod, ready.lists, self.program.tile, *size)))
+                mask = backends.block_mask(prepared.mask_mod, prepared.lists, self.program.tile, *size)
+                out.append((launch.label, mask))
         return out
 
+    @property
+    def selections(self) -> dict[str, Tensor]:
+        """What patterns have chosen, by name: sets as bool [B, H, keys] or [B, H, blocks, blocks], numbers as int [B,
+        H], for the heads that have the pattern."""
+        return self.state.selections
+
     def explain(self) -> str:
-        """What was decided and why: expressions, orders with the cost of the alternatives, launches, blocks."""
+        """What was decided and why: expressions, orders with the cost of the alternatives, launches, blocks, steps."""
         from .explain import explain
 
         return explain(self)
 
-    def _repr_html_(self) -> str:
-        from ..plot import plan_html
-
-        return plan_html(self)
-
     def __repr__(self) -> str:
         kinds = ", ".join(launch.label for launch in self.program.launches)
         return f"Plan({self.shape[0]} x {self.shape[1]}, backend={self.backend!r}, launches: {kinds})"
+
+
+def _finite(t: Tensor) -> bool:
+    """Whether all of a tensor is finite. A sum is the quickest look; it may overflow, so only then every entry."""
+    return bool(t.sum(dtype=torch.float32).isfinite()) or bool(t.isfinite().all())

@@ -97,15 +97,15 @@ if triton is not None:
 
 
 def fill_slots(
-    k: Tensor, v: Tensor, out_k: Tensor, out_v: Tensor, source: Tensor, main: int, table: Tensor | None, first: int,
-    last: int,
-) -> None:  # fmt: skip
-    """Slots ``first`` to ``last`` of keys and values: ``out[b, h, s] = src[b, source[h], s]`` below ``main``, from
-    there on ``src[b, source[h], table[b, h, s - main]]``; zero past the last token, and where the table is negative.
+    k: Tensor, v: Tensor, out_k: Tensor, out_v: Tensor, source: Tensor, main: int, table: Tensor | None, first: int = 0
+) -> None:
+    """Slots from ``first`` on of keys and values: ``out[b, h, s] = src[b, source[h], s]`` below ``main``, from there on
+    ``src[b, source[h], table[b, h, s - main]]``; zero past the last token, and where the table is negative.
 
     k, v [B, Hs, N, D], D of either; out_k, out_v [B, H, slots, D], contiguous; source int64 [H]; table int64 [B, H, S]
     (None: nothing is gathered).
     """
+    last = out_k.shape[2]
     if use_triton(k) and k.stride(-1) == v.stride(-1) == 1 and (table is None or table.stride(-1) == 1):
         assert triton is not None
         batch, heads = out_k.shape[:2]

@@ -21,7 +21,7 @@ import torch
 from .snapshot import LaunchInfo, Lists, SlotTokens, Snapshot, snapshot
 
 if TYPE_CHECKING:
-    from .runtime.attention import Plan
+    from ..runtime.plan import Plan
 
 PIXELS = 1000
 """Pixels along the longer side, at most."""
@@ -67,7 +67,7 @@ def mask_raster(
     # token * pixels // tokens, and how many tokens each pixel has
     row_pixel, key_pixel = np.arange(m) * height // max(m, 1), np.arange(n) * width // max(n, 1)
     row_count, key_count = np.bincount(row_pixel, minlength=height), np.bincount(key_pixel, minlength=width)
-    row_last = n - m + np.cumsum(row_count) - 1
+    row_last = snap.query_tokens.numbers[np.cumsum(row_count) - 1] if m else np.empty(0, np.int32)
     key_first = np.cumsum(key_count) - key_count
     later = key_first > row_last[:, None]
     full, partial = np.zeros((height, width)), np.zeros((height, width))
@@ -183,14 +183,14 @@ def allowed_rows(plan: Plan, rows: torch.Tensor) -> torch.Tensor:
     """
     snap, rows = snapshot(plan), rows.cpu()
     layout = snap.layout
-    origin = layout.length - snap.queries
+    row_tokens = snap.query_tokens.numbers[rows.numpy()]
     out = torch.zeros((snap.batch, snap.heads, len(rows), layout.length), dtype=torch.bool)
     for number, launch in enumerate(snap.launches):
         for place, head in enumerate(launch.heads):
             for batch in range(snap.batch if head >= 0 else 0):
                 if launch.kind == "dense":
                     position = torch.as_tensor(layout.position[batch % layout.batch_size])
-                    own = position[origin + rows][:, None]
+                    own = position[row_tokens][:, None]
                     out[batch, head] |= (own >= position) & (position >= 0)
                 else:
                     _add_rows(out[batch, head], plan, snap, number, place, batch, rows)
@@ -219,7 +219,7 @@ def _add_rows(
         found.append(torch.as_tensor(table[(slot // tile).numpy()]).repeat_interleave(tile, 1))
     device = plan.state.device
     b, h, kv = (torch.as_tensor(x, device=device) for x in (batch, place, torch.arange(len(keys))))
-    allowed = plan.state.ready[number].mask_mod(b, h, slot.to(device)[:, None], kv).cpu()
+    allowed = plan.state.prepared[number].mask_mod(b, h, slot.to(device)[:, None], kv).cpu()
     pairs = (found[1] | (found[0] & allowed)) & (keys >= 0)
     row, column = pairs.nonzero(as_tuple=True)
     out[here[row], keys[column]] = True

@@ -1,8 +1,8 @@
 """Planning as one CUDA graph.
 
-Selecting, gathering and listing is thirty to fifty small kernels, which the host takes longer to launch than the device
+Selecting, gathering and listing is thirty to fifty small kernels, which take the host longer to launch than the device
 to run: from the second call of a program on they are replayed at once. Estimates run outside: they read q and k, which
-stand elsewhere at every call. What they find is written to the graph's own tensors, or copied there.
+are at another address at every call. Their results are written to the graph's own tensors, or copied there.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import steps
-from .kernels.memory import using
+from .caches import bounded
+from .classify import Extremes
+from .device import constants_used
+from .planning import after_estimates
+from .state import PlanState, PreparedLaunch
 
 LONGEST = 1 << 18
 """Keys up to which planning is replayed: beyond, the device is the slower one, and the graph would hold memory."""
 
-_NEW, _NEVER = "new", "never"
+_NEW, _SECOND, _NEVER = "new", "second", "never"
+"""What stands for a graph before it is captured, and where none can be."""
 
 
 def stream(device: torch.device) -> int:
@@ -30,54 +34,51 @@ def stream(device: torch.device) -> int:
     return -1 if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
 
 
-def fixed(state: steps.State) -> bool:
+def follows_from_layout(state: PlanState) -> bool:
     """Whether the lists of a program follow from its layout alone (nothing is selected), and are small enough to keep.
     Not while a graph is captured: they would lie in its memory."""
     program = state.program
-    selected = any(op in ("estimate", "select") for op, _ in program.steps("plan"))
-    return not selected and program.layout.length <= LONGEST and stream(state.device) >= 0
+    return not program.leaves and program.layout.length <= LONGEST and stream(state.device) >= 0
 
 
-def replayed(state: steps.State) -> bool:
+def replayed(state: PlanState) -> bool:
     """Does the steps after the estimates by a graph, into ``state``; False where they have to be run one by one.
 
     What ``state`` then holds is overwritten by the next call with this program on the same stream.
     """
     program = state.program
-    if all(op == "estimate" for op, _ in program.steps("plan")):
+    if all(step.op == "estimate" for step in program.graph.planning):
         return False  # nothing is left to do
     current = stream(state.device)
     if state.device.type != "cuda" or program.layout.length > LONGEST or current < 0:
         return False
     key = ("replay", state.device, state.batch, current)
-    held = program.memo.setdefault(key, _NEW)
-    if held is _NEW:  # The first call compiles kernels and moves constants to the device, which no graph may do.
-        program.memo[key] = None
+    replay = program.memo.recall(key, _NEW)
+    if replay is _NEW:  # The first call compiles kernels and moves constants to the device, which no graph may do.
+        program.memo.keep(key, _SECOND)
         return False
-    if held is None:
-        held = program.memo[key] = _captured(state) or _NEVER
-    if held is _NEVER:
-        return False
-    return held.run(state)
+    if replay is _SECOND:
+        replay = program.memo.keep(key, _captured(state) or _NEVER)
+    return False if replay is _NEVER else replay.run(state)
 
 
-def inputs(state: steps.State) -> list[Tensor]:
+def inputs(state: PlanState) -> list[Tensor]:
     """What a graph of this program will read on this stream: estimates may be written there."""
-    held = state.program.memo.get(("replay", state.device, state.batch, stream(state.device)))
-    return held.inputs if isinstance(held, _Replay) else []
+    replay = state.program.memo.recall(("replay", state.device, state.batch, stream(state.device)))
+    return replay.inputs if isinstance(replay, _Replay) else []
 
 
 @dataclasses.dataclass(eq=False)
 class _Replay:
-    """A captured graph, the tensors that it reads (estimates and constants) and what it leaves."""
+    """A captured graph, the estimates that it reads, what it leaves, and what else it reads and has to hold."""
 
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
-    found: dict[str, Tensor]
-    ready: dict[int, steps.Ready]
-    constants: list[Tensor]
+    selections: dict[str, Tensor]
+    prepared: dict[int, PreparedLaunch]
+    kept: list[Any]
 
-    def run(self, state: steps.State) -> bool:
+    def run(self, state: PlanState) -> bool:
         given = _tensors([result for result, _ in state.estimates.values()])
         if given is None or [(t.shape, t.dtype) for t in given] != [(t.shape, t.dtype) for t in self.inputs]:
             return False
@@ -87,20 +88,20 @@ class _Replay:
             sources = [t.clone() if t.untyped_storage().data_ptr() in own else t for _, t in elsewhere]
             torch._foreach_copy_([to for to, _ in elsewhere], sources)
         self.graph.replay()
-        state.found, state.ready = self.found, self.ready
+        state.selections, state.prepared = self.selections, self.prepared
         return True
 
 
-def _captured(state: steps.State) -> _Replay | None:
+def _captured(state: PlanState) -> _Replay | None:
     """A graph of the steps; None where an estimate is not understood, or a pattern does what no graph may do."""
     given = _tensors([result for result, _ in state.estimates.values()])
     if given is None:
         return None
     with torch.inference_mode(False):  # else they could not be written to in another mode
         inputs = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in given]
-    own = steps.State(state.program, state.device, state.batch)
+    own = PlanState(state.program, state.device, state.batch)
     left = list(inputs)
-    own.estimates = {key: (_replaced(result, left), place) for key, (result, place) in state.estimates.items()}
+    own.estimates = {key: (_replaced(result, left), slots) for key, (result, slots) in state.estimates.items()}
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(state.device)
     key = (state.device, current.cuda_stream)
     side, pool, _ = _pools.pop(key, None) or (torch.cuda.Stream(state.device), torch.cuda.graph_pool_handle(), None)
@@ -109,25 +110,29 @@ def _captured(state: steps.State) -> _Replay | None:
         with torch.cuda.stream(side):
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                with using() as constants:
-                    steps.after_estimates(own)
+                with constants_used() as constants:
+                    after_estimates(own)
             finally:
                 graph.capture_end()
     except RuntimeError:  # a selection that reads a value back, say; a pool may be stuck in the capture that failed
         return None
     finally:
         current.wait_stream(side)
-    _pools[key] = side, pool, graph
-    return _Replay(graph, inputs, own.found, own.ready, constants)
+    _pools.keep(key, (side, pool, graph))
+    own.gathered.clear()
+    memos = (*state.program.memo.values(), *state.program.layout.memo.values())
+    kept = [constants, *(entry for entry in memos if isinstance(entry, (Tensor, tuple, Extremes)))]
+    return _Replay(graph, inputs, own.selections, own.prepared, kept)
 
 
-_pools: dict[Any, tuple[torch.cuda.Stream, Any, torch.cuda.CUDAGraph | None]] = {}
+_pools = bounded(64)
 """Device and stream -> where their graphs are captured, the memory that they share, and the last of them, without which
 a pool would end with the programs that it served.
 
-Sharing is safe: a graph finds memory only that nothing held when it was captured. What a replay leaves (`_Replay.found`
-and ``ready``, all that attending reads) is held as long as its graph may be replayed, so no other graph was ever given
-it. What they share is what planning needs in between, and graphs of one stream are replayed one after another."""
+Sharing is safe: a graph finds memory only that nothing held when it was captured. What a replay leaves
+(`_Replay.selections` and ``prepared``, all that attending reads) is held as long as its graph may be replayed, so no
+other graph was ever given it. What they share is what planning needs in between, and graphs of one stream are replayed
+one after another."""
 
 
 def _tensors(value: Any) -> list[Tensor] | None:

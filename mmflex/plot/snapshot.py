@@ -1,7 +1,7 @@
 """A snapshot of a plan: what pictures need of it, as numpy arrays on the host.
 
 `snapshot` wraps a live plan, whose arrays are then read head by head when a picture asks for them;
-`mmflex.plot.load_plan` gives the same from a file. Everything in `mmflex.raster` and `mmflex.plot` is drawn from here,
+`mmflex.plot.load_plan` gives the same from a file. Everything in `mmflex.plot` is drawn from here,
 so it is the one place that knows how a `Plan` keeps its lists.
 """
 
@@ -14,11 +14,21 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from .ir.layout import TokenLayout
-from .ir.pattern import Pattern, Restricted, _Pair
+from ..compiler.launches import BlockLaunch, DenseLaunch, GatheredRows, Launch, ResidueLaunch
+from ..ir.layout import TokenLayout
+from ..ir.pattern import Pattern, Restricted, _Pair
+from ..ir.queries import QueryTokens
 
 if TYPE_CHECKING:
-    from .runtime.attention import Plan
+    from ..runtime.plan import Plan
+
+KINDS: dict[type[Launch], str] = {
+    BlockLaunch: "main",
+    GatheredRows: "rows",
+    ResidueLaunch: "classes",
+    DenseLaunch: "dense",
+}
+"""What snapshots and saved plans call the kinds of launches."""
 
 Lists = tuple[np.ndarray, np.ndarray]
 """The blocks of one head in one launch: how many each row of blocks lists, int32 ``[row blocks]``, and the key blocks
@@ -40,7 +50,7 @@ class LaunchInfo:
     """One call of the attention kernel.
 
     Attributes:
-        kind: "main", "rows", "classes" or "dense", as in `mmflex.compiler.plan.Launch`; label: the same for people.
+        kind: one of `KINDS`. label: the same for people.
         rows, keys: names of the token orders.
         heads: query heads, -1 for an empty one.
         row_slots, main_slots: slots for queries, and for keys without the gathered ones.
@@ -95,7 +105,7 @@ class Snapshot:
     Attributes:
         q, k: shapes ``(B, H, M, D)`` and ``(B, Hkv, N, D)``.
         tile: tokens per block. backend, note: as in `Plan`.
-        layout: of the N keys.
+        layout: of the N keys. query_tokens: which of them the M queries are.
         patterns, families: of each query head, as text (see `family`).
         density: float ``[B, H]``, pairs in listed blocks over causal pairs.
         live: the plan that it was taken from, None if it was loaded.
@@ -107,6 +117,7 @@ class Snapshot:
     backend: str
     note: str
     layout: TokenLayout
+    query_tokens: QueryTokens
     patterns: tuple[str, ...]
     families: tuple[str, ...]
     density: np.ndarray
@@ -128,7 +139,7 @@ class Snapshot:
 
     @property
     def queries(self) -> int:
-        """M; they are the last M of the N tokens."""
+        """M."""
         return self.q[2]
 
     @property
@@ -169,7 +180,7 @@ class Snapshot:
         return f"Snapshot({self.q} x {self.k}, backend={self.backend!r}, launches: {kinds})"
 
     def _repr_html_(self) -> str:
-        from .plot.html import plan_html
+        from .html import plan_html
 
         return plan_html(self)
 
@@ -182,16 +193,16 @@ def snapshot(plan: Plan | Snapshot) -> Snapshot:
     patterns: list[Pattern] = [next(g.pattern for g in program.groups if h in g.heads) for h in range(program.heads)]
     launches = tuple(
         LaunchInfo(
-            launch.kind,
+            KINDS[type(launch)],
             launch.label,
             launch.rows.label,
             launch.keys.label,
             launch.heads.heads,
             launch.row_slots,
             launch.keys.slots,
-            launch.section,
-            dict(launch.section_slot),
-            launch.kind == "main" and launch.rows.label == launch.keys.label == "natural",
+            launch.section if isinstance(launch, BlockLaunch) else 0,
+            dict(launch.section_slot) if isinstance(launch, BlockLaunch) else {},
+            isinstance(launch, BlockLaunch) and launch.rows.natural and launch.keys.natural,
         )
         for launch in program.launches
     )
@@ -201,6 +212,7 @@ def snapshot(plan: Plan | Snapshot) -> Snapshot:
         plan.backend,
         plan.note,
         plan.layout,
+        program.queries,
         tuple(str(p) for p in patterns),
         tuple(family(p) for p in patterns),
         plan.density.heads,
@@ -217,27 +229,28 @@ class _Live:
     plan: Plan
 
     def lists(self, number: int, place: int, batch: int) -> tuple[Lists, Lists]:
-        tables = self.plan.state.ready[number].lists
+        tables = self.plan.state.prepared[number].lists
         few, columns, whole, all_columns = (t[min(batch, t.shape[0] - 1), place].cpu().numpy() for t in tables)
         return _listed(few, columns), _listed(whole, all_columns)
 
     def tokens(self, number: int, place: int, batch: int) -> SlotTokens:
-        launch, ready = self.plan.program.launches[number], self.plan.state.ready[number]
+        launch, prepared = self.plan.program.launches[number], self.plan.state.prepared[number]
         layout_row = batch % self.plan.layout.batch_size
-        if ready.row_index is not None:
-            rows = ready.row_index[batch, place].cpu().numpy().astype(np.int64)
-            if ready.row_count is not None:
-                rows[int(ready.row_count[batch, place]) :] = -1
+        if prepared.row_index is not None:
+            rows = prepared.row_index[batch, place].cpu().numpy().astype(np.int64)
+            if prepared.row_count is not None:
+                rows[int(prepared.row_count[batch, place]) :] = -1
         else:
             rows = launch.rows.index[layout_row].astype(np.int64)
-        if ready.key_index is not None:
-            keys = _first(ready.key_index[batch, place].cpu().numpy())
+        if prepared.key_index is not None:
+            keys = _first(prepared.key_index[batch, place].cpu().numpy())
         else:
             keys = launch.keys.index[layout_row].astype(np.int64)
         own = None
         head = launch.heads.heads[place]
-        if head in launch.table_slot and ready.section_table is not None:
-            own = ready.section_table[batch, launch.table_slot[head]].cpu().numpy().astype(np.int64)
+        table = prepared.section_table
+        if isinstance(launch, BlockLaunch) and head in launch.table_slot and table is not None:
+            own = table[batch, launch.table_slot[head]].cpu().numpy().astype(np.int64)
         return SlotTokens(rows, keys, own)
 
     def allowed(self, head: int, batch: int) -> np.ndarray | None:
