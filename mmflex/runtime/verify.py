@@ -34,7 +34,7 @@ OUTPUT_ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 SCORE_ROUNDING = 1.2e-7
 """Added to it in float32 for every unit of the greatest score: a score of 100 is itself known only to 1.2e-5."""
 
-ROW_FACTOR = 10
+ROW_FACTOR = 5
 """How much more a single row may err than all rows of a head: rounding errors differ from row to row, while a lost or
 doubled key among a thousand shows as several per cent."""
 
@@ -329,6 +329,16 @@ def head_launches(plan: Plan, b: int, head: int) -> list[HeadLaunch]:
     return out
 
 
+def rows_computing(launch: HeadLaunch, token: int, tile: int) -> Tensor:
+    """bool [M]: the queries whose tile lists a block that holds a token's key, whether they see it or not."""
+    blocks = torch.nonzero(launch.token == token)[:, 0] // tile
+    tiles = torch.zeros(len(launch.partial[0]), dtype=torch.bool, device=launch.token.device)
+    for counts, index in (launch.partial, launch.full):
+        listed = torch.arange(index.shape[-1], device=index.device) < counts[:, None]
+        tiles |= (listed & torch.isin(index, blocks)).any(-1)
+    return (launch.slot_of >= 0) & tiles[launch.slot_of.clamp(min=0) // tile]
+
+
 def verify_lists(plan: Plan, tiles: int, draw: random.Random) -> int:
     """Counts the pairs that so many query tiles compute, over all heads, prompts and launches in turn.
 
@@ -401,16 +411,19 @@ def _computed_by(plan: Plan, b: int, head: int, launch: HeadLaunch, rows: Tensor
         return (valid & valid[numbers][:, None] & (torch.arange(n, device=rows.device) <= numbers[:, None])).int()
     where = f"{launch.label}, head {head} of prompt {b}"
     for kind, (counts, index) in (("partial", launch.partial), ("full", launch.full)):
-        width, key_tiles = index.shape[-1], len(launch.token) // tile
+        key_tiles = len(launch.token) // tile
+        width = int(torch.where(slot >= 0, counts[slot.clamp(min=0) // tile], 0).max())
+        if width > index.shape[-1]:
+            raise VerificationError(f"{where}: {width} {kind} blocks in a list that is {index.shape[-1]} wide")
         step = max(1, _PAIRS // max(1, width * tile))
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
             at = slot[part].clamp(min=0)
             listed = torch.arange(width, device=at.device) < counts[at // tile, None]
             listed &= (slot[part] >= 0)[:, None]
-            block = torch.where(listed, index[at // tile], 0).long()
-            if bool((counts[at // tile] > width).any()) or bool(((block < 0) | (block >= key_tiles)).any()):
-                raise VerificationError(f"{where}: a list of {kind} blocks passes its width or its {key_tiles} tiles")
+            block = torch.where(listed, index[at // tile, :width], 0).long()
+            if bool(((block < 0) | (block >= key_tiles)).any()):
+                raise VerificationError(f"{where}: a list of {kind} blocks names one beyond its {key_tiles} key tiles")
             key = (block[..., None] * tile + torch.arange(tile, device=at.device)).flatten(1)
             computed = listed.repeat_interleave(tile, 1)
             if kind == "partial":

@@ -1,0 +1,115 @@
+"""What a check has found: rows, and the machine and sources that it ran on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..compiler.constants import device_name
+from .worker import NOT_RUN, OK
+
+PACKAGES = ("torch", "triton", "flash-attn-4", "transformers", "numpy", "sympy")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Attributes:
+    rows: one dictionary for each check: ``group``, ``name``, its settings, ``verdict`` ("ok", "not run: ..." or what is
+        wrong), ``seconds``, ``kernels`` (compiled), and what was measured (``error``, ``lse_error``, ``bound``, ...).
+    facts: versions, ``device``, ``source`` (`source_hash`), ``seconds``.
+    """
+
+    rows: list[dict[str, Any]]
+    facts: dict[str, Any]
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["verdict"] != OK and not row["verdict"].startswith(NOT_RUN)]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong. Checks that this device has too little memory for are not run, and not wrong."""
+        return not self.failed
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.facts, "passed": len(self.rows) - len(self.failed), "failed": len(self.failed), "rows": self.rows}
+
+    def save(self, path: Path | str) -> None:
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", "utf-8")
+
+    def __str__(self) -> str:
+        lines = [f"{'checks':22} {'backend':10} {'ran':>5} {'wrong':>6} {'worst error, share of its bound':>32} "
+                 f"{'log-sum-exp':>12} {'kernels':>8}"]  # fmt: skip
+        kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in self.rows:
+            what = row["work"] if row["group"] == "lowerings" else row["group"]
+            kinds.setdefault((what, row.get("backend", "")), []).append(row)
+        lines += [_line(what, backend, rows) for (what, backend), rows in kinds.items()]
+        for row in self.rows:
+            if row["verdict"] != OK:
+                lines += ["", f"{row['group']}: {row['name']}", f"    {row['verdict']}"]
+        right = sum(row["verdict"] == OK for row in self.rows)
+        versions = ", ".join(f"{name} {self.facts[name]}" for name in PACKAGES[:4] if self.facts.get(name))
+        lines += ["", f"{self.facts['device']}; {versions}; source {self.facts['source'][:12]}",
+                  f"{right} right, {len(self.failed)} wrong, {len(self.rows) - right - len(self.failed)} not run, "
+                  f"in {self.facts['seconds']:.0f} s"]  # fmt: skip
+        return "\n".join(lines)
+
+
+def _line(what: str, backend: str, rows: list[dict[str, Any]]) -> str:
+    ran = [row for row in rows if not row["verdict"].startswith(NOT_RUN)]
+    wrong = sum(row["verdict"] != OK for row in ran)
+    measured = [row for row in ran if row.get("error") is not None and row.get("bound")]
+    worst = max(measured, key=lambda row: row["error"] / row["bound"], default=None)
+    error = "-" if worst is None else f"{worst['error']:.1e}, {worst['error'] / worst['bound']:.0%}"
+    sums = [row["lse_error"] for row in ran if row.get("lse_error") is not None]
+    lse = f"{max(sums):.1e}" if sums else "-"
+    kernels = sum(row.get("kernels") or 0 for row in rows)
+    return f"{what:22} {backend:10} {len(ran):5} {wrong:6} {error:>32} {lse:>12} {kernels:8}"
+
+
+def facts(device: str) -> dict[str, Any]:
+    """Where a check runs, and what."""
+    import mmflex
+
+    versions: dict[str, Any] = {"mmflex": mmflex.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"device": device_name(device), "cores": cores(), "source": source_hash(), **versions}
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def source_hash() -> str:
+    """SHA-256 of the sources that run: for every ``*.py`` under mmflex/ and mask_builders/, sorted by its path from the
+    folder that holds them (``mmflex/ir/expr.py``): the path, a NUL byte, the file, a NUL byte."""
+    import mask_builders
+    import mmflex
+
+    files: dict[str, Path] = {}
+    for package in (mmflex, mask_builders):
+        folder = Path(str(package.__file__)).resolve().parent
+        files |= {path.relative_to(folder.parent).as_posix(): path for path in folder.rglob("*.py")}
+    digest = hashlib.sha256()
+    for part in _parts(files):
+        digest.update(part + b"\0")
+    return digest.hexdigest()
+
+
+def _parts(files: dict[str, Path]) -> Iterable[bytes]:
+    for name in sorted(files):
+        yield name.encode()
+        yield files[name].read_bytes()

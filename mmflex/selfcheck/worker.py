@@ -1,0 +1,48 @@
+"""One process that runs checks: jobs come in as lines of JSON, results go out as lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from typing import Any
+
+OK, NOT_RUN = "ok", "not run"
+
+
+def result(group: str, settings: dict[str, Any], device: str) -> dict[str, Any]:
+    """Runs one check: what its group found, with ``verdict``: "ok", "not run: why", or what is wrong."""
+    from ..runtime import backends
+    from ..runtime.verify import VerificationError
+    from .groups import GROUPS
+    from .jobs import NotRun
+
+    begin, kernels, facts = time.perf_counter(), backends.compiles, {}
+    try:
+        facts = GROUPS[group].run(settings, device)
+        verdict = OK
+    except NotRun as reason:
+        verdict = f"{NOT_RUN}: {reason}"
+    except VerificationError as wrong:
+        verdict = f"WRONG: {wrong}"
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"{type(error).__name__}: {error}"[:600]
+        verdict = f"FAILED: {message} ({os.path.basename(where.filename)}:{where.lineno})"
+    seconds = round(time.perf_counter() - begin, 2)
+    return {**facts, "verdict": verdict, "seconds": seconds, "kernels": backends.compiles - kernels}
+
+
+def main() -> None:
+    """Reads ``{"group", "settings", "device"}`` lines until there are no more."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever else prints is no answer
+    for line in sys.stdin:
+        asked = json.loads(line)
+        print(json.dumps(result(asked["group"], asked["settings"], asked["device"])), file=answers)
+
+
+if __name__ == "__main__":
+    main()
