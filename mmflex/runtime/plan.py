@@ -146,7 +146,7 @@ class Plan:
         return out
 
     def verify(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: int = 64, seed: int = 0, return_lse: bool = False
+        self, q: Tensor, k: Tensor, v: Tensor, rows: int = 64, seed: int = 0, lse: bool = False
     ) -> Verification:
         """Whether this plan computes what its spec means, on samples, at any length.
 
@@ -156,7 +156,7 @@ class Plan:
 
         Args:
             q, k, v: as planned, all finite.
-            seed: of what is sampled. return_lse: check the log-sum-exp as well.
+            seed: of what is sampled. lse: check the log-sum-exp as well.
 
         Returns:
             The greatest errors, and how much was looked at.
@@ -165,9 +165,9 @@ class Plan:
             VerificationError: an error above rounding, or a pair that is not computed as allowed; it says which.
             ValueError, TypeError: tensors that the plan was not made for.
         """
-        if return_lse and not self._backend.lse:
-            raise ValueError(f"return_lse: backend {self.backend!r} does not give it; verify without")
-        return verify(self, q, k, v, rows, seed, return_lse)
+        if lse and not self._backend.lse:
+            raise ValueError(f"lse: backend {self.backend!r} returns no log-sum-exp; verify without")
+        return verify(self, q, k, v, rows, seed, lse)
 
     @property
     def density(self) -> HeadDensity:

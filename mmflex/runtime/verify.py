@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -87,26 +88,33 @@ def verify(plan: Plan, q: Tensor, k: Tensor, v: Tensor, rows: int = 64, seed: in
         return Verification(0.0, 0.0, 0.0 if lse else None, _output_bound(q.dtype, 0.0), 0, 0)
     draw = random.Random(seed)
     blocks = verify_lists(plan, rows, draw)
-    chosen = sampled_rows(q.shape[2], rows, plan.program.tile, draw)
+    chosen = sampled_rows(plan, rows, draw)
     with torch.no_grad():
         out, sums = plan._attend(q, k, v, lse)
     index = torch.as_tensor(chosen).to(q.device)
     part = out.index_select(2, index), None if sums is None else sums.index_select(2, index)
     masks = _RowMasks(plan, chosen)
     measured = measure(q.index_select(2, index), k, v, masks, plan.scale, part[0], part[1] if lse else None)
-    measured.judge(q.dtype, chosen)
+    measured.judge(plan, q.dtype, chosen)
     shown = measured.lse_error if lse else None
     count = len(chosen) * q.shape[0] * q.shape[1]
     return Verification(measured.output_error, measured.row_error, shown, measured.bound(q.dtype), count, blocks)
 
 
-def sampled_rows(m: int, rows: int, tile: int, draw: random.Random) -> np.ndarray:
-    """Query numbers to look at, ascending: the first, the last, those around the first tile edge, and any."""
+def sampled_rows(plan: Plan, rows: int, draw: random.Random) -> np.ndarray:
+    """Query numbers to look at, ascending: the first, the last, those around the first tile edge, some of the few that
+    launches gather (any sample would seldom meet one), and any."""
+    m, tile = plan.program.queries.count, plan.program.tile
     if rows >= m:
         return np.arange(m)
-    edges = [row for row in dict.fromkeys((m - 1, 0, tile - 1, tile)) if row < m][:rows]
-    rest = [row for row in draw.sample(range(m), min(m, rows + len(edges))) if row not in edges]
-    return np.array(sorted((edges + rest)[:rows]), np.int64)
+    chosen = [row for row in (m - 1, 0, tile - 1, tile) if row < m]
+    heads = [h for launch in plan.program.launches if isinstance(launch, GatheredRows) for h in launch.heads.real]
+    for head in draw.sample(heads, min(len(heads), max(1, rows // 8))):
+        for launch in head_launches(plan, draw.randrange(plan.state.batch), head):
+            gathered = torch.nonzero(launch.slot_of >= 0)[:, 0].tolist() if launch.replaces else []
+            chosen += draw.sample(gathered, min(len(gathered), 2))
+    chosen += draw.sample(range(m), rows)
+    return np.array(sorted(list(dict.fromkeys(chosen))[:rows]), np.int64)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -151,7 +159,7 @@ class Measured:
     def bound(self, dtype: torch.dtype) -> float:
         return _output_bound(dtype, self.greatest)
 
-    def judge(self, dtype: torch.dtype, rows: np.ndarray | None = None) -> None:
+    def judge(self, plan: Plan, dtype: torch.dtype, rows: np.ndarray | None = None) -> None:
         """VerificationError where an error is more than rounding. ``rows``: the query number of each row."""
         bound = self.bound(dtype)
         for what, errors, most in (
@@ -163,19 +171,13 @@ class Measured:
                 continue
             flat = int(torch.where(errors.isnan(), math.inf, errors).argmax())
             b, h, *row = (int(i) for i in np.unravel_index(flat, errors.shape))
-            where = f"head {h} of prompt {b}"
-            if row:
-                where = f"query {row[0] if rows is None else rows[row[0]]} of {where}"
-            else:
-                where += f" (worst query {self._worst(b, h, rows)})"
+            query = row[0] if row else int(self.row_errors[b, h].nan_to_num(math.inf).argmax())
+            query = query if rows is None else int(rows[query])
             raise VerificationError(
-                f"{where}: the {what} is off by {float(errors.flatten()[flat]):.2e}, where rounding in "
+                f"{head_name(plan, b, h)}: the {what} is off by {float(errors.flatten()[flat]):.1e} "
+                f"({'' if row else 'all rows together, most '}in query {query}), where rounding in "
                 f"{str(dtype).removeprefix('torch.')} stays below {most:.1e}"
             )
-
-    def _worst(self, b: int, h: int, rows: np.ndarray | None) -> int:
-        row = int(self.row_errors[b, h].nan_to_num(math.inf).argmax())
-        return row if rows is None else int(rows[row])
 
 
 def _output_bound(dtype: torch.dtype, greatest: float) -> float:
@@ -288,6 +290,12 @@ class HeadLaunch:
     allows: Callable[[Tensor, Tensor], Tensor]
 
 
+def head_name(plan: Plan, b: int, head: int) -> str:
+    """As errors call a head of a prompt."""
+    pattern = next(group.pattern for group in plan.program.groups if head in group.heads)
+    return f"head {head} of prompt {b}, {pattern}"
+
+
 def head_launches(plan: Plan, b: int, head: int) -> list[HeadLaunch]:
     """The launches that compute a head of a prompt."""
     out = []
@@ -305,7 +313,7 @@ def head_launches(plan: Plan, b: int, head: int) -> list[HeadLaunch]:
         if prepared.row_index is not None and prepared.row_count is not None:
             own = prepared.row_index[b, i, : int(prepared.row_count[b, i])]
             if len(own.unique()) != len(own):
-                raise VerificationError(f"{launch.label}, head {head} of prompt {b}: a query is gathered twice")
+                raise VerificationError(f"{head_name(plan, b, head)}: {launch.label} holds a query twice")
             slot_of = torch.full((m,), -1, dtype=torch.int64, device=device)
             slot_of[own] = torch.arange(len(own), device=device)
         token = torch.full((launch.key_slots,), -1, dtype=torch.int64, device=device)
@@ -366,7 +374,8 @@ def verify_lists(plan: Plan, tiles: int, draw: random.Random) -> int:
 def _sampled_tiles(
     plan: Plan, tiles: int, draw: random.Random
 ) -> Iterator[tuple[int, int, list[HeadLaunch], HeadLaunch, int]]:
-    """(prompt, head, its launches, one of them, a query tile of that one with queries in it), up to ``tiles``."""
+    """(prompt, head, its launches, one of them, a query tile of that one with queries in it): at least one tile for
+    every kind of launch, ``tiles`` if there are so many."""
     turns = []
     for b in range(plan.state.batch):
         for head in range(plan.program.heads):
@@ -378,6 +387,13 @@ def _sampled_tiles(
                     draw.shuffle(left)
                     turns.append((b, head, launches, launch, left))
     draw.shuffle(turns)
+    before: Counter[str] = Counter()  # turns of each kind of launch: the kinds take turns
+    rank = []
+    for turn in turns:
+        rank.append(before[turn[3].label])
+        before[turn[3].label] += 1
+    turns = [turns[i] for i in sorted(range(len(turns)), key=rank.__getitem__)]
+    tiles = max(tiles, len(before))
     while turns:
         for turn in tuple(turns):
             if not turn[4]:
@@ -409,12 +425,12 @@ def _computed_by(plan: Plan, b: int, head: int, launch: HeadLaunch, rows: Tensor
         numbers = torch.as_tensor(plan.program.queries.numbers).to(rows.device)[rows]
         valid = torch.as_tensor(plan.layout.valid[b % plan.layout.batch_size]).to(rows.device)
         return (valid & valid[numbers][:, None] & (torch.arange(n, device=rows.device) <= numbers[:, None])).int()
-    where = f"{launch.label}, head {head} of prompt {b}"
+    where = f"{head_name(plan, b, head)}: {launch.label}"
     for kind, (counts, index) in (("partial", launch.partial), ("full", launch.full)):
         key_tiles = len(launch.token) // tile
         width = int(torch.where(slot >= 0, counts[slot.clamp(min=0) // tile], 0).max())
         if width > index.shape[-1]:
-            raise VerificationError(f"{where}: {width} {kind} blocks in a list that is {index.shape[-1]} wide")
+            raise VerificationError(f"{where} lists {width} {kind} blocks in a table that is {index.shape[-1]} wide")
         step = max(1, _PAIRS // max(1, width * tile))
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
@@ -423,14 +439,14 @@ def _computed_by(plan: Plan, b: int, head: int, launch: HeadLaunch, rows: Tensor
             listed &= (slot[part] >= 0)[:, None]
             block = torch.where(listed, index[at // tile, :width], 0).long()
             if bool(((block < 0) | (block >= key_tiles)).any()):
-                raise VerificationError(f"{where}: a list of {kind} blocks names one beyond its {key_tiles} key tiles")
+                raise VerificationError(f"{where} lists a {kind} block beyond its {key_tiles} key tiles")
             key = (block[..., None] * tile + torch.arange(tile, device=at.device)).flatten(1)
             computed = listed.repeat_interleave(tile, 1)
             if kind == "partial":
                 computed &= launch.allows(at[:, None], key)
             token = launch.token[key]
             if bool((computed & (token < 0)).any()):
-                raise VerificationError(f"{where}: {kind} blocks compute pairs with key slots that hold no key of its")
+                raise VerificationError(f"{where} computes pairs with key slots that hold no key, in {kind} blocks")
             count[part].scatter_add_(1, token.clamp(min=0), computed.int())
     return count
 
@@ -445,7 +461,7 @@ def _difference(
     by = {one.label: int(_computed_by(plan, b, head, one, query)[0, key]) for one in launches}
     times = ", ".join(f"{label}: {count}" for label, count in by.items())
     return (
-        f"head {head} of prompt {b}: {len(wrong)} pairs of a query tile are not computed exactly as allowed, first query "
+        f"{head_name(plan, b, head)}: {len(wrong)} pairs of a query tile are not computed exactly as allowed, first query "
         f"{int(query)} with key {key}, which is {'allowed' if bool(allowed[row, key]) else 'forbidden'} and computed "
         f"{int(computed[row, key])} times ({times})"
     )

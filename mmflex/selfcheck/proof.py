@@ -60,7 +60,7 @@ def prove(case: Case, device: str) -> dict[str, Any]:
         return mask[:, heads, first:last]
 
     measured = measure(q, k, v, masks, scale, out, lse)
-    measured.judge(DTYPES[case.dtype])
+    measured.judge(plan, DTYPES[case.dtype])
     return {
         "error": measured.output_error,
         "row_error": measured.row_error,
