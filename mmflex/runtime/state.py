@@ -15,7 +15,7 @@ from ..compiler.orders import TokenOrder
 from ..compiler.program import Program
 from ..compiler.terms import selected_names
 from ..ir.pattern import EstimateFrom, Scope, View
-from .backends import Lists
+from .backends import BlockLists
 from .classify import Values
 from .device import index_constant
 from .masks import MaskMod
@@ -33,7 +33,7 @@ class PreparedLaunch:
             none); a head's own is number ``launch.table_slot[head]``.
     """
 
-    lists: Lists
+    lists: BlockLists
     mask_mod: MaskMod
     row_index: Tensor | None = None
     row_count: Tensor | None = None

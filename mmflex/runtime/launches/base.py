@@ -13,7 +13,7 @@ from torch import Tensor
 from ...compiler.launches import BlockLaunch, Launch
 from ...compiler.orders import NEVER
 from ...ir import expr as x
-from ..backends import Lists
+from ..backends import BlockLists
 from ..classify import Extremes, Values, block_test, everything, slot_attribute
 from ..kernels.lists import list_blocks, writes_triton
 from ..kernels.rows import fill_slots, put_rows, take_rows
@@ -51,11 +51,11 @@ class BlockLister:
         index = (self.state.index(numbers, torch.int32) for numbers in (slots, first))
         list_blocks(test, ends, self.table, self.counts, self.fits, *index)
 
-    def done(self) -> Lists:
+    def done(self) -> BlockLists:
         """The lists. A loud error where something does not fit (on CUDA when the device gets there), never a dropped
         block."""
         torch._assert_async(self.fits, OVERFLOW)
-        return self.counts[0], self.table[0], self.counts[1], self.table[1]
+        return BlockLists(self.counts[0], self.table[0], self.counts[1], self.table[1])
 
 
 def slot_positions(state: PlanState, launch: Launch) -> tuple[Tensor, Tensor]:
