@@ -128,9 +128,9 @@ class Case:
         return self.lse == "lse"
 
     @property
-    def scale_value(self) -> float | None:
+    def scale_value(self) -> float:
         usual = SHAPES[self.shape][2] ** -0.5
-        return {"usual": None, "negative": -usual, "zero": 0.0}[self.scale]
+        return {"usual": usual, "negative": -usual, "zero": 0.0}[self.scale]
 
     @property
     def batch(self) -> int:

@@ -40,8 +40,8 @@ def prove(case: Case, device: str) -> dict[str, Any]:
     heads = SHAPES[case.shape][0]
     q, k, v = tensors(case, device)
     plan = attention.plan(
-        q, k, work.spec(heads), layout=layout, scale=case.scale_value, backend=case.backend, lowering=work.lowering,
-        query_positions=queries.tolist(),
+        q, k, work.spec(heads), layout=layout, scale=None if case.scale == "usual" else case.scale_value,
+        backend=case.backend, lowering=work.lowering, query_positions=queries.tolist(),
     )  # fmt: skip
     launches = [launch.label + ("" if launch.compares else " (looked up)") for launch in plan.program.launches]
     _check_lowering(plan, work)
@@ -54,12 +54,11 @@ def prove(case: Case, device: str) -> dict[str, Any]:
         raise VerificationError(f"the output is {out.dtype} {list(out.shape)} for q {q.dtype} {list(q.shape)}")
     if bool(out[~mask.any(-1)].any()):
         raise VerificationError("rows without a key are not 0")
-    scale = plan.scale
 
     def masks(heads: list[int], first: int, last: int) -> Tensor:
         return mask[:, heads, first:last]
 
-    measured = measure(q, k, v, masks, scale, out, lse)
+    measured = measure(q, k, v, masks, case.scale_value, out, lse)
     measured.judge(plan, DTYPES[case.dtype])
     return {
         "error": measured.output_error,

@@ -22,7 +22,7 @@ PACKAGES = ("torch", "triton", "flash-attn-4", "transformers", "numpy", "sympy")
 class Report:
     """Attributes:
     rows: one dictionary for each check: ``group``, ``name``, its settings, ``verdict`` ("ok", "not run: ..." or what is
-        wrong), ``seconds``, ``kernels`` (compiled), and what was measured (``error``, ``lse_error``, ``bound``, ...).
+        wrong), ``seconds``, ``cpu_seconds``, ``kernels`` (compiled), and what was measured (``error``, ``lse_error``, ...).
     facts: versions, ``device``, ``source`` (`source_hash`), ``seconds``.
     """
 
@@ -45,13 +45,14 @@ class Report:
         Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", "utf-8")
 
     def __str__(self) -> str:
-        lines = [f"{'checks':22} {'backend':10} {'ran':>5} {'wrong':>6} {'worst error, share of its bound':>32} "
+        lines = [f"{'checks':22} {'backend':10} {'ran':>5} {'wrong':>6} {'largest error':>14} {'of its bound':>13} "
                  f"{'log-sum-exp':>12} {'kernels':>8}"]  # fmt: skip
-        kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for row in self.rows:
-            what = row["work"] if row["group"] == "lowerings" else row["group"]
-            kinds.setdefault((what, row.get("backend", "")), []).append(row)
-        lines += [_line(what, backend, rows) for (what, backend), rows in kinds.items()]
+        for kind in summary(self.rows):
+            error = "-" if kind.error is None else f"{kind.error:.1e}"
+            share = "-" if kind.share is None else f"{kind.share:.0%}"
+            lse = "-" if kind.lse_error is None else f"{kind.lse_error:.1e}"
+            lines.append(f"{kind.what:22} {kind.backend:10} {kind.ran:5} {kind.wrong:6} {error:>14} {share:>13} "
+                         f"{lse:>12} {kind.kernels:8}")  # fmt: skip
         for row in self.rows:
             if row["verdict"] != OK:
                 lines += ["", f"{row['group']}: {row['name']}", f"    {row['verdict']}"]
@@ -63,16 +64,43 @@ class Report:
         return "\n".join(lines)
 
 
-def _line(what: str, backend: str, rows: list[dict[str, Any]]) -> str:
+@dataclass(frozen=True)
+class Kind:
+    """Checks of one kind on one backend.
+
+    Attributes:
+        what: the work, or the group. ran, wrong: how many. kernels: compiled for them.
+        error: the output error that is the largest share of what rounding may do, and that ``share``.
+        lse_error: the largest of the log-sum-exps. None where nothing was measured.
+    """
+
+    what: str
+    backend: str
+    ran: int
+    wrong: int
+    error: float | None
+    share: float | None
+    lse_error: float | None
+    kernels: int
+
+
+def summary(rows: Iterable[dict[str, Any]]) -> list[Kind]:
+    """Rows of a report by kind of check and backend, in their order."""
+    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        what = row["work"] if row["group"] == "lowerings" else row["group"]
+        kinds.setdefault((what, row.get("backend", "-")), []).append(row)
+    return [_kind(what, backend, own) for (what, backend), own in kinds.items()]
+
+
+def _kind(what: str, backend: str, rows: list[dict[str, Any]]) -> Kind:
     ran = [row for row in rows if not row["verdict"].startswith(NOT_RUN)]
-    wrong = sum(row["verdict"] != OK for row in ran)
-    measured = [row for row in ran if row.get("error") is not None and row.get("bound")]
-    worst = max(measured, key=lambda row: row["error"] / row["bound"], default=None)
-    error = "-" if worst is None else f"{worst['error']:.1e}, {worst['error'] / worst['bound']:.0%}"
+    measured = [(row["error"] / row["bound"], row["error"]) for row in ran if row.get("bound")]
+    share, error = max(measured, default=(None, None))
     sums = [row["lse_error"] for row in ran if row.get("lse_error") is not None]
-    lse = f"{max(sums):.1e}" if sums else "-"
-    kernels = sum(row.get("kernels") or 0 for row in rows)
-    return f"{what:22} {backend:10} {len(ran):5} {wrong:6} {error:>32} {lse:>12} {kernels:8}"
+    kernels = sum(row["kernels"] or 0 for row in rows)
+    wrong = sum(row["verdict"] != OK for row in ran)
+    return Kind(what, backend, len(ran), wrong, error, share, max(sums, default=None), kernels)
 
 
 def facts(device: str) -> dict[str, Any]:

@@ -175,7 +175,7 @@ class _Process:
         status = process.wait()
         self._forget()
         reason = f"no answer in {JOB_SECONDS} s" if late else f"its process ended with status {status}"
-        return {"verdict": f"FAILED: {reason}; {self._last_words()}", "seconds": None, "kernels": None}
+        return {"verdict": f"FAILED: {reason}; {self._last_words()}", "seconds": None, "cpu_seconds": None, "kernels": None}
 
     def _begun(self) -> subprocess.Popen[str]:
         paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
