@@ -226,7 +226,8 @@ def test_a_check_and_its_report(tmp_path: Path) -> None:
     assert {"error", "lse_error", "bound", "launches", "seconds", "kernels"} <= set(found.rows[0])
     assert "1 right, 0 wrong, 0 not run" in str(found)
     path = tmp_path / "check.json"
-    result = CliRunner().invoke(app, ["check", "--backend", "reference", "--only", "blocks, plain", "--json", str(path)])
+    arguments = ["check", "--backend", "reference", "--only", "blocks, plain", "--json", str(path)]
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "1 right, 0 wrong" in result.output
     data = json.loads(path.read_text())
@@ -234,8 +235,8 @@ def test_a_check_and_its_report(tmp_path: Path) -> None:
     assert {"device", "python", "triton", "transformers", "flash-attn-4", "seconds", "cores"} <= set(data)
     assert data["source"] == _hash_by_hand()
     assert (data["passed"], data["failed"], len(data["rows"])) == (1, 0, 1)
-    wrong = selfcheck.Report([{**found.rows[0], "verdict": "WRONG: no"}, {**found.rows[0], "verdict": "not run: small"}],
-                             found.facts)  # fmt: skip
+    rows = [{**found.rows[0], "verdict": verdict} for verdict in ("WRONG: no", "not run: small")]
+    wrong = selfcheck.Report(rows, found.facts)
     assert not wrong.ok
     assert "0 right, 1 wrong, 1 not run" in str(wrong)
     assert report.summary(wrong.rows)[0].wrong == 1

@@ -147,9 +147,7 @@ class Plan:
                 out[:, [asked.index(h) for h in own]] = mask & causal
         return out
 
-    def verify(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: int = 64, seed: int = 0, lse: bool = False
-    ) -> Verification:
+    def verify(self, q: Tensor, k: Tensor, v: Tensor, rows: int = 64, seed: int = 0, lse: bool = False) -> Verification:
         """Whether this plan computes what its spec means, on samples, at any length.
 
         Recomputes ``rows`` query rows of every head in float64 under the token mask (which follows from the patterns'

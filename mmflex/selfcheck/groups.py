@@ -1,4 +1,4 @@
-"""The groups of checks. A new one is a module with ``jobs`` and ``run`` (`mmflex.selfcheck.jobs.Group`), listed here."""
+"""The groups of checks. A new one is a module with ``jobs`` and ``run`` (`jobs.Group`), listed here."""
 
 from __future__ import annotations
 

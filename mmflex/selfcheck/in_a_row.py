@@ -17,7 +17,8 @@ from ..ir.layout import TokenLayout
 from ..ir.pattern import Pattern
 from ..runtime.attention import attention, plan
 from ..runtime.backends import BACKENDS
-from ..runtime.verify import LSE_ERROR, OUTPUT_ERROR, VerificationError
+from ..runtime.pairs import VerificationError
+from ..runtime.verify import LSE_ERROR, OUTPUT_ERROR
 from .jobs import Job, Options
 
 CALLS = {"cuda": 6, "cpu": 3}
@@ -63,8 +64,10 @@ def run(settings: dict[str, Any], device: str) -> dict[str, Any]:
         t = torch.randn(shape, generator=generator, device=device).to(dtype)
         return t.transpose(1, 2) if tokens_first else t
 
-    side = n // 8
-    layout = TokenLayout.from_segments([("text", side), ("video", (side // 64, 8, 16)), ("text", n - side - side // 64 * 128)])
+    text, frames = n // 8, n // 512
+    layout = TokenLayout.from_segments(
+        [("text", text), ("video", (frames, 8, 16)), ("text", n - text - 128 * frames)]
+    )  # fmt: skip
     spec = SPECS[settings["spec"]]
     lse = BACKENDS[backend].lse
     inputs = [(draw(8), draw(2), draw(2)) for _ in range(CALLS[device])]

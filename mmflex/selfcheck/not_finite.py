@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..runtime.attention import plan
+from ..runtime.pairs import VerificationError, head_launches, rows_computing
 from ..runtime.plan import Plan
-from ..runtime.verify import ROW_FACTOR, VerificationError, head_launches, measure, rows_computing
-from .cases import SHAPES, Case, layout_of, query_tokens, tensors
+from ..runtime.verify import ROW_FACTOR, measure
+from .cases import SHAPES, Case, layout_of, tensors
 from .jobs import Job, Options
 from .works import ALL_LINES, EVERYTHING, GATHERED, LINES, NEAR
 

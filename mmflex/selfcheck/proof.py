@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..compiler.launches import BlockLaunch
 from ..runtime import attention, backends
+from ..runtime.pairs import VerificationError, verify_lists
 from ..runtime.plan import Plan
-from ..runtime.verify import VerificationError, measure, verify_lists
+from ..runtime.verify import measure
 from .cases import DTYPES, SHAPES, Case, layout_of, query_tokens, tensors
 from .oracle import token_mask
 from .works import WORKS, Work

@@ -22,7 +22,7 @@ PACKAGES = ("torch", "triton", "flash-attn-4", "transformers", "numpy", "sympy")
 class Report:
     """Attributes:
     rows: one dictionary for each check: ``group``, ``name``, its settings, ``verdict`` ("ok", "not run: ..." or what is
-        wrong), ``seconds``, ``cpu_seconds``, ``kernels`` (compiled), and what was measured (``error``, ``lse_error``, ...).
+        wrong), ``seconds``, ``cpu_seconds``, ``kernels`` (compiled), and what was measured (``error``, ...).
     facts: versions, ``device``, ``source`` (`source_hash`), ``seconds``.
     """
 
@@ -39,7 +39,8 @@ class Report:
         return not self.failed
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.facts, "passed": len(self.rows) - len(self.failed), "failed": len(self.failed), "rows": self.rows}
+        right, wrong = sum(row["verdict"] == OK for row in self.rows), len(self.failed)
+        return {**self.facts, "passed": right, "failed": wrong, "rows": self.rows}
 
     def save(self, path: Path | str) -> None:
         Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", "utf-8")

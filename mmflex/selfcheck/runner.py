@@ -44,9 +44,9 @@ def check(
 ) -> Report:
     """Is mmflex right on this machine?
 
-    Runs every kind of launch on every backend that can run here, with the lowering forced, and holds output, log-sum-exp
-    and block lists against token masks and float64 softmax that do not go through the compiler; then sampled rows of
-    long prompts, values that are not finite, and calls in a row. ``python -m mmflex check`` prints what it finds.
+    Runs every kind of launch on every backend that can run here, with the lowering forced, and compares output,
+    log-sum-exp and block lists with token masks and float64 softmax that do not go through the compiler; then sampled
+    rows of long prompts, values that are not finite, and calls in a row. ``mmflex check`` prints what it finds.
 
     Args:
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
@@ -150,7 +150,7 @@ class _Process:
     def __init__(self, device: str, threads: int) -> None:
         self.device, self.threads = device, threads
         self.process: subprocess.Popen[str] | None = None
-        self.errors: IO[str] = tempfile.TemporaryFile("w+")
+        self.errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
 
     def ask(self, job: Job) -> dict[str, Any]:
         """What the process answers; a verdict of its own where it does not."""
@@ -175,12 +175,14 @@ class _Process:
         status = process.wait()
         self._forget()
         reason = f"no answer in {JOB_SECONDS} s" if late else f"its process ended with status {status}"
-        return {"verdict": f"FAILED: {reason}; {self._last_words()}", "seconds": None, "cpu_seconds": None, "kernels": None}
+        unknown = dict.fromkeys(("seconds", "cpu_seconds", "kernels"))
+        return {"verdict": f"FAILED: {reason}; {self._last_words()}", **unknown}
 
     def _begun(self) -> subprocess.Popen[str]:
         paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        environment = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        ours = {"PYTHONPATH": os.pathsep.join(paths), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        environment = {**os.environ, **threads, **ours}
         command = [sys.executable, "-m", "mmflex.selfcheck.worker"]
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True, env=environment)
@@ -210,4 +212,3 @@ class _Process:
     def end_all(cls) -> None:
         for process in tuple(cls._alive):
             process.kill()
-

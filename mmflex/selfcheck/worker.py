@@ -15,7 +15,7 @@ OK, NOT_RUN = "ok", "not run"
 def result(group: str, settings: dict[str, Any], device: str) -> dict[str, Any]:
     """Runs one check: what its group found, with ``verdict``: "ok", "not run: why", or what is wrong."""
     from ..runtime import backends
-    from ..runtime.verify import VerificationError
+    from ..runtime.pairs import VerificationError
     from .groups import GROUPS
     from .jobs import NotRun
 
