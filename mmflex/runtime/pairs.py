@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..compiler.launches import BlockLaunch, DenseLaunch, GatheredRows
-
-if TYPE_CHECKING:
-    from .plan import Plan
+from ..compiler.program import Program
+from .state import PlanState
 
 PAIRS = 1 << 24
 """Pairs of a query and a key that are held at a time: bounds the memory at any length."""
@@ -26,6 +25,19 @@ PAIRS = 1 << 24
 
 class VerificationError(RuntimeError):
     """A plan does not compute what its spec means."""
+
+
+class Planned(Protocol):
+    """What verification asks of a `Plan`."""
+
+    program: Program
+    state: PlanState
+    scale: float
+    shape: tuple[tuple[int, ...], tuple[int, ...]]
+
+    def dense_mask(self, rows: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> Tensor: ...
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +62,13 @@ class HeadLaunch:
     allows: Callable[[Tensor, Tensor], Tensor]
 
 
-def head_name(plan: Plan, b: int, head: int) -> str:
+def head_name(plan: Planned, b: int, head: int) -> str:
     """As errors call a head of a prompt."""
     pattern = next(group.pattern for group in plan.program.groups if head in group.heads)
     return f"head {head} of prompt {b}, {pattern}"
 
 
-def head_launches(plan: Plan, b: int, head: int) -> list[HeadLaunch]:
+def head_launches(plan: Planned, b: int, head: int) -> list[HeadLaunch]:
     """The launches that compute a head of a prompt."""
     out = []
     for number, launch in enumerate(plan.program.launches):
@@ -105,7 +117,7 @@ def rows_computing(launch: HeadLaunch, token: int, tile: int) -> Tensor:
     return (launch.slot_of >= 0) & tiles[launch.slot_of.clamp(min=0) // tile]
 
 
-def verify_lists(plan: Plan, tiles: int, draw: random.Random) -> int:
+def verify_lists(plan: Planned, tiles: int, draw: random.Random) -> int:
     """Counts the pairs that so many query tiles compute, over all heads, prompts and launches in turn.
 
     Returns:
@@ -119,7 +131,7 @@ def verify_lists(plan: Plan, tiles: int, draw: random.Random) -> int:
         size = plan.program.tile
         rows = torch.nonzero((launch.slot_of >= 0) & (launch.slot_of // size == tile))[:, 0]
         blocks += int(launch.partial[0][tile]) + int(launch.full[0][tile])
-        step = max(1, PAIRS // max(1, plan.layout.length))
+        step = max(1, PAIRS // max(1, plan.program.layout.length))
         for first in range(0, len(rows), step):
             some = rows[first : first + step]
             allowed = plan.dense_mask(some.tolist(), [head])[b, 0]
@@ -130,7 +142,7 @@ def verify_lists(plan: Plan, tiles: int, draw: random.Random) -> int:
 
 
 def _sampled_tiles(
-    plan: Plan, tiles: int, draw: random.Random
+    plan: Planned, tiles: int, draw: random.Random
 ) -> Iterator[tuple[int, int, list[HeadLaunch], HeadLaunch, int]]:
     """(prompt, head, its launches, one of them, a query tile of that one with queries in it): at least one tile for
     every kind of launch, ``tiles`` if there are so many."""
@@ -163,7 +175,9 @@ def _sampled_tiles(
                 return
 
 
-def _times_computed(plan: Plan, b: int, head: int, launches: list[HeadLaunch], rows: Tensor, allowed: Tensor) -> Tensor:
+def _times_computed(
+    plan: Planned, b: int, head: int, launches: list[HeadLaunch], rows: Tensor, allowed: Tensor
+) -> Tensor:
     """int32 [rows, N]: how often the launches together compute each pair. Rows that a launch replaces are its own."""
     count = torch.zeros_like(allowed, dtype=torch.int32)
     for launch in sorted(launches, key=lambda one: one.replaces):
@@ -172,14 +186,14 @@ def _times_computed(plan: Plan, b: int, head: int, launches: list[HeadLaunch], r
     return count
 
 
-def _computed_by(plan: Plan, b: int, head: int, launch: HeadLaunch, rows: Tensor) -> Tensor:
+def _computed_by(plan: Planned, b: int, head: int, launch: HeadLaunch, rows: Tensor) -> Tensor:
     """int32 [rows, N]: how often one launch computes each pair."""
-    n, tile = plan.layout.length, plan.program.tile
+    n, tile = plan.program.layout.length, plan.program.tile
     slot = launch.slot_of[rows]
     count = torch.zeros((len(rows), n), dtype=torch.int32, device=rows.device)
     if launch.dense:
         numbers = torch.as_tensor(plan.program.queries.numbers).to(rows.device)[rows]
-        valid = torch.as_tensor(plan.layout.valid[b % plan.layout.batch_size]).to(rows.device)
+        valid = torch.as_tensor(plan.program.layout.valid[b % plan.program.layout.batch_size]).to(rows.device)
         return (valid & valid[numbers][:, None] & (torch.arange(n, device=rows.device) <= numbers[:, None])).int()
     where = f"{head_name(plan, b, head)}: {launch.label}"
     for kind, (counts, index) in (("partial", launch.partial), ("full", launch.full)):
@@ -208,7 +222,7 @@ def _computed_by(plan: Plan, b: int, head: int, launch: HeadLaunch, rows: Tensor
 
 
 def _difference(
-    plan: Plan, b: int, head: int, launches: list[HeadLaunch], rows: Tensor, allowed: Tensor, computed: Tensor
+    plan: Planned, b: int, head: int, launches: list[HeadLaunch], rows: Tensor, allowed: Tensor, computed: Tensor
 ) -> str:
     """What is wrong with the first pair that is not computed as often as it should be."""
     wrong = torch.nonzero(computed != allowed)

@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from ..compiler.launches import Launch, Part
+from ..compiler.launches import Launch, Part, view_of
 from ..compiler.orders import TokenOrder
 from ..compiler.program import Program
 from ..compiler.terms import selected_names
@@ -129,7 +129,17 @@ class PlanState:
 
 
 def take_heads(t: Tensor, heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """Heads of a tensor [B, H, ...]; itself where they are all, in order. Empty heads (-1) get any head's rows."""
-    if heads == tuple(range(t.shape[1])):
-        return t
+    """Heads of a tensor [B, H, ...], a view where they can be. Empty heads (-1) get any head's rows."""
+    view = view_of(heads, t.shape[1])
+    if view is not None:
+        return t if len(heads) == t.shape[1] else t[:, view]
     return t.index_select(1, index_constant(tuple(max(h, 0) for h in heads), device))
+
+
+def put_heads(state: PlanState, heads: tuple[int, ...], t: Tensor, out: Tensor) -> None:
+    """Writes t [B, h, ...] over some heads of out [B, H, ...]."""
+    view = view_of(heads, out.shape[1])
+    if view is not None:
+        out[:, view] = t
+    else:
+        out.index_copy_(1, state.index(heads), t)

@@ -16,7 +16,6 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,10 +23,7 @@ from torch import Tensor
 
 from ..compiler.launches import GatheredRows
 from .inputs import check
-from .pairs import PAIRS, VerificationError, head_launches, head_name, verify_lists
-
-if TYPE_CHECKING:
-    from .plan import Plan
+from .pairs import PAIRS, Planned, VerificationError, head_launches, head_name, verify_lists
 
 OUTPUT_ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 """Greatest relative error of an output (norm of the difference over norm of the reference), by dtype."""
@@ -68,7 +64,7 @@ class Verification:
     blocks: int
 
 
-def verify(plan: Plan, q: Tensor, k: Tensor, v: Tensor, rows: int, seed: int, lse: bool) -> Verification:
+def verify(plan: Planned, q: Tensor, k: Tensor, v: Tensor, rows: int, seed: int, lse: bool) -> Verification:
     """See `Plan.verify`."""
     check(q, k, v, plan.program.groups[0].pattern, None)
     if (tuple(q.shape), tuple(k.shape)) != plan.shape:
@@ -97,7 +93,7 @@ def verify(plan: Plan, q: Tensor, k: Tensor, v: Tensor, rows: int, seed: int, ls
     return Verification(*errors, bound, len(chosen) * q.shape[0] * q.shape[1], blocks)
 
 
-def sampled_rows(plan: Plan, rows: int, draw: random.Random) -> np.ndarray:
+def sampled_rows(plan: Planned, rows: int, draw: random.Random) -> np.ndarray:
     """Query numbers to look at, ascending: the first, the last, those around the first tile edge, some of the few that
     launches gather (any sample would seldom meet one), and any."""
     m, tile = plan.program.queries.count, plan.program.tile
@@ -145,7 +141,7 @@ class Measured:
     def bound(self, dtype: torch.dtype) -> float:
         return _output_bound(dtype, self.greatest)
 
-    def judge(self, plan: Plan, dtype: torch.dtype, rows: np.ndarray | None = None) -> None:
+    def judge(self, plan: Planned, dtype: torch.dtype, rows: np.ndarray | None = None) -> None:
         """VerificationError where an error is more than rounding. ``rows``: the query number of each row."""
         bound = self.bound(dtype)
         for what, errors, most in (

@@ -12,7 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import mask_builders
+
 from ..compiler.constants import device_name
+from ..version import __version__
 from .worker import NOT_RUN, OK
 
 PACKAGES = ("torch", "triton", "flash-attn-4", "transformers", "numpy", "sympy")
@@ -106,9 +109,7 @@ def _kind(what: str, backend: str, rows: list[dict[str, Any]]) -> Kind:
 
 def facts(device: str) -> dict[str, Any]:
     """Where a check runs, and what."""
-    import mmflex
-
-    versions: dict[str, Any] = {"mmflex": mmflex.__version__, "python": platform.python_version()}
+    versions: dict[str, Any] = {"mmflex": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
@@ -125,12 +126,8 @@ def cores() -> int:
 def source_hash() -> str:
     """SHA-256 of the sources that run: for every ``*.py`` under mmflex/ and mask_builders/, sorted by its path from the
     folder that holds them (``mmflex/ir/expr.py``): the path, a NUL byte, the file, a NUL byte."""
-    import mask_builders
-    import mmflex
-
     files: dict[str, Path] = {}
-    for package in (mmflex, mask_builders):
-        folder = Path(str(package.__file__)).resolve().parent
+    for folder in (Path(__file__).resolve().parents[1], Path(str(mask_builders.__file__)).resolve().parent):
         files |= {path.relative_to(folder.parent).as_posix(): path for path in folder.rglob("*.py")}
     digest = hashlib.sha256()
     for part in _parts(files):

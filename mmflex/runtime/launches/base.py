@@ -112,7 +112,7 @@ class Execution(Generic[L]):
         if not launch.keys.slots_are_positions(layout):
             index = launch.keys.on("index", device)[:, None].expand(state.batch, len(heads), -1)
             for t, out in ((k, out_k), (v, out_v)):
-                take_rows(take_heads(t, heads, device), index, out[:, :, :main])
+                take_rows(t, index, out[:, :, :main], state.index(heads))
             first = main
         if table is not None:
             table = table.unflatten(1, (len(heads), -1)).flatten(2)
@@ -122,12 +122,12 @@ class Execution(Generic[L]):
 
     def queries(self, state: PlanState, launch: L, prepared: PreparedLaunch, q: Tensor, any_length: bool) -> Tensor:
         """q [B, H, M, D] in the query slots of the launch."""
-        q = take_heads(q, launch.heads.heads, state.device)
-        if prepared.row_index is not None:
-            return take_rows(q, prepared.row_index)
-        if launch.rows.stays(state.program.layout, any_length):
-            return q
-        return take_rows(q, launch.rows.on("index", state.device)[:, None].expand(state.batch, q.shape[1], -1))
+        heads, index = launch.heads.heads, prepared.row_index
+        if index is None:
+            if launch.rows.stays(state.program.layout, any_length):
+                return take_heads(q, heads, state.device)
+            index = launch.rows.on("index", state.device)[:, None].expand(state.batch, len(heads), -1)
+        return take_rows(q, index, heads_at=state.index(tuple(max(h, 0) for h in heads)))
 
     def covers(self, state: PlanState, launch: L, slots: int, queries: int) -> bool:
         """Whether its result, of so many slots, is the output as it stands."""
@@ -143,8 +143,7 @@ class Execution(Generic[L]):
         result: Tensor,
         sums: Tensor | None,
     ) -> None:
-        """Puts its rows, ``result`` [B, H, Q, D] and ``sums`` [B, H, Q] of its real heads, into out [B, Hq, M, D] and
-        lse [B, Hq, M]."""
+        """Puts its rows, ``result`` [B, H, Q, D] and ``sums`` [B, H, Q], into out [B, Hq, M, D] and lse [B, Hq, M]."""
         raise NotImplementedError
 
     def scatter(
@@ -158,17 +157,9 @@ class Execution(Generic[L]):
         result: Tensor,
         sums: Tensor | None,
     ) -> None:
-        """Writes slots over the rows of the output that they hold: ``index`` int64 [B, h, S], the first ``count`` of
-        them."""
-        heads = state.index(launch.heads.real)
+        """Writes slots over the rows of the output that they hold: ``index`` int64 [B, H, S], the first ``count`` [B,
+        H] of them."""
+        heads = state.index(launch.heads.heads)
         put_rows(result, index, count, heads, out)
         if lse is not None and sums is not None:
             put_rows(sums[..., None], index, count, heads, lse[..., None])
-
-
-def real_heads(state: PlanState, launch: Launch, t: Tensor) -> Tensor:
-    """A result [B, H, ...] without its empty heads."""
-    heads = launch.heads.heads
-    if len(launch.heads.real) == len(heads):
-        return t
-    return t.index_select(1, state.index(tuple(i for i, h in enumerate(heads) if h >= 0)))
