@@ -14,6 +14,8 @@ OK, NOT_RUN = "ok", "not run"
 
 def result(group: str, settings: dict[str, Any], device: str) -> dict[str, Any]:
     """Runs one check: what its group found, with ``verdict``: "ok", "not run: why", or what is wrong."""
+    import torch
+
     from ..runtime import backends
     from ..runtime.pairs import VerificationError
     from .groups import GROUPS
@@ -25,6 +27,9 @@ def result(group: str, settings: dict[str, Any], device: str) -> dict[str, Any]:
         verdict = OK
     except NotRun as reason:
         verdict = f"{NOT_RUN}: {reason}"
+    except torch.OutOfMemoryError as error:
+        verdict = f"{NOT_RUN}: {str(error).splitlines()[0]}"
+        torch.cuda.empty_cache()
     except VerificationError as wrong:
         verdict = f"WRONG: {wrong}"
     except Exception as error:
