@@ -63,13 +63,13 @@ def test_every_pair_of_settings_occurs(
         for x in some:
             for y in others:
                 assert ((a, x), (b, y)) in occurs or not cases.possible({a: x, b: y}, device), (x, y)
-    strong = [n for n in names if n != "dense" and (thorough or n in ("flash", "reference"))]
     triples = {(case.backend, case.work, case.prompt) for case in chosen}
-    for name in strong:
-        for work in WORKS:
-            if cases.possible({"backend": name, "work": work}, device):
-                assert all((name, work, prompt) in triples for prompt in cases.PROMPTS)
-    assert len(chosen) < 170 * (1 + len(strong)) + 40
+    strong = [(name, work) for name in names for work in WORKS if thorough or name == "reference"]
+    strong += [("flash", work) for work in ("blocks", "gathered keys", "both by modality") if "flash" in names]
+    for name, work in strong:
+        if cases.possible({"backend": name, "work": work}, device):
+            assert all((name, work, prompt) in triples for prompt in cases.PROMPTS)
+    assert len(chosen) < (550 if thorough else 350)
 
 
 def test_what_cannot_run_is_no_case() -> None:

@@ -163,8 +163,9 @@ def possible(settings: Settings, device: str) -> bool:
 def cases(device: str, backends: Sequence[str], thorough: bool = False) -> list[Case]:
     """Cases in which every possible pair of settings occurs.
 
-    Kernels take long to compile, so what needs no backend in particular is left to those that do not compile. Only
-    flash, which compiles for any length, runs every work with every kind of prompt. ``thorough``: so do the others.
+    Kernels take long to compile, so what needs no backend in particular is left to those that do not compile. Beside
+    the reference, only flash runs works with every kind of prompt, since it compiles for any length: those whose masks
+    are comparisons (what is looked up runs on Triton). ``thorough``: so do all backends and works.
     """
     dimensions = {"backend": sorted(backends, key=["reference", "dense", "cpu", "triton", "flash"].index), **DIMENSIONS}
 
@@ -172,8 +173,11 @@ def cases(device: str, backends: Sequence[str], thorough: bool = False) -> list[
         return possible(settings, device)
 
     wanted = required(dimensions, combinations(dimensions, 2), can)
-    every = required(dimensions, [("backend", "work", "prompt")], can)
-    wanted += [c for c in every if thorough or c[0][1] in ("flash", "reference")]
+    compares = {name for name, work in WORKS.items() if not work.needs & {"looked up", "residue-major"}}
+    for combination in required(dimensions, [("backend", "work", "prompt")], can):
+        (_, backend), (_, work), _ = combination
+        if thorough or backend == "reference" or (backend == "flash" and work in compares):
+            wanted.append(combination)
     wanted.sort(key=lambda c: (c[0][0] != "backend", len(c)))
     return [Case(**settings) for settings in covering(dimensions, wanted, can)]
 

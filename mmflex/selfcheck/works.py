@@ -95,6 +95,17 @@ LOOKED_UP: Head = (
         | ((p.q - p.k < 300) & ((p.q - p.k) % 3 == 0))
     ),
 )
+# Budgets beyond any prompt, and beyond 32 and 64 bits.
+HUGE: tuple[Head, ...] = (
+    (AShape(2**40, 0), EVERYTHING[1]),
+    (TriShape(64, 128, 2**31), EVERYTHING[1]),
+    (
+        Grid(2**45, phase=PHASE, local=64, sink=32, rows=True),
+        lambda p: sink(32)(p) | local(64)(p) | (p.k == PHASE) | (p.q == PHASE),
+    ),
+    (VerticalSlash(2**70, 0), EVERYTHING[1]),
+    (Dilated(0, 2**33, 3), lambda p: (p.q - p.k) % 3 == 0),
+)
 LINES: Head = (VerticalSlash(100, 200), None)
 FEW_LINES: Head = (VerticalSlash(40, 128, last_q=16), None)
 
@@ -143,6 +154,7 @@ WORKS: dict[str, Work] = {
     "dense": _of(EVERYTHING, needs="dense"),
     "nothing": _of(NOTHING),
     "blocks": _of(NEAR, FAR, NOTHING, LAST, needs="blocks, several patterns", never="gathered keys, looked up"),
+    "huge budgets": _of(*HUGE, needs="blocks"),
     "gathered keys": _of(COLUMNS, NEAR, COLUMNS, FAR, needs="gathered keys, several patterns"),
     "vertical-slash": _of(LINES, FEW_LINES, NEAR, (BlockTopK(2), None), needs="gathered keys, several patterns"),
     "looked up": _of(LOOKED_UP, needs="looked up"),
