@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .integrations.long_prefill import last_token_logits
     from .integrations.search import search
     from .integrations.transformers import DenseFallback, patch, patched, token_layout, unpatch
+    from .selfcheck import check
     from .tuning.config import Config, load_config, load_minference_config, save_config
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Tokens",
     "View",
     "attention",
+    "check",
     "clear_caches",
     "last_token_logits",
     "layout_for",
@@ -53,6 +55,7 @@ __all__ = [
 _LAZY = {
     "Config": "tuning.config",
     "DenseFallback": "integrations.transformers",
+    "check": "selfcheck",
     "last_token_logits": "integrations.long_prefill",
     "layout_for": "integrations.layouts",
     "load_config": "tuning.config",

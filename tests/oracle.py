@@ -495,7 +495,8 @@ def check_selection(plan: mmflex.Plan, q: torch.Tensor, k: torch.Tensor) -> int:
                         pattern, functools.partial(found, pattern, scope), query, key, prompt, scope, size, plan
                     )
                 elif isinstance(pattern, BlockTopK):
-                    _check_blocks(pattern, found(pattern, scope, "blocks"), query, key, prompt, scope, size, rows)
+                    sign = np.sign(plan.scale)  # of several scales, the order is all that counts
+                    _check_blocks(pattern, found(pattern, scope, "blocks"), sign * query, key, prompt, scope, size, rows)
                 elif isinstance(pattern, VerticalSlash):
                     vertical, diagonal = last_mass(query, key, prompt, scope, pattern.last_q, plan.scale, size)
                     forced = np.arange(size) < FORCED_COLUMNS

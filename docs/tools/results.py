@@ -211,29 +211,27 @@ def cpu() -> str:
 
 
 def check() -> str:
-    """The correctness runs on a device: cases, verdicts, worst error."""
+    """What `mmflex check` found: how many checks of each kind passed, and the largest errors."""
+    from mmflex.selfcheck.report import summary
+
     parts = []
+    columns = ("checks", "backend", "right", "largest error", "of its bound", "largest log-sum-exp error")
     for name, data in load("check*.json"):
-        rows = []
-        for run in ("short", "long"):
-            cases = [case for case in data.get(run, []) if isinstance(case, dict)]
-            for backend in dict.fromkeys(case.get("backend", "-") for case in cases):
-                own = [case for case in cases if case.get("backend", "-") == backend]
-                errors = [e for case in own if (e := _float(case.get("error"))) is not None]
-                verdicts = [str(case.get("verdict", "-")) for case in own]
-                said = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
-                rows.append((run, str(backend), str(len(own)), said, f"{max(errors):.1e}" if errors else "-"))
-        table = markdown(("run", "backend", "cases", "verdicts", "largest error"), rows)
-        note = f" {data['note']}." if "note" in data else ""
-        parts.append(f"`{name}`: {where(data)}.{note}\n\n{table}")
+        rows = [
+            (
+                kind.what,
+                kind.backend,
+                f"{kind.ran - kind.wrong} of {kind.ran}",
+                _number(kind.error, ".1e"),
+                _number(kind.share, ".0%"),
+                _number(kind.lse_error, ".1e"),
+            )
+            for kind in summary(data.get("rows", []))
+        ]
+        if rows:
+            about = f"{where(data)}, sources {data['source'][:12]}, {seconds(data['seconds'])} on {data['cores']} cores"
+            parts.append(f"`{name}`: {about}.\n\n{markdown(columns, rows)}")
     return "\n\n".join(parts)
-
-
-def _float(value: Any) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
 
 
 def evaluation() -> str:

@@ -24,6 +24,7 @@ from .explain import explain
 from .inputs import check
 from .planning import after_estimates
 from .state import PlanState
+from .verify import Verification, verify
 
 
 @dataclass(eq=False)
@@ -124,13 +125,14 @@ class Plan:
 
     # ---- what it is ------------------------------------------------------------------------------------------------
 
-    def dense_mask(self, rows: Sequence[int] | None = None) -> Tensor:
-        """bool [B, Hq, M, N]: the token-level mask, from the expressions alone; of some ``rows`` (query numbers) only,
-        if given. For small N, or few rows: it is as large as it says."""
+    def dense_mask(self, rows: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> Tensor:
+        """bool [B, Hq, M, N]: the token-level mask, from the expressions alone; of some ``rows`` (query numbers) and
+        query ``heads`` only, if given. For small N, or few rows: it is as large as it says."""
         program, state = self.program, self.state
         layout, queries, n = program.layout, program.queries, program.layout.length
         chosen = np.arange(queries.count) if rows is None else np.asarray(rows, dtype=np.int64)
-        out = torch.zeros((state.batch, program.heads, len(chosen), n), dtype=torch.bool, device=state.device)
+        asked = list(range(program.heads)) if heads is None else list(heads)
+        out = torch.zeros((state.batch, len(asked), len(chosen), n), dtype=torch.bool, device=state.device)
         if not len(chosen) or not n:
             return out
         order = given_order(chosen, queries.count, layout.batch_size, queries)
@@ -139,9 +141,33 @@ class Plan:
         row = position[:, torch.as_tensor(queries.numbers[chosen]).to(state.device).long()]
         causal = (row[:, None, :, None] >= position[:, None, None]) & (position >= 0)[:, None, None]
         for group in program.groups:
-            mask = state.values([group.expr], group.heads, order, keys).of(group.expr)
-            out[:, list(group.heads)] = mask & causal
+            own = tuple(h for h in asked if h in group.heads)
+            if own:
+                mask = state.values([group.expr], own, order, keys).of(group.expr)
+                out[:, [asked.index(h) for h in own]] = mask & causal
         return out
+
+    def verify(self, q: Tensor, k: Tensor, v: Tensor, rows: int = 64, seed: int = 0, lse: bool = False) -> Verification:
+        """Whether this plan computes what its spec means, on samples, at any length.
+
+        Recomputes ``rows`` query rows of every head in float64 under the token mask (which follows from the patterns'
+        expressions and selected sets, never from block lists), and counts the pairs that ``rows`` query tiles compute,
+        dealt out over heads and launches: each allowed pair once, no other. At 1M tokens it takes about 2 GB.
+
+        Args:
+            q, k, v: as planned, all finite.
+            seed: of what is sampled. lse: check the log-sum-exp as well.
+
+        Returns:
+            The greatest errors, and how much was looked at.
+
+        Raises:
+            VerificationError: an error above rounding, or a pair that is not computed as allowed; it says which.
+            ValueError, TypeError: tensors that the plan was not made for.
+        """
+        if lse and not self._backend.lse:
+            raise ValueError(f"lse: backend {self.backend!r} returns no log-sum-exp; verify without")
+        return verify(self, q, k, v, rows, seed, lse)
 
     @property
     def density(self) -> HeadDensity:
