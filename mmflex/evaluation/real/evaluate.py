@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import platform
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...ir.pattern import Pattern
 from ...tuning.config import Config, Spec
 from .. import methods as table
+from ..evaluate import versions
 from ..methods import SEARCHED
 from ..report import Score
 from ..trace import capture
@@ -294,41 +296,18 @@ def _spec_key(spec: Any) -> Any:
 
 
 def source_digest() -> str:
-    """A hash of the package's Python sources and of the patterns that are loaded, so that a result names what ran."""
+    """A hash of what decides the figures, so that a result names what ran: the compiler, the runtime, and the packages
+    of the patterns that are loaded."""
     import mmflex
 
-    from ...ir.pattern import Pattern
-
-    folders = {Path(mmflex.__file__).parent}
-    modules = {type_.__module__.split(".")[0] for type_ in Pattern.__subclasses__()}
-    import sys
-
-    for name in sorted(modules - {"mmflex", "__main__"}):
-        file = getattr(sys.modules.get(name), "__file__", None)
-        if file:
+    root = Path(mmflex.__file__).parent
+    folders = {root / name for name in ("ir", "compiler", "runtime")}
+    for kind in Pattern.__subclasses__():
+        package = kind.__module__.partition(".")[0]
+        file = getattr(sys.modules.get(package), "__file__", None)
+        if package != "mmflex" and file is not None and file.endswith("__init__.py"):
             folders.add(Path(file).parent)
-    found = hashlib.sha256()
-    for folder in sorted(folders, key=lambda f: f.name):
-        for path in sorted(folder.rglob("*.py")):
-            found.update(f"{folder.name}/{path.relative_to(folder)}".encode())
-            found.update(path.read_bytes())
-    return found.hexdigest()[:16]
-
-
-def versions(model: Any) -> dict[str, str]:
-    """What a result was measured with."""
-    import transformers
-
-    from ... import __version__
-
-    parameter = next(model.parameters())
-    device = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else platform.processor() or "CPU"
-    return {
-        "mmflex": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": device,
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "architecture": type(model).__name__,
-    }
+    digest = hashlib.sha256()
+    for path in sorted((p for folder in folders for p in folder.rglob("*.py")), key=lambda p: (p.parent.name, p.name)):
+        digest.update(f"{path.parent.name}/{path.name}".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

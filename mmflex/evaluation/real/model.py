@@ -69,7 +69,7 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch
     try:
         model = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, **options)
         tokenizer = AutoTokenizer.from_pretrained(place, **file_option)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{source} is no model that transformers can load: {error}") from error
     model.eval().to(where)
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
