@@ -215,7 +215,7 @@ def test_an_answer_is_right_where_greedy_decoding_gives_it(model: LanguageModel)
 
 
 def test_too_short_prompts_are_refused(model: LanguageModel) -> None:
-    with pytest.raises(ValueError, match="a multikey prompt of 128 tokens takes -[0-9]+ tokens of filler"):
+    with pytest.raises(ValueError, match=r"a multikey prompt of 128 tokens takes -[0-9]+ tokens of filler"):
         needles.question("multikey", model, read_ids(model), 128, 0.5, 0)
     with pytest.raises(ValueError, match="unknown task 'haystack': use some of passkey"):
         needles.question("haystack", model, read_ids(model), 128, 0.5, 0)
@@ -344,3 +344,55 @@ def test_models_and_texts_from_files(tmp_path: Path, model: LanguageModel) -> No
         (tmp_path / f"{name}.gguf").touch()
     with pytest.raises(ValueError, match=r"holds 2 GGUF files \(a.gguf, b.gguf\)"):
         load(tmp_path)
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("model")
+    model.model.save_pretrained(place)
+    model.tokenizer.save_pretrained(place)
+    (place / "words.txt").write_text(WORDS)
+    return place
+
+
+def said(*arguments: str, code: int = 0) -> str:
+    from typer.testing import CliRunner
+
+    from mmflex.cli import app
+
+    result = CliRunner(env={"COLUMNS": "220", "TERM": "dumb", "NO_COLOR": "1"}).invoke(app, ["eval", *arguments])
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.split())
+
+
+def test_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    json_file, picture = tmp_path / "real.json", tmp_path / "real.png"
+    common = ("--model", str(folder), "--text", f"prose={folder / 'words.txt'}", "--backend", "reference")
+    spec = '{"pattern": "AShape", "version": 1, "sink": 128, "local": 128}'
+    sizes = ("--lengths", "512", "--windows", "2", "--last", "64", "--methods", "block-topk", "--flops", "0.9")
+    needles_ = ("--task", "passkey", "--prompts", "2", "--depths", "1")
+    files = ("--json", str(json_file), "--picture", str(picture))
+    text = said(spec, *common, *sizes, *needles_, *files)
+    for part in ("prose", "block top-k", "AShape(local=128)", "passkey", "window 2 of 2", "of dense's right"):
+        assert part in text, text
+    report = Report.load(json_file)
+    assert (len(report.texts), len(report.needles)) == (2, 2)
+    assert picture.stat().st_size > 5000
+    again = tmp_path / "both.json"
+    said(spec, *common, *sizes, "--add", str(json_file), "--json", str(again))
+    assert len(Report.load(again).texts) == 4
+
+
+def test_errors_on_the_command_line(folder: Path) -> None:
+    words = str(folder / "words.txt")
+    assert "give both: --model" in said("--text", words, code=1)
+    assert "give both: --model" in said("--model", str(folder), code=1)
+    long = said("--model", str(folder), "--text", words, "--lengths", "2048", "--windows", "1", code=1)
+    assert "2048 tokens are more than the 1024 positions" in long
+    assert "--extend" in long
+    assert "there is no text file" in said("--model", str(folder), "--text", "nowhere.txt", code=1)
+    assert "unknown task 'v-niah'" in said("--model", str(folder), "--text", words, "--task", "v-niah", code=1)

@@ -118,9 +118,9 @@ def show(report: Report, console: Console) -> None:
     if report.needles:
         console.print(report.needle_table())
     console.print(
-        "ran: pairs in computed blocks over causal pairs, as it ran; estimates: their products, in no target; rows 0-15 "
-        "and others: KL at the first queries of every tile of 128, and at the rest; brackets: 95% intervals (bootstrap "
-        "over blocks of 128 rows; Wilson for answers); over: no setting is within the target.",
+        "ran: pairs in computed blocks over causal pairs, as it ran; estimates: their products, in no target; rows "
+        "0-15 and others: KL at the first queries of every tile of 128, and at the rest; brackets: 95% intervals "
+        "(bootstrap over blocks of 128 rows; Wilson for answers); over: no setting is within the target.",
         style="dim",
     )
     for entry in report.skipped:

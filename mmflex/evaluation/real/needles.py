@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ HOPS = 2
 """Assignments after the first one in a chain of "tracking"."""
 
 NAMES = (
-    "amber", "basalt", "cedar", "delta", "ember", "falcon", "granite", "harbor", "indigo", "jasper", "kestrel", "lagoon",
-    "maple", "nickel", "onyx", "pepper", "quartz", "raven", "saffron", "topaz", "umber", "velvet", "willow", "zephyr",
+    "amber", "basalt", "cedar", "delta", "ember", "falcon", "granite", "harbor", "indigo", "jasper", "kestrel",
+    "lagoon", "maple", "nickel", "onyx", "pepper", "quartz", "raven", "saffron", "topaz", "umber", "velvet", "willow", "zephyr",
 )  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def _multikey(random_: random.Random, depth: float) -> _Parts:
 
 def _tracking(random_: random.Random, depth: float) -> _Parts:
     names, value = random_.sample(NAMES, HOPS + 1), str(random_.randrange(10000, 100000))
-    lines = [f"\nVAR {names[0]} = {value}\n"] + [f"\nVAR {b} = VAR {a}\n" for a, b in zip(names, names[1:], strict=False)]
+    lines = [f"\nVAR {names[0]} = {value}\n"] + [f"\nVAR {b} = VAR {a}\n" for a, b in pairwise(names)]
     depths = [depth + (1 - depth) * i / (HOPS + 1) for i in range(HOPS + 1)]
     question = f"Which number is the value of VAR {names[-1]}?"
     return _Parts(

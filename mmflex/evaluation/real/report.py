@@ -120,7 +120,9 @@ class Report:
         """ValueError for another kind of data, with what it is."""
         if not isinstance(data, dict) or data.get("schema") != SCHEMA or data.get("version") != VERSION:
             given = [data.get(k) for k in ("schema", "version")] if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"not an evaluation on real weights: got {given}, {SCHEMA!r} of version {VERSION} is needed")
+            raise ValueError(
+                f"not an evaluation on real weights: got {given}, {SCHEMA!r} of version {VERSION} is needed"
+            )
         try:
             texts = tuple(_text_row(row) for row in data["texts"])
             needles = tuple(_needle_row(row) for row in data["needles"])
@@ -151,7 +153,9 @@ class Report:
 
     def text_table(self) -> Table:
         """Perplexity, KL and agreement of every method on every text."""
-        table = Table(title="text: perplexity, KL to dense in millinats, first choice as dense in %, attention in % of dense")
+        table = Table(
+            title="text: perplexity, KL to dense in 1e-3 nats, first choice as dense in %, attention in % of dense"
+        )
         names = ("text", "tokens", "method", "setting", "perplexity", "over dense, %", "KL, all rows", "KL, last rows",
                  "rows 0-15", "others", "same, all", "same, last", "target", "ran", "estimates")  # fmt: skip
         for name in names:
