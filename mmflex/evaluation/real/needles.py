@@ -29,7 +29,8 @@ HOPS = 2
 
 NAMES = (
     "amber", "basalt", "cedar", "delta", "ember", "falcon", "granite", "harbor", "indigo", "jasper", "kestrel",
-    "lagoon", "maple", "nickel", "onyx", "pepper", "quartz", "raven", "saffron", "topaz", "umber", "velvet", "willow", "zephyr",
+    "lagoon", "maple", "nickel", "onyx", "pepper", "quartz", "raven", "saffron", "topaz", "umber", "velvet", "willow",
+    "zephyr",
 )  # fmt: skip
 
 
