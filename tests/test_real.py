@@ -396,3 +396,74 @@ def test_errors_on_the_command_line(folder: Path) -> None:
     assert "--extend" in long
     assert "there is no text file" in said("--model", str(folder), "--text", "nowhere.txt", code=1)
     assert "unknown task 'v-niah'" in said("--model", str(folder), "--text", words, "--task", "v-niah", code=1)
+
+
+# ---- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def write_gguf(path: Path, model: Any, letters: list[str]) -> None:
+    """A Llama in float32, as llama.cpp's converter writes it: rows of q and k in its order of rotary pairs."""
+    gguf = pytest.importorskip("gguf")
+    config, state = model.config, {name: t.numpy() for name, t in model.state_dict().items()}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(letters)
+    writer.add_token_types([1] * len(letters))
+    writer.add_token_merges([])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+
+    def rotary(weight: np.ndarray, heads: int) -> np.ndarray:
+        return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+    tensors = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    parts = {
+        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    }  # fmt: skip
+    for layer in range(config.num_hidden_layers):
+        tensors |= {f"blk.{layer}.{short}": f"model.layers.{layer}.{long}" for short, long in parts.items()}
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for short, long in tensors.items():
+        weight = state[f"{long}.weight"]
+        count = heads.get(short.split(".")[-1])
+        writer.add_tensor(f"{short}.weight", weight if count is None else np.ascontiguousarray(rotary(weight, count)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_model_from_a_gguf_file(model: LanguageModel, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    letters = model.tokenizer.convert_ids_to_tokens(list(range(256)))
+    write_gguf(tmp_path / "tiny.gguf", model.model, letters)
+    ids = read_ids(model)[:100]
+    with torch.no_grad():
+        want = model.model(input_ids=ids[None]).logits
+    for source in (tmp_path / "tiny.gguf", tmp_path):  # a folder with one such file
+        found = load(source)
+        assert (found.name, found.context, found.model.dtype) == ("tiny", 1024, torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(found.model(input_ids=ids[None]).logits, want, atol=1e-4, rtol=1e-4)
+        assert torch.equal(tokenized("words", WORDS, found.tokenizer).ids, read_ids(model))
+
+
+def test_what_reading_gguf_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    (tmp_path / "x.gguf").touch()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"reading x.gguf needs gguf and accelerate: pip install 'mmflex\[gguf\]'"):
+        load(tmp_path / "x.gguf")
