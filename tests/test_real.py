@@ -417,9 +417,9 @@ def write_gguf(path: Path, model: Any, letters: list[str]) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(letters)
+    writer.add_token_list([*letters[:-1], letters[1] * 2])  # a byte that no text here has makes room for a merge
     writer.add_token_types([1] * len(letters))
-    writer.add_token_merges([])
+    writer.add_token_merges([f"{letters[1]} {letters[1]}"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
 
