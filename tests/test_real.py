@@ -296,6 +296,8 @@ def test_an_evaluation_that_was_cut_off_goes_on(
     first = len(said)
     found = small(model, resume=tmp_path / "kept", progress=said.append)
     assert not any("window 1" in text for text in said[first:])
+    monkeypatch.setattr("mmflex.evaluation.methods.fit", None)  # what was sized is kept too
+    small(model, resume=tmp_path / "kept")
     assert [row.scores for row in found.texts] == [row.scores for row in report.texts]
     assert [row.score for row in found.needles] == [row.score for row in report.needles]
 
@@ -467,3 +469,21 @@ def test_what_reading_gguf_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"reading x.gguf needs gguf and accelerate: pip install 'mmflex\[gguf\]'"):
         load(tmp_path / "x.gguf")
+
+
+def test_settings_are_sized_on_some_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmflex.evaluation.real import sizing
+    from mmflex.evaluation.trace import capture
+    from mmflex.tuning.config import Config
+
+    monkeypatch.setattr(sizing, "SIZED_LAYERS", 2)
+    whole = capture(tiny(num_hidden_layers=4), {"input_ids": torch.arange(TOKENS)[None] % 256}, "reference")
+    found = sizing.SampledTrace.of(whole)
+    assert (list(found.layers), found.depth) == ([0, 3], 4)
+    assert found.density({0: AShape(128, 1)}) == pytest.approx((1 + found.density(AShape(128, 1))) / 2)
+    config = Config.of(AShape(128, 1), 4, 4)
+    assert found.density(config) == pytest.approx(found.density(AShape(128, 1)))
+    monkeypatch.setattr(sizing, "ERROR_ROWS", TOKENS)
+    spec = VerticalSlash(16, 128)
+    exact = [float(whole.errors(layer, whole.plan(layer, whole.per_layer(spec)[layer])).mean()) for layer in (0, 3)]
+    assert found.measure(spec).error == pytest.approx(sum(exact) / 2, rel=1e-4)

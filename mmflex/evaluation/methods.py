@@ -184,7 +184,7 @@ def _checked(config: Config | None, trace: Trace) -> Config:
     if config is None:
         raise Unavailable("it needs a searched config: --config FILE (mmflex search writes one)")
     try:
-        config.for_model(len(trace.layers), trace.heads)
+        config.for_model(trace.depth, trace.heads)
     except ValueError as error:
         raise Unavailable(str(error)) from None
     return config

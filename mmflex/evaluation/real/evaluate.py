@@ -26,14 +26,14 @@ from .. import methods as table
 from ..evaluate import versions
 from ..methods import SEARCHED
 from ..report import Score
-from ..trace import capture
+from ..trace import Trace, capture
 from .forward import default_backend, sparse
 from .model import HEAD_ROWS, Hidden, LanguageModel, hidden_states, logits
 from .needles import TASKS, question, right
 from .progress import Progress
 from .report import Method, NeedleRow, Report, TextRow
 from .score import compare, summarise
-from .sizing import Entry, SampledTrace, Sizing
+from .sizing import Entry, Sizing
 from .text import Text
 
 
@@ -125,10 +125,11 @@ def evaluate(
     given = dict(specs or {})
     if config is not None:
         given = {SEARCHED: config, **given}
-    run = _Run(model, settings, Progress(resume), progress or (lambda text: None))
+    kept = Progress(resume)
+    run = _Run(model, settings, kept, progress or (lambda text: None))
     report = Report()
     for tokens in settings.lengths:
-        sizing = Sizing(wanted, given, config, settings.densities)
+        sizing = Sizing(wanted, given, config, settings.densities, kept)
         for text in texts:
             cell = run.cell(text, tokens, sizing)
             skipped = tuple(dict.fromkeys(report.skipped + tuple(sizing.skipped)))
@@ -157,10 +158,12 @@ class _Run:
         s, where = self.settings, f"{text.name}, {tokens} tokens"
         self.progress(f"{where}: sizing")
         windows = text.windows(tokens, s.windows)
-        trace = capture(self.model.model, {"input_ids": windows[:1].to(self.model.device)}, s.backend)
-        entries = sizing.entries(SampledTrace(trace.layers, trace.backend), text.name)
-        del trace
-        gc.collect()
+
+        def trace() -> Trace:
+            return capture(self.model.model, {"input_ids": windows[:1].to(self.model.device)}, s.backend)
+
+        entries = sizing.entries(trace, text.name, *self.key(text, tokens, None, s.windows))
+        gc.collect()  # queries, keys and values of all layers
         layouts: dict[str, Any] = {}
         rows = [self.window(text, i, windows[i], entries, layouts) for i in range(len(windows))]
         found = []

@@ -35,6 +35,15 @@ class Progress:
         if self.folder is not None:
             replaced(self.folder / f"{name}.npy", lambda part: np.save(part, array, allow_pickle=False))
 
+    def get_text(self, *key: Any) -> str | None:
+        """A text that was put under a key, or None."""
+        array = self.get("text", *key)
+        return None if array is None else str(array)
+
+    def put_text(self, text: str, *key: Any) -> None:
+        """Keeps a text under a key."""
+        self.put(np.array(text), "text", *key)
+
 
 def _name(key: tuple[Any, ...]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
