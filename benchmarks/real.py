@@ -137,7 +137,7 @@ def run(arguments: argparse.Namespace, console: Console) -> Report:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     gguf = arguments.gguf or arguments.files / GGUF
-    model = load(gguf, device=device)
+    model = load(gguf, device=device, dtype=getattr(torch, arguments.dtype))
     lengths = [int(n) for n in arguments.lengths.split(",")]
     densities = [float(d) for d in arguments.densities.split(",")]
     texts = [read(f"{kind}={arguments.files / f'{kind}.txt'}", model.tokenizer) for kind in arguments.kinds.split(",")]
@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="", help="needle tasks, separated by commas")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32", help="of the weights: half precision has a KL of its own")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

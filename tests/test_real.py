@@ -207,11 +207,13 @@ def test_prompts_have_their_needle_and_question(model: LanguageModel, task: str,
 def test_an_answer_is_right_where_greedy_decoding_gives_it(model: LanguageModel) -> None:
     asked = needles.question("passkey", model, read_ids(model), TOKENS + 100, 0.5, 0)
     said = model.model.generate(asked.ids[None], max_new_tokens=4, do_sample=False, pad_token_id=0)[0, len(asked.ids) :]
-    assert needles.right(model.model, needles.Question(asked.ids, said, 0.5))
-    for place in range(4):
-        wrong = said.clone()
-        wrong[place] = (wrong[place] + 1) % 256
-        assert not needles.right(model.model, needles.Question(asked.ids, wrong, 0.5))
+    wrong = [said.clone() for _ in range(4)]
+    for place, answer in enumerate(wrong):
+        answer[place] = (answer[place] + 1) % 256
+    together = [needles.Question(asked.ids, answer, 0.5) for answer in (said, *wrong, said[:2], said[:1], wrong[0][:1])]
+    want = [True, False, False, False, False, True, True, False]
+    assert needles.answered(model.model, together) == want
+    assert [needles.answered(model.model, [one])[0] for one in together] == want
 
 
 def test_too_short_prompts_are_refused(model: LanguageModel) -> None:

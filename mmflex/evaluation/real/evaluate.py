@@ -29,12 +29,15 @@ from ..report import Score
 from ..trace import Trace, capture
 from .forward import default_backend, sparse
 from .model import HEAD_ROWS, Hidden, LanguageModel, hidden_states, logits
-from .needles import TASKS, question, right
+from .needles import TASKS, answered, question
 from .progress import Progress
 from .report import Method, NeedleRow, Report, TextRow
 from .score import compare, summarise
 from .sizing import Entry, Sizing
 from .text import Text
+
+PROMPTS_AT_ONCE = 8
+"""Needle prompts of a forward on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,8 @@ def evaluate(
             layers or heads. RuntimeError: a layer would run dense although its spec asks for less.
     """
     settings = Settings(
-        tuple(sorted(set(lengths))), tuple(densities), windows, last, tuple(tasks), depths, prompts, seed,
-        default_backend(model.device) if backend == "auto" else backend,
-    )  # fmt: skip
+        tuple(sorted(set(lengths))), tuple(densities), windows, last, tuple(tasks), depths, prompts, seed, backend
+    )
     for tokens in settings.lengths:
         model.check_length(tokens, extend)
         for text in texts:
@@ -160,7 +162,7 @@ class _Run:
         windows = text.windows(tokens, s.windows)
 
         def trace() -> Trace:
-            return capture(self.model.model, {"input_ids": windows[:1].to(self.model.device)}, s.backend)
+            return capture(self.model.model, {"input_ids": windows[:1].to(self.model.device)}, self.backend(tokens))
 
         entries = sizing.entries(trace, text.name, *self.key(text, tokens, None, s.windows))
         gc.collect()  # queries, keys and values of all layers
@@ -172,20 +174,28 @@ class _Run:
             ran = np.mean([window[number][1] for window in rows], axis=0)
             perplexities = tuple(float(np.exp(score[0].mean())) for score in scores)
             summary = summarise(scores, s.last)
-            found.append(TextRow(text.name, tokens, s.windows, self.method(entry, ran), summary, perplexities))
+            method = self.method(entry, ran, self.backend(tokens))
+            found.append(TextRow(text.name, tokens, s.windows, method, summary, perplexities))
         needles = [row for task in s.tasks for row in self.needles(task, text, tokens, entries, layouts)]
         return Report(tuple(found), tuple(needles))
 
     def key(self, text: Text, tokens: int, entry: Entry | None, *more: Any) -> tuple[Any, ...]:
         """What a measurement depends on."""
         spec = None if entry is None else [entry.label, entry.setting, _spec_key(entry.spec)]
-        return (self.model.name, self.sources, text.digest, tokens, self.settings.backend, spec, *more)
+        return (self.model.name, self.sources, text.digest, tokens, self.backend(tokens), spec, *more)
 
-    def method(self, entry: Entry, ran: Any) -> Method:
+    def method(self, entry: Entry, ran: Any, backend: str) -> Method:
         return Method(
             entry.method, entry.label, entry.setting, entry.target, entry.over, entry.planned, entry.error,
-            float(ran[0]), float(ran[1]), self.settings.backend,
+            float(ran[0]), float(ran[1]), backend,
         )  # fmt: skip
+
+    def backend(self, tokens: int, many: bool = False) -> str:
+        """The backend of a length."""
+        heads = int(self.model.model.config.get_text_config(decoder=True).num_attention_heads)
+        if self.settings.backend != "auto":
+            return self.settings.backend
+        return default_backend(self.model.device, heads, tokens, many)
 
     # ---- text ------------------------------------------------------------------------------------------------------
 
@@ -202,7 +212,7 @@ class _Run:
             hidden: list[Hidden] = []
             for i in missing:
                 self.progress(f"{where}: {entries[i].label} {entries[i].setting}")
-                with sparse(self.model.model, entries[i].spec, self.settings.backend, layouts) as ran:
+                with sparse(self.model.model, entries[i].spec, self.backend(len(ids)), layouts) as ran:
                     hidden.append(hidden_states(self.model.model, ids))
                 self.kept.put(np.array(ran.mean()), "ran", *keys[i])
             for i, scores in zip(missing, self.compared(ids, dense, hidden), strict=True):
@@ -242,12 +252,13 @@ class _Run:
         dense = self.answers(task, text, tokens, asked, None, layouts)[0]
         rows = []
         for entry in entries:
-            answered, ran = self.answers(task, text, tokens, asked, entry, layouts)
-            pairs = list(zip(dense, answered, strict=True))
-            by_depth = [Score.of(a for a, b in zip(answered, bins, strict=True) if b == i) for i in range(s.depths)]
+            right, ran = self.answers(task, text, tokens, asked, entry, layouts)
+            pairs = list(zip(dense, right, strict=True))
+            by_depth = [Score.of(a for a, b in zip(right, bins, strict=True) if b == i) for i in range(s.depths)]
+            method = self.method(entry, ran, self.backend(tokens, many=True))
             rows.append(
                 NeedleRow(
-                    task, text.name, tokens, self.method(entry, ran), Score.of(answered), Score.of(dense),
+                    task, text.name, tokens, method, Score.of(right), Score.of(dense),
                     Score.of(a for d, a in pairs if d), sum(a and not d for d, a in pairs), tuple(by_depth),
                 )
             )  # fmt: skip
@@ -259,21 +270,24 @@ class _Run:
         """Whether each question is answered, by the dense model (``entry`` None) or an entry; its [density,
         estimates]."""
         s, name = self.settings, "dense" if entry is None else f"{entry.label} {entry.setting}"
-        found, shares = [], []
-        for number, one in enumerate(asked):
-            key = self.key(text, tokens, entry, "needle", task, number, s.depths, s.windows, s.seed)
+        batch = PROMPTS_AT_ONCE if self.model.device.type == "cuda" else 1
+        found: list[bool] = []
+        shares = []
+        for first in range(0, len(asked), batch):
+            some = asked[first : first + batch]
+            key = self.key(text, tokens, entry, "needle", task, first, len(some), s.depths, s.windows, s.seed)
             known = self.kept.get(*key)
             if known is None:
-                self.progress(f"{text.name}, {tokens} tokens, {task} {number + 1} of {len(asked)}: {name}")
+                self.progress(f"{text.name}, {tokens} tokens, {task} {first + 1} of {len(asked)}: {name}")
                 if entry is None:
-                    known = np.array([right(self.model.model, one), 1.0, 0.0])
+                    known = np.array([1.0, 0.0, *answered(self.model.model, some)])
                 else:
-                    with sparse(self.model.model, entry.spec, s.backend, layouts) as ran:
-                        answered = right(self.model.model, one)
-                    known = np.array([answered, *ran.mean()])
+                    with sparse(self.model.model, entry.spec, self.backend(tokens, many=True), layouts) as ran:
+                        answers = answered(self.model.model, some)
+                    known = np.array([*ran.mean(), *answers])
                 self.kept.put(known, *key)
-            found.append(bool(known[0]))
-            shares.append(known[1:])
+            found += known[2:].astype(bool).tolist()
+            shares.append(known[:2])
         return found, np.mean(shares, axis=0)
 
     # ---- about the run ---------------------------------------------------------------------------------------------

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...integrations.masks import NAME
 from ...integrations.prefill import _refuse, _why_dense, attention_forward
 from ...integrations.transformers import DenseFallback, patched
 from ...runtime.attention import plan
+from ...runtime.kernels.lists import listed_eagerly
 from ...tuning.config import Config, Spec
+from ..evaluate import EAGER_SCORES
 from ..trace import estimated
 
 
@@ -74,7 +77,7 @@ def sparse(model: Any, spec: Spec | Config, backend: str, layouts: dict[str, Any
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", DenseFallback)
-        with patched(model, spec, backend=backend):
+        with patched(model, spec, backend=backend), listed_eagerly() if backend == "reference" else nullcontext():
             vars(model)["_mmflex_patch"].prompt.recent = layouts
             AttentionInterface.register(NAME, attention)
             try:
@@ -85,6 +88,9 @@ def sparse(model: Any, spec: Spec | Config, backend: str, layouts: dict[str, Any
                 AttentionInterface.register(NAME, attention_forward)
 
 
-def default_backend(device: Any) -> str:
-    """The backend that never runs a spec dense and needs no kernel by hand."""
-    return "triton" if device.type == "cuda" else "cpu"
+def default_backend(device: torch.device, heads: int, tokens: int, many: bool) -> str:
+    """A backend that never runs a spec dense. On a GPU texts run eagerly where they fit: every setting is a kernel of
+    its own, which takes longer to compile than a few windows take. ``many``: prompts enough to be worth a kernel."""
+    if device.type != "cuda":
+        return "cpu"
+    return "reference" if not many and heads * tokens**2 <= EAGER_SCORES["cuda"] else "triton"

@@ -125,7 +125,7 @@ def hidden_states(model: Any, ids: Tensor) -> Hidden:
     kept: list[Any] = []
     handle = inner.register_forward_hook(lambda module, inputs, output: kept.append(output))
     try:
-        model(input_ids=ids[None].to(_device(model)), use_cache=False, return_dict=True, **_last_row(model))
+        model(input_ids=ids[None].to(_device(model)), use_cache=False, return_dict=True, **last_row(model))
     finally:
         handle.remove()
     states = getattr(kept[-1], "last_hidden_state", None) if kept else None
@@ -155,6 +155,6 @@ def _device(model: Any) -> torch.device:
     return next(model.parameters()).device
 
 
-def _last_row(model: Any) -> dict[str, int]:
+def last_row(model: Any) -> dict[str, int]:
     """The option by which a model computes the logits of its last token alone, where it has it."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

@@ -9,15 +9,16 @@ what greedy decoding would have given.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from .model import LanguageModel
+from .model import LanguageModel, last_row
 from .text import encode
 
 TASKS = ("passkey", "multikey", "tracking")
@@ -152,13 +153,16 @@ def _boundary(tokenizer: Any, filler: Tensor, start: int, reach: int = 64) -> in
 
 
 @torch.no_grad()
-def right(model: Any, asked: Question) -> bool:
-    """Whether a model (patched or not) answers a question: greedy decoding would give the answer's tokens."""
+def answered(model: Any, asked: Sequence[Question]) -> list[bool]:
+    """Whether a model (patched or not) answers questions of equally long prompts, prefilled together: whether greedy
+    decoding would give each answer's tokens."""
     device = next(model.parameters()).device
-    prompt, answer = asked.ids[None].to(device), asked.answer.to(device)
-    out = model(input_ids=prompt, use_cache=True, return_dict=True, logits_to_keep=1)
-    said = [out.logits[0, -1:].argmax(-1)]
-    if len(answer) > 1 and bool(said[0] == answer[0]):
-        more = model(input_ids=answer[None, :-1], past_key_values=out.past_key_values, use_cache=True, return_dict=True)
-        said.append(more.logits[0].argmax(-1))
-    return bool(torch.equal(torch.cat(said), answer))
+    prompts = torch.stack([one.ids for one in asked]).to(device)
+    answers = pad_sequence([one.answer for one in asked], batch_first=True, padding_value=-1).to(device)
+    out = model(input_ids=prompts, use_cache=True, return_dict=True, **last_row(model))
+    said = out.logits[:, -1:].argmax(-1)
+    if answers.shape[1] > 1:
+        # what stands behind a shorter answer is after all of its tokens
+        given = {"input_ids": answers[:, :-1].clamp(min=0), "past_key_values": out.past_key_values}
+        said = torch.cat([said, model(**given, use_cache=True, return_dict=True).logits.argmax(-1)], dim=1)
+    return ((said == answers) | (answers < 0)).all(-1).tolist()
