@@ -16,7 +16,7 @@ from mask_builders import AShape, BlockTopK, VerticalSlash
 from mmflex.evaluation.real import LanguageModel, Report, evaluate, load, needles, read, tokenized
 from mmflex.evaluation.real.forward import sparse
 from mmflex.evaluation.real.model import hidden_states, logits
-from mmflex.evaluation.real.score import BLOCK, bootstrap, compare, summarise
+from mmflex.evaluation.real.score import BLOCK, bootstrap, compare, log_probabilities, summarise
 
 TOKENS = 300
 WORDS = "the quick brown fox jumps over a lazy dog.\nIt was the best of times, it was the worst of times.\n" * 40
@@ -64,7 +64,8 @@ def test_perplexity_kl_and_agreement_against_numpy() -> None:
     want = np.stack(
         [-np.log(q[rows, targets]), -np.log(p[rows, targets]), (p * np.log(p / q)).sum(1), p.argmax(1) == q.argmax(1)]
     )
-    found = compare(*(torch.tensor(x, dtype=torch.float32) for x in (dense, other)), torch.tensor(targets)).numpy()
+    logs = (log_probabilities(torch.tensor(x, dtype=torch.float32)) for x in (dense, other))
+    found = compare(*logs, torch.tensor(targets)).numpy()
     np.testing.assert_allclose(found, want, rtol=2e-6, atol=2e-7)
     windows = [want[:, :150], want[:, 150:]]
     scores = summarise(windows, last=30)

@@ -32,7 +32,7 @@ from .model import HEAD_ROWS, Hidden, LanguageModel, hidden_states, logits
 from .needles import TASKS, answered, question
 from .progress import Progress
 from .report import Method, NeedleRow, Report, TextRow
-from .score import compare, summarise
+from .score import compare, log_probabilities, summarise
 from .sizing import Entry, Sizing
 from .text import Text
 
@@ -230,9 +230,10 @@ class _Run:
         parts: list[list[Tensor]] = [[] for _ in hidden]
         for first in range(0, len(targets), HEAD_ROWS):
             last = min(first + HEAD_ROWS, len(targets))
-            want = logits(model, dense, first, last)
+            want = log_probabilities(logits(model, dense, first, last))
             for part, states in zip(parts, hidden, strict=True):
-                part.append(compare(want, logits(model, states, first, last), targets[first:last]).cpu())
+                got = log_probabilities(logits(model, states, first, last))
+                part.append(compare(want, got, targets[first:last]).cpu())
         return [torch.cat(part, dim=1).numpy() for part in parts]
 
     # ---- needles ---------------------------------------------------------------------------------------------------

@@ -23,17 +23,21 @@ FIRST = 16
 DRAWS = 2000
 
 
+def log_probabilities(logits: Tensor) -> Tensor:
+    """float64 like logits [rows, vocabulary], in nats."""
+    return logits.double().log_softmax(-1)
+
+
 @torch.no_grad()
-def compare(dense: Tensor, sparse: Tensor, targets: Tensor) -> Tensor:
+def compare(log_p: Tensor, log_q: Tensor, targets: Tensor) -> Tensor:
     """float64 [4, rows]: negative log-likelihood of the sparse and of the dense model, KL(dense || sparse), and whether
     both have the same first choice.
 
-    dense, sparse: logits float32 [rows, vocabulary]; targets int64 [rows]. In nats.
+    log_p, log_q: `log_probabilities` of the dense and of the sparse model; targets int64 [rows]. In nats.
     """
-    log_p, log_q = dense.double().log_softmax(-1), sparse.double().log_softmax(-1)
     index = targets[:, None]
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    same = dense.argmax(-1) == sparse.argmax(-1)
+    same = log_p.argmax(-1) == log_q.argmax(-1)
     nll_sparse, nll_dense = (-x.gather(-1, index)[:, 0] for x in (log_q, log_p))
     return torch.stack([nll_sparse, nll_dense, kl, same.double()])
 
