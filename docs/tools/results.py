@@ -38,7 +38,8 @@ def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]], right: bool 
 def where(data: dict[str, Any]) -> str:
     """Device and versions, wherever a file keeps them."""
     run = (data.get("runs") or [{}])[-1]
-    facts = {**data, **data.get("machine", {}), **(run.get("versions", {}) if isinstance(run, dict) else {})}
+    versions = run.get("versions") if isinstance(run, dict) else None
+    facts = {**data, **data.get("machine", {}), **(versions if isinstance(versions, dict) else {})}
     names = ("device", "torch", "flash-attn-4", "triton", "transformers", "mmflex")
     return ", ".join(str(facts[n]) if n == "device" else f"{n} {facts[n]}" for n in names if facts.get(n))
 
