@@ -352,7 +352,7 @@ def versions(model: Any) -> dict[str, str]:
     """What a result is measured with: packages, device, dtype and class of the model."""
     import transformers
 
-    from .. import __version__
+    from ..version import __version__
 
     parameter = next(model.parameters())
     device = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else platform.processor() or "CPU"
