@@ -128,7 +128,7 @@ def searched(model: Any, text: Text, tokens: int, density: float, folder: Path) 
 
 def held_out(text: Text, tokens: int) -> Text:
     """A text without its last window, which a search may have."""
-    return Text(text.name, text.ids[:-tokens], text.prefix, text.digest)
+    return Text(text.name, text.ids[:-tokens], text.prefix)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> Report:

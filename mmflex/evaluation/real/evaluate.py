@@ -99,10 +99,10 @@ def evaluate(
         config: a searched config, for the methods that resize one; it also runs as it is.
         lengths: tokens of a window, and of a needle prompt.
         densities: shares of dense attention (pairs in computed blocks over causal pairs) that methods are brought to.
-        windows: of each text, without overlap. 0 is an error; for needles alone give texts and no methods' table.
+        windows: of each text, without overlap.
         last: rows at the end of a window whose KL is reported beside that of all.
         tasks: needle tasks, of `TASKS`; asked in every text at every length.
-        depths, prompts: depths of the needle, and prompts in all (spread over the depths), of each task.
+        depths, prompts: depths of the needle, and prompts (spread over the depths) of each task, text and length.
         seed: of the needles.
         backend: as in `mmflex.attention`; "auto" is the one that never runs a spec dense.
         extend: allow prompts longer than the model was trained for.
@@ -182,7 +182,8 @@ class _Run:
     def key(self, text: Text, tokens: int, entry: Entry | None, *more: Any) -> tuple[Any, ...]:
         """What a measurement depends on."""
         spec = None if entry is None else [entry.label, entry.setting, _spec_key(entry.spec)]
-        return (self.model.name, self.sources, text.digest, tokens, self.backend(tokens), spec, *more)
+        model = self.model.name, self.model.device.type, str(self.model.model.dtype), self.sources
+        return (*model, text.digest, tokens, self.backend(tokens), spec, *more)
 
     def method(self, entry: Entry, ran: Any, backend: str) -> Method:
         return Method(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ class Text:
         name: in tables.
         ids: int64 [tokens], without what the tokenizer puts in front.
         prefix: what the tokenizer puts in front of a text (a BOS token, or nothing).
-        digest: of the tokens.
     """
 
     name: str
     ids: Tensor
-    prefix: tuple[int, ...]
-    digest: str
+    prefix: tuple[int, ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the tokens."""
+        return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()[:16]
 
     def windows(self, tokens: int, count: int) -> Tensor:
         """int64 [count, tokens]: windows that do not overlap, evenly spread from the beginning to the end of the text,
@@ -51,7 +55,7 @@ def tokenized(name: str, text: str, tokenizer: Any) -> Text:
     """A text in the tokens of a tokenizer."""
     ids = torch.tensor(encode(tokenizer, text), dtype=torch.long)
     prefix = [i for i in tokenizer("")["input_ids"] if i != tokenizer.eos_token_id or i == tokenizer.bos_token_id]
-    return Text(name, ids, tuple(prefix), hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16])
+    return Text(name, ids, tuple(prefix))
 
 
 def read(argument: str, tokenizer: Any) -> Text:
