@@ -158,7 +158,8 @@ def test_tables_say_what_the_file_says(tmp_path: Path, monkeypatch: pytest.Monke
         "| `other.json` | - | 2 |",
         "| `prefill-x.json` | E, torch 3 | 1 |",
     ]
-    assert results.cpu() == results.check() == results.evaluation() == results.vision() == ""
+    for empty in ("cpu", "check", "evaluation", "vision", "real"):
+        assert results.TABLES[empty]() == ""
     whole = {
         "mmflex": {"seconds": 2.0, "vision_s": 0.5, "peak_gb": 60.0},
         "sdpa": {"seconds": 9.0, "extrapolated": True},
@@ -179,6 +180,27 @@ def test_tables_say_what_the_file_says(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "eval-x.json").write_text(json.dumps({"rows": given, "runs": [{"versions": {"device": "F"}}]}))
     assert results.evaluation().startswith("`eval-x.json`: F; 40 questions a cell.")
     assert rows(results.evaluation()) == ["| dense | 97.5 (100%) |", "| A | 97.5 (38%) |"]
+
+
+def test_tables_of_real_weights_say_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmflex.evaluation.real.report import Method, NeedleRow, Report, TextRow
+    from mmflex.evaluation.real.score import Interval, Scores
+    from mmflex.evaluation.report import Score
+
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    kl = Interval(0.0314, 0.02, 0.04)
+    scores = Scores(21.0, 20.0, Interval(0.05, 0.04, 0.06), kl, kl, 0.9, 0.8, 0.2, 0.02, 0.1, 0.01, (0.2,) * 8, 99, 9)
+    method = Method("a-shape", "A-shape", "AShape(local=1)", 0.3, False, 0.29, 0.1, 0.294, 0.0156, "cpu")
+    needle = NeedleRow("passkey", "prose", 4096, method, Score(3, 4), Score(4, 4), Score(3, 4), 0, (Score(3, 4),))
+    runs = ({"model": "M", "versions": {"device": "F"}},)
+    Report((TextRow("prose", 4096, 3, method, scores, (21.0,)),), (needle,), (), runs).save(tmp_path / "real-x.json")
+    assert results.real().startswith("`real-x.json`: M, F.\n\n*prose*, 4k tokens, 3 windows:")
+    assert rows(results.real()) == [
+        "| dense | - | 100% | - | 20.00 | - | - | - | - | - | - |",
+        "| A-shape | `AShape(local=1)` | 29% | 1.6% | 21.00 | +5.0% (+4.0% to +6.0%) "
+        "| 0.031 | 0.031 | 0.200 | 0.020 | 90.0% |",
+        "| passkey | 4k | A-shape | `AShape(local=1)` | 29% | 75.0% of 4 | 100.0% of 4 | 75.0% of 4 |",
+    ]
 
 
 def test_an_unknown_table_is_an_error() -> None:

@@ -37,7 +37,9 @@ def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]], right: bool 
 
 def where(data: dict[str, Any]) -> str:
     """Device and versions, wherever a file keeps them."""
-    facts = {**data, **data.get("machine", {})}
+    run = (data.get("runs") or [{}])[-1]
+    versions = run.get("versions") if isinstance(run, dict) else None
+    facts = data | {k: v for d in (data.get("machine"), versions) if isinstance(d, dict) for k, v in d.items()}
     names = ("device", "torch", "flash-attn-4", "triton", "transformers", "mmflex")
     return ", ".join(str(facts[n]) if n == "device" else f"{n} {facts[n]}" for n in names if facts.get(n))
 
@@ -254,6 +256,48 @@ def evaluation() -> str:
     return "\n\n".join(parts)
 
 
+def real() -> str:
+    """A model that was not trained here: predictions and answers, a table for each file, text and length."""
+    columns = ("method", "setting", "ran", "estimates", "perplexity", "over dense", "KL, all rows", "KL, last rows",
+               "rows 0-15 of a tile", "other rows", "first choice as dense")  # fmt: skip
+    parts = []
+    for name, data in load("real-*.json"):
+        run = (data.get("runs") or [{}])[-1]
+        parts.append(f"`{name}`: {run.get('model', '-')}, {where(run.get('versions', {}))}.")
+        texts = data.get("texts", [])
+        for text, length in dict.fromkeys((row["text"], row["tokens"]) for row in texts):
+            rows = [row for row in texts if (row["text"], row["tokens"]) == (text, length)]
+            dense = rows[0]["scores"]["dense"]
+            lines = [["dense", "-", "100%", "-", f"{dense:.2f}", *["-"] * 6], *map(_predictions, rows)]
+            about = f"*{text}*, {tokens(length)} tokens, {rows[0]['windows']} windows:"
+            parts.append(f"{about}\n\n{markdown(columns, lines)}")
+        if data.get("needles"):
+            head = ("task", "tokens", "method", "setting", "ran", "right", "dense", "of dense's right")
+            parts.append(f"Needles:\n\n{markdown(head, map(_needles, data['needles']))}")
+    return "\n\n".join(parts)
+
+
+def _predictions(row: dict[str, Any]) -> list[str]:
+    s, m = row["scores"], row["method"]
+    low, high = (_number(s["excess"][end], "+.1%") for end in ("low", "high"))
+    return [
+        m["label"], f"`{m['setting']}`", _number(m["ran"], ".0%"), _number(m["estimates"], ".1%"),
+        _number(s["perplexity"], ".2f"), f"{_number(s['excess']['value'], '+.1%')} ({low} to {high})",
+        _number(s["kl"]["value"], ".3f"), _number(s["kl_last"]["value"], ".3f"), _number(s["kl_first"], ".3f"),
+        _number(s["kl_rest"], ".3f"), _number(s["top1"], ".1%"),
+    ]  # fmt: skip
+
+
+def _needles(row: dict[str, Any]) -> list[str]:
+    m = row["method"]
+    shares = [_share(row[name]) for name in ("score", "dense", "kept")]
+    return [row["task"], tokens(row["tokens"]), m["label"], f"`{m['setting']}`", _number(m["ran"], ".0%"), *shares]
+
+
+def _share(score: dict[str, Any]) -> str:
+    return f"{score['accuracy']:.1%} of {score['asked']}" if score["asked"] else "-"
+
+
 def _answers(row: dict[str, Any] | None) -> str:
     """Accuracy, and what was computed of dense attention."""
     return "-" if row is None else f"{100 * row['score']['accuracy']:.1f} ({row['ran']:.0%})"
@@ -275,5 +319,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu,
     "check": check,
     "evaluation": evaluation,
+    "real": real,
     "files": files,
 }

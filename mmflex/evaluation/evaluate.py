@@ -327,7 +327,7 @@ class _Run:
         found = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self.settings).items()}
         found |= {"tasks": tasks, "seeds": self.settings.numbers(), "sample_seed": self.settings.sample}
         seconds = round(time.perf_counter() - self.started, 1)
-        return {**found, "seconds": seconds, "versions": _versions(self.model)}
+        return {**found, "seconds": seconds, "versions": versions(self.model)}
 
 
 def _as_given(spec: Any, trace: Trace) -> Fitted:
@@ -348,7 +348,8 @@ def _text(spec: Spec | Config) -> str:
     return str(spec) if hasattr(spec, "mask") else "as given"
 
 
-def _versions(model: Any) -> dict[str, str]:
+def versions(model: Any) -> dict[str, str]:
+    """What a result is measured with: packages, device, dtype and class of the model."""
     import transformers
 
     from ..version import __version__

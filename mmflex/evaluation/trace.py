@@ -94,6 +94,11 @@ class Trace:
     densities: dict[Any, float] = field(default_factory=dict)
 
     @property
+    def depth(self) -> int:
+        """Attention layers of the model."""
+        return len(self.layers)
+
+    @property
     def layout(self) -> TokenLayout:
         return next(iter(self.layers.values())).layout
 
@@ -113,7 +118,7 @@ class Trace:
     def per_layer(self, spec: Spec | Config) -> dict[int, tuple[Pattern, ...]]:
         """A spec written out for these layers; ValueError where it is made for another model."""
         if isinstance(spec, Config):
-            return spec.for_model(len(self.layers), self.heads)
+            return spec.for_model(self.depth, self.heads)
         return per_layer(spec, sorted(self.layers), self.heads)
 
     def plan(self, layer: int, patterns: tuple[Pattern, ...]) -> Plan:
