@@ -124,8 +124,8 @@ def planned(
 def decided(q: Tensor, k: Tensor, spec: Spec, layout: TokenLayout | None, request: Request) -> tuple[Program, str]:
     """The program of a call, and why it is dense if the cost model decided so; nothing is estimated or computed.
 
-    Only shapes, dtypes and the device of q and k are looked at: k may be a view that holds nothing yet. Errors are those
-    of `attention`.
+    Only shapes, dtypes and the device of q and k are looked at: k may be a view that holds nothing yet. Errors are
+    those of `attention`.
     """
     call = _call(q, k, None, spec, layout, request)
     return call.program, call.note

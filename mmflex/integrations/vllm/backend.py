@@ -5,10 +5,10 @@ Per step and layer, one of these happens:
 ==============================================================  ========================================================
 rows of the step, the layer                                     what runs
 ==============================================================  ========================================================
-a request with ``threshold`` new tokens or more, whole or a     `mmflex.attention` with the layer's spec; keys and values
-chunk, with or without a cached prefix, alone or among others   of earlier tokens are gathered from the cache
-the same, where the cost model says that dense is faster        the standard backend
-decode steps, short prompts                                     the standard backend, on the other rows of the same step
+a request with ``threshold`` new tokens or more, whole or a     `mmflex.attention` with the layer's spec; keys and
+values chunk, with or without a cached prefix, alone or among others   of earlier tokens are gathered from the cache the
+same, where the cost model says that dense is faster        the standard backend decode steps, short prompts
+the standard backend, on the other rows of the same step
 cascade, where a step has a long prefill                        the standard backend without it: the result is the same
 layers that the spec leaves out, sliding windows, soft caps,    the standard backend, and a line in the log, once per
 sinks, ALiBi, encoders, quantized caches, draft models, MLA,    reason
@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 
 from mmflex.compiler.launches import DenseLaunch
-from mmflex.ir.layout import TokenLayout
 from mmflex.ir.pattern import Pattern
 from mmflex.runtime.attention import plan
 from mmflex.runtime.calls import Request, decided
@@ -132,15 +131,12 @@ def accelerated_impl(base: type, platform: Platform) -> type:
             output_block_scale: Tensor | None = None,
         ) -> Tensor:
             """As the standard backend's: query [T, Hq, D], key and value [T, Hkv, D] of the step, output like query."""
-            rules, runs = self.mmflex, getattr(attn_metadata, RUNS, None)
+            rules, runs = self.mmflex, getattr(attn_metadata, RUNS, ())
 
             def standard(tokens: slice | None = None, metadata: Any = attn_metadata) -> Any:
-                if tokens is None:
-                    sides = (query, key, value, output)
-                else:
-                    sides = tuple(None if t is None else t[tokens] for t in (query, key, value, output))
-                given = (layer, *sides[:3], kv_cache, metadata, sides[3])
-                return super(AcceleratedImpl, self).forward(*given, output_scale, output_block_scale)
+                q, k, v, out = (t if t is None or tokens is None else t[tokens] for t in (query, key, value, output))
+                given = (layer, q, k, v, kv_cache, metadata, out, output_scale, output_block_scale)
+                return super(AcceleratedImpl, self).forward(*given)
 
             if rules is None or output_scale is not None or output_block_scale is not None:
                 return standard()
@@ -304,23 +300,19 @@ def accelerated_builder(base: type, platform: Platform) -> type:
                 return metadata
             runs = self.mmflex.runs(common_attn_metadata)
             for run in runs:
-                # Fast, because only then does FlashAttention write nothing to memory that the whole step's metadata has.
+                # Fast, because only then does FlashAttention write nothing to memory that the whole step's metadata
+                # has.
                 run.metadata = super().build(0, cut(common_attn_metadata, run), True, **kwargs)
-            if runs:
-                setattr(metadata, RUNS, runs)
+            setattr(metadata, RUNS, runs)
             return metadata
 
         def update_block_table(self, metadata: Any, blk_table: Tensor, slot_mapping: Tensor) -> Any:
             """Of another group of layers with the same rows."""
             updated = super().update_block_table(metadata, blk_table, slot_mapping)
-            runs = getattr(metadata, RUNS, None)
-            if runs:
-                update = super().update_block_table
-                setattr(
-                    updated,
-                    RUNS,
-                    [run.over(update(run.metadata, blk_table[run.rows], slot_mapping[run.tokens])) for run in runs],
-                )
+            update, runs = super().update_block_table, []
+            for run in getattr(metadata, RUNS, ()):
+                runs.append(run.over(update(run.metadata, blk_table[run.rows], slot_mapping[run.tokens])))
+            setattr(updated, RUNS, runs)
             return updated
 
     AcceleratedBuilder.__name__ = AcceleratedBuilder.__qualname__ = f"Mmflex{base.__name__}"
@@ -348,8 +340,8 @@ def _group(platform: Platform, names: list[str], vllm_config: Any, device: torch
         threshold = default_threshold(engine, specs, found[0][0].arguments, device, dtype)
     if threshold <= engine.captured:
         engine.notice(
-            f"threshold {threshold} is raised to {engine.captured + 1}: up to {engine.captured} tokens vLLM replays CUDA "
-            "graphs"
+            f"threshold {threshold} is raised to {engine.captured + 1}: up to {engine.captured} tokens vLLM replays "
+            "CUDA graphs"
         )
         threshold = engine.captured + 1
     logger.info("mmflex accelerates %d layers for requests with %d or more new tokens in a step", len(found), threshold)
@@ -357,8 +349,8 @@ def _group(platform: Platform, names: list[str], vllm_config: Any, device: torch
 
 
 def accelerated_backend(base: type, platform: Platform) -> type:
-    """An `AttentionBackend` over a standard one, under its name. Without the option in `additional_config` its layers are
-    the standard ones."""
+    """An `AttentionBackend` over a standard one, under its name. Without the option in `additional_config` its layers
+    are the standard ones."""
     impl = accelerated_impl(base.get_impl_cls(), platform)  # type: ignore[attr-defined]
     builder = accelerated_builder(base.get_builder_cls(), platform)  # type: ignore[attr-defined]
 

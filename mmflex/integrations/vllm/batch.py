@@ -1,8 +1,8 @@
 """A step's rows as runs: every long prefill alone, the others together.
 
 vLLM describes a step by one `CommonAttentionMetadata` over all its requests, in rows: request i has the queries
-``query_start_loc[i] .. query_start_loc[i + 1]`` of the step's tokens. A run of rows has one of its own, cut out of that.
-Only host data decides; nothing is read back from the device.
+``query_start_loc[i] .. query_start_loc[i + 1]`` of the step's tokens. A run of rows has one of its own, cut out of
+that. Only host data decides; nothing is read back from the device.
 """
 
 from __future__ import annotations
@@ -18,8 +18,15 @@ from mmflex.ir.layout import TokenLayout
 from .requests import Prompt
 
 PER_ROW = frozenset(
-    "seq_lens seq_lens_cpu_upper_bound block_table_tensor is_prefilling req_idx _seq_lens_cpu "
-    "_num_computed_tokens_cpu".split()
+    [
+        "seq_lens",
+        "seq_lens_cpu_upper_bound",
+        "block_table_tensor",
+        "is_prefilling",
+        "req_idx",
+        "_seq_lens_cpu",
+        "_num_computed_tokens_cpu",
+    ]
 )
 """Fields of `CommonAttentionMetadata` (of all versions named in `plugin`) with one entry per request."""
 
@@ -27,8 +34,16 @@ PER_TOKEN = frozenset({"slot_mapping", "positions"})
 """Fields with one entry per token of the step."""
 
 _COUNTED = frozenset(
-    "query_start_loc query_start_loc_cpu num_reqs num_actual_tokens max_query_len max_seq_len causal "
-    "max_logits_per_req".split()
+    [
+        "query_start_loc",
+        "query_start_loc_cpu",
+        "num_reqs",
+        "num_actual_tokens",
+        "max_query_len",
+        "max_seq_len",
+        "causal",
+        "max_logits_per_req",
+    ]
 )
 """Fields that are worked out for a run, or hold for every run."""
 
@@ -76,8 +91,8 @@ class Run:
         """A line about a long prefill and the layers noted so far."""
         density, planning, attending = np.asarray(self.noted).T
         return (
-            f"{self.end - self.start} new tokens of {self.end} in {len(self.noted)} layers: density {density.mean():.1%}, "
-            f"planning {planning.sum():.1f} ms, attention {attending.sum():.1f} ms"
+            f"{self.end - self.start} new tokens of {self.end} in {len(self.noted)} layers: density "
+            f"{density.mean():.1%}, planning {planning.sum():.1f} ms, attention {attending.sum():.1f} ms"
         )
 
 

@@ -9,7 +9,6 @@ from .backend import Platform, accelerated_backend
 from .pages import ProbedPages
 from .runners import follow_runners, tensor_parallel_rank
 
-
 # Kernels on the CPU are compiled for one length each: the profiling run's would serve no other.
 PLATFORM = Platform(tensor_parallel_rank, get_current_vllm_config, ProbedPages, follow_runners, warms=False)
 

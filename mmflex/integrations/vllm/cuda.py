@@ -9,7 +9,6 @@ from .backend import Platform, accelerated_backend
 from .pages import StridedPages
 from .runners import follow_runners, tensor_parallel_rank
 
-
 PLATFORM = Platform(tensor_parallel_rank, get_current_vllm_config, StridedPages, follow_runners, warms=True)
 
 Backend = accelerated_backend(FlashAttentionBackend, PLATFORM)

@@ -125,7 +125,8 @@ def why_off(vllm_config: Any) -> str | None:
 
 
 def why_standard(arguments: dict[str, Any]) -> str | None:
-    """Why a layer runs the standard attention, from the arguments of its `AttentionImpl`; None where mmflex can run it."""
+    """Why a layer runs the standard attention, from the arguments of its `AttentionImpl`; None where mmflex can run
+    it."""
     kind = arguments.get("attn_type", "decoder")
     if str(getattr(kind, "value", kind)) != "decoder":
         return f"layers of type {getattr(kind, 'value', kind)} run the standard attention"

@@ -23,8 +23,8 @@ except ImportError:
 def split_pages(cache: Tensor, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Views of keys and values ``[blocks, tokens of a block, KV heads, D]`` of FlashAttention's cache.
 
-    ``[blocks, 2, tokens, KV heads, D]`` (vLLM 0.24) or ``[blocks, KV heads, tokens, 2 D]`` (vLLM 0.32), whatever the order
-    in memory. ValueError for any other shape.
+    ``[blocks, 2, tokens, KV heads, D]`` (vLLM 0.24) or ``[blocks, KV heads, tokens, 2 D]`` (vLLM 0.32), whatever the
+    order in memory. ValueError for any other shape.
     """
     shape = tuple(cache.shape)
     if len(shape) == 5 and shape[1] == 2 and shape[3:] == (kv_heads, head_dim):
@@ -83,8 +83,8 @@ if triton is not None:
 def gather_pages(keys: Tensor, values: Tensor, table: Tensor, out_k: Tensor, out_v: Tensor) -> None:
     """``out[0, h, t] = pages[table[t // page], t % page, h]`` for keys and for values, in one kernel.
 
-    keys, values [blocks, page, KV heads, D], the last dimension contiguous; table int [pages]; out [1, KV heads, tokens,
-    D], contiguous.
+    keys, values [blocks, page, KV heads, D], the last dimension contiguous; table int [pages]; out [1, KV heads,
+    tokens, D], contiguous.
     """
     heads, tokens, dim = out_k.shape[1:]
     page = keys.shape[1]
@@ -118,8 +118,8 @@ class ProbedPages:
     """Reads a cache whose pages are packed for some processor, in an order that is found out by writing to one.
 
     vLLM's CPU kernels keep keys and values transposed, or tiled for AMX, by instruction set, dtype and version. A block
-    whose elements are numbered is written through vLLM's own ``do_kv_cache_update`` into memory of the same shape; where
-    each number is found is where that element of every block is.
+    whose elements are numbered is written through vLLM's own ``do_kv_cache_update`` into memory of the same shape;
+    where each number is found is where that element of every block is.
     """
 
     def __init__(self, buffer: Buffer) -> None:
@@ -144,7 +144,8 @@ class ProbedPages:
         if key not in self.orders:
             if cache.dim() != 4 or cache.shape[1] != heads:
                 raise ValueError(
-                    f"the KV cache has shape {tuple(cache.shape)} for {heads} KV heads: mmflex knows [blocks, heads, ...]"
+                    f"the KV cache has shape {tuple(cache.shape)} for {heads} KV heads: mmflex knows "
+                    "[blocks, heads, ...]"
                 )
             numbers = torch.arange(2 * page * dim).view(2, page, 1, dim).expand(2, page, heads, dim)
             slots = torch.arange(page)
@@ -158,8 +159,8 @@ class ProbedPages:
             order = seen[0].argsort()
             if not torch.equal(seen, order.argsort().expand(heads, -1)):
                 raise ValueError(
-                    f"the KV cache of {type(impl).__name__}, shape {tuple(cache.shape)}, does not hold every element once: "
-                    "mmflex cannot read it"
+                    f"the KV cache of {type(impl).__name__}, shape {tuple(cache.shape)}, does not hold every "
+                    "element once: mmflex cannot read it"
                 )
             self.orders[key] = order.view(2, page, dim)
         return self.orders[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import logging
@@ -18,7 +19,7 @@ _NEEDS = {
         "AttentionImpl.forward": "layer query key value kv_cache attn_metadata output output_scale output_block_scale",
         "AttentionMetadataBuilder.build": "common_prefix_len common_attn_metadata fast_build",
         "AttentionMetadataBuilder.__init__": "kv_cache_spec layer_names vllm_config device",
-        "CommonAttentionMetadata.__init__": "query_start_loc query_start_loc_cpu seq_lens num_reqs num_actual_tokens "
+        "CommonAttentionMetadata": "query_start_loc query_start_loc_cpu seq_lens num_reqs num_actual_tokens "
         "max_query_len max_seq_len block_table_tensor slot_mapping causal seq_lens_cpu_upper_bound",
     },
     "vllm.v1.attention.backends.registry": {
@@ -26,13 +27,13 @@ _NEEDS = {
         "AttentionBackendEnum": "",
     },
     "vllm.v1.core.sched.output": {
-        "NewRequestData.__init__": "req_id prompt_token_ids mm_features",
-        "SchedulerOutput.__init__": "scheduled_new_reqs num_scheduled_tokens finished_req_ids",
+        "NewRequestData": "req_id prompt_token_ids mm_features",
+        "SchedulerOutput": "scheduled_new_reqs num_scheduled_tokens finished_req_ids",
     },
-    "vllm.config": {"get_current_vllm_config": "", "VllmConfig.__init__": "additional_config"},
+    "vllm.config": {"get_current_vllm_config": "", "VllmConfig": "additional_config"},
     "vllm.distributed": {"get_tensor_model_parallel_rank": ""},
 }
-"""Module -> what mmflex uses of it, and the parameters that it must have."""
+"""Module -> what mmflex uses of it, and the fields (of a dataclass) or parameters that it must have."""
 
 _BASES = {
     "cuda": ("vllm.v1.attention.backends.flash_attn", "FlashAttentionBackend", "FLASH_ATTN"),
@@ -62,8 +63,8 @@ def register() -> None:
     reason = missing(name)
     if reason is not None:
         _LOGGER.error(
-            "mmflex %s cannot plug into vLLM %s: %s. It was tested with vLLM %s on this platform; the standard attention "
-            'runs, and additional_config["mmflex"] does nothing',
+            "mmflex %s cannot plug into vLLM %s: %s. It was tested with vLLM %s on this platform; the standard "
+            'attention runs, and additional_config["mmflex"] does nothing',
             __version__, installed, reason, tested,
         )  # fmt: skip
         return
@@ -105,10 +106,17 @@ def missing(name: str) -> str | None:
                 found = getattr(found, part, None)
             if found is None:
                 return f"{where}.{path} is missing"
-            lacking = [p for p in parameters.split() if p not in inspect.signature(found).parameters]
+            lacking = [p for p in parameters.split() if p not in _names(found)]
             if lacking:
-                return f"{where}.{path} takes no {', '.join(lacking)}"
+                return f"{where}.{path} has no {', '.join(lacking)}"
     registry = importlib.import_module("vllm.v1.attention.backends.registry")
     if member not in registry.AttentionBackendEnum.__members__:
         return f"the attention backend {member} is missing"
     return None
+
+
+def _names(thing: Any) -> set[str]:
+    """Fields of a dataclass, parameters of anything else that is called."""
+    if dataclasses.is_dataclass(thing):
+        return {field.name for field in dataclasses.fields(thing)}
+    return set(inspect.signature(thing).parameters) if callable(thing) else set()

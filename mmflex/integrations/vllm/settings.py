@@ -37,8 +37,8 @@ class Settings:
 
 
 def default_spec() -> Pattern:
-    """What ``"default"`` stands for: columns and diagonals of every head, found in every prompt anew. It needs no search
-    and fits no model in particular."""
+    """What ``"default"`` stands for: columns and diagonals of every head, found in every prompt anew. It needs no
+    search and fits no model in particular."""
     return ir.find("VerticalSlash")(vertical=1000, slash=2048)
 
 

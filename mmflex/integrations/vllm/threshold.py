@@ -36,8 +36,8 @@ def default_threshold(
     device: torch.device,
     dtype: torch.dtype,
 ) -> int:
-    """The fewest new tokens, a power of two, with which some layer is predicted to be faster than dense: as a whole prompt,
-    or at the end of the longest. `engine.longest` where none is."""
+    """The fewest new tokens, a power of two, with which some layer is predicted to be faster than dense: as a whole
+    prompt, or at the end of the longest. `engine.longest` where none is."""
     request = Request(float(arguments["scale"]), engine.settings.backend)
     heads, kv_heads, dim = (int(arguments[name]) for name in ("num_heads", "num_kv_heads", "head_size"))
     row = torch.empty((1, 1, 1, dim), dtype=dtype, device=device)

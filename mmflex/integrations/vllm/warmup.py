@@ -27,7 +27,7 @@ def warm_up(engine: Engine, spec: tuple[Pattern, ...], query: Tensor, kv_heads: 
     """
     tokens = min(query.shape[0], engine.longest)
     key = (spec, kv_heads, tokens)
-    if key in engine.warmed or tokens < engine.budget and tokens < engine.longest:
+    if key in engine.warmed or (tokens < engine.budget and tokens < engine.longest):
         return
     engine.warmed.add(key)
     started = time.perf_counter()
@@ -39,8 +39,7 @@ def warm_up(engine: Engine, spec: tuple[Pattern, ...], query: Tensor, kv_heads: 
     for until in sorted({tokens, engine.longest}):
         for images in (True, False) if engine.holds_images else (False,):
             layout = sample_layout(until, images)
-            sides = (t[:, :, :until] for t in (k, v))
-            _run(engine, spec, q, *sides, layout, scale)
+            _run(engine, spec, q, k[:, :, :until], v[:, :, :until], layout, scale)
             layout.forget()
     logger.info("mmflex: kernels for %s ready after %.1f s", _named(spec), time.perf_counter() - started)
 
