@@ -74,7 +74,7 @@ def wider(pattern: Any, last_q: int) -> Any:
         elif isinstance(value, mmflex.Pattern):
             changed[field.name] = wider(value, last_q)
         elif isinstance(value, tuple) and value and isinstance(value[0], tuple):
-            changed[field.name] = dict((key, wider(part, last_q)) for key, part in value)
+            changed[field.name] = {key: wider(part, last_q) for key, part in value}
     return dataclasses.replace(pattern, **changed)
 
 
@@ -170,10 +170,8 @@ def main() -> None:
     args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(f"{'task':10} {'spec':26} {'chunk':>5} {'way':8} {'overlap':>8} {'pairs':>7} {'kept':>7} {'error':>7}")
     for row in rows:
-        print(
-            f"{row['task']:10} {row['spec']:26} {row['chunk']:>5} {row['way']:8} {row['overlap']:8.1%} {row['pairs']:7.1%}"
-            f" {row['kept']:7.2%} {row['error']:7.3f}"
-        )
+        figures = f"{row['overlap']:8.1%} {row['pairs']:7.1%} {row['kept']:7.2%} {row['error']:7.3f}"
+        print(f"{row['task']:10} {row['spec']:26} {row['chunk']:>5} {row['way']:8} {figures}")
 
 
 def summary(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

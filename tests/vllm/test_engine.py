@@ -1,4 +1,4 @@
-"""vLLM itself, on the CPU: mmflex answers as plain vLLM does, and its sparse layers as a patched transformers model does.
+"""vLLM itself, on the CPU: mmflex answers as plain vLLM does, and sparse as a patched transformers model does.
 
 Run in a virtual environment of its own (`.ci/vllm`), since vLLM's wheel for CPUs pins its own PyTorch.
 """
@@ -139,11 +139,15 @@ def test_layouts_of_served_videos() -> None:
     from transformers import AutoConfig, AutoProcessor
 
     folder = serving.vision_model()
-    video, image = serving.film(12, 112, 112), Image.fromarray(serving.film(1, 140, 84, 1)[0])
+    film, facts = serving.film(12, 112, 112), {"fps": 2.0, "total_num_frames": 12, "frames_indices": list(range(12))}
+    video, image = film, Image.fromarray(serving.film(1, 140, 84, 1)[0])
     text = (
         "Look: <|vision_start|><|video_pad|><|vision_end|> and <|vision_start|><|image_pad|><|vision_end|>" + "?" * 60
     )
-    prompt = {"prompt": text, "multi_modal_data": {"video": [video], "image": [image]}}
+    prompt = {
+        "prompt": text,
+        "multi_modal_data": {"video": [(video, {**facts, "do_sample_frames": False})], "image": [image]},
+    }
     given: dict[str, Any] = {"skip_tokenizer_init": False, "enable_prefix_caching": True, "block_size": 32}
     inputs = AutoProcessor.from_pretrained(folder)(text=[text], videos=[video], images=[image], return_tensors="pt")
     layout = mmflex.layout_for(AutoConfig.from_pretrained(folder), inputs)

@@ -31,11 +31,13 @@ import torch
 from torch import Tensor
 
 from mmflex.compiler.launches import DenseLaunch
+from mmflex.compiler.program import Program
 from mmflex.ir.pattern import Pattern
 from mmflex.runtime.attention import plan
 from mmflex.runtime.calls import Request, decided
 
 from .batch import Run, cut, runs_of, why_whole
+from .carry import estimate_from
 from .engine import Engine, logger, read_engine, why_off, why_standard
 from .requests import current_step
 from .threshold import default_threshold
@@ -149,15 +151,15 @@ def accelerated_impl(base: type, platform: Platform) -> type:
             if found is None:
                 return standard()
             number, spec = found
-            sparse = [run.long and _worth_it(rules, spec, run, query, self.scale) for run in runs]
-            if not any(sparse):
+            programs = [_program(rules, spec, run, query, self.scale) if run.long else None for run in runs]
+            if not any(programs):
                 return standard()
-            for run, worth in zip(runs, sparse, strict=True):
-                if worth:
-                    out = _attend(self, layer, number, spec, run, query, key, value, kv_cache)
-                    output[run.tokens].copy_(out[0].transpose(0, 1))
-                else:
+            for run, program in zip(runs, programs, strict=True):
+                if program is None:
                     standard(run.tokens, run.metadata)
+                else:
+                    out = _attend(self, layer, number, spec, run, program, query, key, value, kv_cache)
+                    output[run.tokens].copy_(out[0].transpose(0, 1))
             return output
 
     AcceleratedImpl.__name__ = AcceleratedImpl.__qualname__ = f"Mmflex{base.__name__}"
@@ -178,27 +180,27 @@ def _rules(platform: Platform, arguments: dict[str, Any]) -> LayerRules | None:
     return LayerRules(engine, pages, arguments, platform.warms)
 
 
-def _worth_it(rules: LayerRules, spec: tuple[Pattern, ...], run: Run, query: Tensor, scale: float) -> bool:
-    """Whether a long prefill runs through mmflex in layers with a spec. A spec that makes no sense with this prompt
-    (frames, but no video) does not."""
+def _program(rules: LayerRules, spec: tuple[Pattern, ...], run: Run, query: Tensor, scale: float) -> Program | None:
+    """What a long prefill runs in layers with a spec; None for the standard attention: where the cost model says so, or
+    where a spec makes no sense with this prompt (frames, but no video)."""
     key = id(spec)
-    if key not in run.sparse:
+    if key not in run.programs:
         engine = rules.engine
         assert run.layout is not None
         request = Request(float(scale), engine.settings.backend)
         q = query[run.tokens].transpose(0, 1)[None]
         k = query.new_empty((1, rules.arguments["num_kv_heads"], 1, q.shape[3])).expand(-1, -1, run.end, -1)
+        program: Program | None = None
         try:
             program, _ = decided(q, k, spec, run.layout, request)
         except ValueError as error:
             engine.notice(f"{run.layout.summary()}: standard attention: {error}")
-            run.sparse[key] = False
-        else:
-            dense = all(isinstance(launch, DenseLaunch) for launch in program.launches)
-            run.sparse[key] = engine.settings.backend != "auto" or not dense
-        if not run.sparse[key]:
-            engine.counters.add("standard")
-    return run.sparse[key]
+        if program is not None and engine.settings.backend == "auto":
+            program = None if all(isinstance(launch, DenseLaunch) for launch in program.launches) else program
+        run.programs[key] = program
+    if run.programs[key] is None:
+        rules.engine.counters.add("standard")
+    return run.programs[key]
 
 
 def _attend(
@@ -207,6 +209,7 @@ def _attend(
     number: int,
     spec: tuple[Pattern, ...],
     run: Run,
+    program: Program,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -223,7 +226,8 @@ def _attend(
     timed = logger.isEnabledFor(logging.DEBUG)
     started = _now(q.device) if timed else 0.0
     # Plans are not replayed as graphs here: prompts differ, and graphs hold memory that vLLM has counted for its cache.
-    planned = plan(q, k, spec, layout=run.layout, scale=float(impl.scale), backend=engine.settings.backend)
+    settings: Any = {"layout": run.layout, "scale": float(impl.scale), "backend": engine.settings.backend}
+    planned = plan(q, k, spec, estimate_from=estimate_from(run, number, q, program), **settings)
     between = _now(q.device) if timed else 0.0
     out = planned.attend(q, k, v)
     engine.counters.add("layers")

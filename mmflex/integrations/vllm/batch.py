@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from mmflex.compiler.program import Program
 from mmflex.ir.layout import TokenLayout
 
 from .requests import Prompt
@@ -63,7 +65,8 @@ class Run:
             last.
         prompt: of a long prefill: the request's, or None where the rows of the step are not known by name.
         layout: of a long prefill: its ``end`` tokens.
-        sparse: of a long prefill: a spec -> whether it is worth running.
+        programs: of a long prefill: a spec (by identity) -> its program, None where the standard attention is faster.
+        wanted: of a chunk: which earlier and which own queries estimates go by (`carry`).
         counted: whether the counters have it.
     """
 
@@ -75,7 +78,8 @@ class Run:
     end: int = 0
     prompt: Prompt | None = None
     layout: TokenLayout | None = None
-    sparse: dict[Any, bool] = field(default_factory=dict)
+    programs: dict[int, Program | None] = field(default_factory=dict)
+    wanted: tuple[Any, np.ndarray, Tensor, Tensor] | None = None
     counted: bool = False
     noted: list[tuple[float, float, float]] = field(default_factory=list)
 
