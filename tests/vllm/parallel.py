@@ -11,7 +11,10 @@ import serving
 from mask_builders import AShape, VerticalSlash
 from mmflex.integrations.vllm import options
 
-SPEC = {0: [VerticalSlash(40, 128), AShape(16, 128), AShape(64, 256), VerticalSlash(64, 256)], 1: VerticalSlash(40, 128)}
+SPEC = {
+    0: [VerticalSlash(40, 128), AShape(16, 128), AShape(64, 256), VerticalSlash(64, 256)],
+    1: VerticalSlash(40, 128),
+}
 
 
 def main() -> None:

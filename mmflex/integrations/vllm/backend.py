@@ -38,7 +38,7 @@ from mmflex.runtime.calls import Request, decided
 
 from .batch import Run, cut, runs_of, why_whole
 from .carry import estimate_from
-from .engine import Engine, logger, read_engine, why_off, why_standard
+from .engine import Engine, logger, read_engine, why_not_auto, why_off, why_standard
 from .requests import current_step
 from .threshold import default_threshold
 from .warmup import warm_up
@@ -55,14 +55,14 @@ class Platform:
         rank: of this process among those that share a layer's heads.
         current_config: vLLM's config while a model is built.
         pages: (engine's buffer) -> reads a request's keys and values (`pages.StridedPages`, `pages.ProbedPages`).
-        engaged: called once a layer of some model is to be accelerated.
+        engaged: called when a layer is to be accelerated; what it returns is logged once.
         warms: whether kernels are compiled while vLLM profiles itself.
     """
 
     rank: Callable[[], int]
     current_config: Callable[[], Any]
     pages: Callable[[Any], Any]
-    engaged: Callable[[], None]
+    engaged: Callable[[], str | None]
     warms: bool
     engines: dict[int, tuple[weakref.ref, Engine | None, Any]] = field(default_factory=dict)
 
@@ -145,7 +145,7 @@ def accelerated_impl(base: type, platform: Platform) -> type:
             if attn_metadata is None:
                 found = rules.spec(layer.layer_name)
                 if rules.warms and found is not None:
-                    warm_up(rules.engine, found[1], query, rules.arguments["num_kv_heads"], self.scale)
+                    warm_up(rules.engine, found[1], query, int(rules.arguments["num_kv_heads"]), self.scale)
                 return standard()
             found = None if not runs else rules.spec(layer.layer_name)
             if found is None:
@@ -176,7 +176,9 @@ def _rules(platform: Platform, arguments: dict[str, Any]) -> LayerRules | None:
     if reason is not None:
         engine.notice(reason)
         return None
-    platform.engaged()
+    warning = platform.engaged()
+    if warning is not None:
+        engine.notice(warning)
     return LayerRules(engine, pages, arguments, platform.warms)
 
 
@@ -220,7 +222,7 @@ def _attend(
     engine = rules.engine
     q = query[run.tokens].transpose(0, 1)[None]
     if run.start or rules.arguments.get("kv_sharing_target_layer_name") is not None:
-        k, v = rules.pages.read(impl, layer, cache, run.metadata.block_table[0], run.end)
+        k, v = rules.pages.read(impl, layer, cache, run.table, run.end)
     else:
         k, v = (t[run.tokens].transpose(0, 1)[None] for t in (key, value))
     timed = logger.isEnabledFor(logging.DEBUG)
@@ -265,13 +267,13 @@ class LayerGroup:
 
     def runs(self, common: Any) -> list[Run]:
         """The runs of a step; none where it has no long prefill or must not be cut."""
-        runs = runs_of(common, self.threshold)
-        if not runs:
+        if common.max_query_len < self.threshold:
             return []
         reason = why_whole(common)
         if reason is not None:
             self.engine.notice(f"{reason}: the step runs the standard attention")
             return []
+        runs = runs_of(common, self.threshold)
         step = current_step()
         names: Sequence[str | None] = ()
         if step is not None:
@@ -294,7 +296,7 @@ def accelerated_builder(base: type, platform: Platform) -> type:
             self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any, *args: Any, **kwargs: Any
         ) -> None:
             super().__init__(kv_cache_spec, layer_names, vllm_config, device, *args, **kwargs)
-            self.mmflex = _group(platform, layer_names, vllm_config, torch.device(device))
+            self.mmflex = _group(kv_cache_spec, layer_names, vllm_config, torch.device(device))
 
         def build(
             self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any
@@ -306,7 +308,8 @@ def accelerated_builder(base: type, platform: Platform) -> type:
             for run in runs:
                 # Fast, because only then does FlashAttention write nothing to memory that the whole step's metadata
                 # has.
-                run.metadata = super().build(0, cut(common_attn_metadata, run), True, **kwargs)
+                part = cut(common_attn_metadata, run)
+                run.metadata, run.table = super().build(0, part, True, **kwargs), part.block_table_tensor[0]
             setattr(metadata, RUNS, runs)
             return metadata
 
@@ -315,7 +318,8 @@ def accelerated_builder(base: type, platform: Platform) -> type:
             updated = super().update_block_table(metadata, blk_table, slot_mapping)
             update, runs = super().update_block_table, []
             for run in getattr(metadata, RUNS, ()):
-                runs.append(run.over(update(run.metadata, blk_table[run.rows], slot_mapping[run.tokens])))
+                part = update(run.metadata, blk_table[run.rows], slot_mapping[run.tokens])
+                runs.append(run.over(part, blk_table))
             setattr(updated, RUNS, runs)
             return updated
 
@@ -323,8 +327,11 @@ def accelerated_builder(base: type, platform: Platform) -> type:
     return AcceleratedBuilder
 
 
-def _group(platform: Platform, names: list[str], vllm_config: Any, device: torch.device) -> LayerGroup | None:
-    """The group of layers that a builder is made for; None where all of them are standard ones."""
+def _group(cache: Any, names: list[str], vllm_config: Any, device: torch.device) -> LayerGroup | None:
+    """The group of layers that a builder is made for; None where all of them are standard ones.
+
+    cache: the `KVCacheSpec` of the group.
+    """
     layers = vllm_config.compilation_config.static_forward_context
     found = []
     for name in names:
@@ -334,14 +341,20 @@ def _group(platform: Platform, names: list[str], vllm_config: Any, device: torch
             found.append((rules, *spec))
     if not found:
         return None
-    engine = found[0][0].engine
+    engine, arguments = found[0][0].engine, found[0][0].arguments
+    dtype = vllm_config.model_config.dtype
+    reason = why_not_auto(engine.settings.backend, device, int(arguments["head_size"]), dtype)
+    if getattr(cache, "attention_chunk_size", None) is not None or type(cache).__name__ != "FullAttentionSpec":
+        reason = f"layers with a cache of {type(cache).__name__} run the standard attention"
+    if reason is not None:
+        engine.notice(reason)
+        return None
     engine.use_config(vllm_config.model_config.hf_config)
     engine.last_layer = max([engine.last_layer, *(number for _, number, _ in found)])
-    dtype = vllm_config.model_config.dtype
     threshold = engine.settings.threshold
     if threshold is None:
         specs = list(dict.fromkeys(spec for _, _, spec in found))
-        threshold = default_threshold(engine, specs, found[0][0].arguments, device, dtype)
+        threshold = default_threshold(engine, specs, arguments, device, dtype)
     if threshold <= engine.captured:
         engine.notice(
             f"threshold {threshold} is raised to {engine.captured + 1}: up to {engine.captured} tokens vLLM replays "

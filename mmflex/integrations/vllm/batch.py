@@ -61,6 +61,7 @@ class Run:
         rows, tokens: which rows and which of the step's tokens.
         metadata: the standard backend's, for these rows alone.
         long: whether it is one long prefill.
+        table: int [pages], of a long prefill: its pages in the cache.
         start, end: of a long prefill: tokens that the cache holds from earlier steps, and all tokens up to this step's
             last.
         prompt: of a long prefill: the request's, or None where the rows of the step are not known by name.
@@ -74,6 +75,7 @@ class Run:
     tokens: slice
     metadata: Any = None
     long: bool = False
+    table: Tensor | None = None
     start: int = 0
     end: int = 0
     prompt: Prompt | None = None
@@ -83,9 +85,9 @@ class Run:
     counted: bool = False
     noted: list[tuple[float, float, float]] = field(default_factory=list)
 
-    def over(self, metadata: Any) -> Run:
-        """The same rows with the metadata of other layers."""
-        return dataclasses.replace(self, metadata=metadata, noted=[])
+    def over(self, metadata: Any, block_table: Tensor) -> Run:
+        """The same rows with the metadata and the cache of other layers."""
+        return dataclasses.replace(self, metadata=metadata, table=block_table[self.rows.start], noted=[])
 
     def note(self, density: float, planning_ms: float, attention_ms: float) -> None:
         """One layer, for `summary`."""

@@ -7,8 +7,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from mmflex.integrations.layouts.inputs import setting
 from mmflex.ir.pattern import Pattern
+from mmflex.runtime.backends import resolve, why_not
 from mmflex.tuning.config import head_slice
 
 from .metrics import Counters
@@ -29,6 +32,7 @@ class Engine:
         config: the model's own config (``hf_config``).
         layers: of the model. budget: tokens in a step at most. longest: tokens of a request at most.
         captured: tokens up to which vLLM replays CUDA graphs, inside which nothing can be decided.
+        rank: of this process among those that share a layer's heads.
         layouts, buffer, counters: shared by all layers. warmed: what `warmup` has run.
         last_layer: the last accelerated layer in this process.
     """
@@ -42,13 +46,15 @@ class Engine:
     captured: int
     layouts: Layouts = field(init=False)
     buffer: Buffer = field(default_factory=Buffer)
-    counters: Counters = field(default_factory=Counters)
+    rank: int = 0
+    counters: Counters = field(init=False)
     warmed: set[Any] = field(default_factory=set)
     last_layer: int = -1
     _noticed: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.layouts = Layouts(self.config, self.notice)
+        self.counters = Counters(exported=self.rank == 0)
 
     @property
     def holds_images(self) -> bool:
@@ -101,6 +107,7 @@ def read_engine(vllm_config: Any, rank: int) -> Engine | None:
         budget=int(vllm_config.scheduler_config.max_num_batched_tokens),
         longest=int(model.max_model_len),
         captured=int(captured),
+        rank=rank,
     )
 
 
@@ -122,6 +129,23 @@ def why_off(vllm_config: Any) -> str | None:
     if getattr(model, "is_mm_prefix_lm", False):
         return "image tokens of this model see both ways: every layer runs the standard attention"
     return None
+
+
+def why_not_auto(backend: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why backend "auto" leaves everything to the standard attention here; None where it does not.
+
+    A server meets a new length with every prompt, and must not compile a kernel for each.
+    """
+    if backend != "auto":
+        return None
+    best = resolve("auto", device, head_dim, dtype).name
+    if best == "flash":
+        return None
+    return (
+        f"every layer runs the standard attention: the best backend here is {best!r}, whose kernels are compiled for "
+        f"one length each, seconds at every new one ({why_not('flash', device, head_dim, dtype)}); name a backend to "
+        "use it all the same"
+    )
 
 
 def why_standard(arguments: dict[str, Any]) -> str | None:

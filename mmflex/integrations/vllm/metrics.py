@@ -13,18 +13,20 @@ class Counters:
 
     Attributes:
         prefills: requests' steps of which at least one layer was accelerated. tokens: their new tokens.
-        layers: calls of `mmflex.attention`. standard: long prefills' layers that ran the standard attention.
+        layers: of those prefills, accelerated. standard: layers of long prefills that ran the standard attention.
+        exported: whether they are in ``/metrics`` too: of the ranks that share a layer, one counts.
     """
 
     prefills: int = 0
     tokens: int = 0
     layers: int = 0
     standard: int = 0
+    exported: bool = True
 
     def add(self, name: str, amount: int = 1) -> None:
         """Adds to one of the sums."""
         setattr(self, name, getattr(self, name) + amount)
-        counter = _exported().get(name)
+        counter = _exported().get(name) if self.exported else None
         if counter is not None:
             counter.inc(amount)
 
@@ -39,13 +41,13 @@ _EXPORTED = {
 
 @lru_cache(maxsize=1)
 def _exported() -> dict[str, Any]:
-    """The Prometheus counters ``vllm:mmflex_*``. vLLM shows those of its workers where workers live in the server's
+    """The Prometheus counters ``mmflex:*``. vLLM's server shows those of its workers where workers live in the server's
     process, or where PROMETHEUS_MULTIPROC_DIR names a folder for all of them."""
     try:
         from prometheus_client import Counter
     except ImportError:
         return {}
     try:
-        return {name: Counter(f"vllm:mmflex_{name}", what) for name, what in _EXPORTED.items()}
+        return {name: Counter(f"mmflex:{name}", what) for name, what in _EXPORTED.items()}
     except ValueError:  # somebody has registered these names
         return {}

@@ -6,9 +6,8 @@ import sys
 
 from vllm.distributed import get_tensor_model_parallel_rank
 
+from .plugin import untested
 from .requests import follow_runner
-
-__all__ = ["follow_runners", "tensor_parallel_rank"]
 
 _RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
 """Modules with a class GPUModelRunner: the first runner (the CPU's too) and the second."""
@@ -19,9 +18,11 @@ def tensor_parallel_rank() -> int:
     return int(get_tensor_model_parallel_rank())
 
 
-def follow_runners() -> None:
-    """Has the model runner of this process tell which requests it runs. It is loaded before a model is."""
+def engage(platform: str) -> str | None:
+    """Has the model runner of this process tell which requests it runs: it is loaded before a model is. What is to be
+    said of vLLM's version, or None."""
     for name in _RUNNERS:
         runner = getattr(sys.modules.get(name), "GPUModelRunner", None)
         if runner is not None:
             follow_runner(runner)
+    return untested(platform)

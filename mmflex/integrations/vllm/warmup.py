@@ -8,7 +8,6 @@ and attention of the largest step hold for a moment. Kernels are compiled by the
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,42 +15,52 @@ from torch import Tensor
 from mmflex.ir.pattern import Pattern
 from mmflex.runtime.attention import plan
 
-from .engine import Engine, logger
+from .engine import Engine, logger, why_not_auto
 from .threshold import sample_layout
 
 
 def warm_up(engine: Engine, spec: tuple[Pattern, ...], query: Tensor, kv_heads: int, scale: float) -> None:
-    """Runs a spec as the largest step would: a whole prompt of the step's tokens, and the end of the longest request.
+    """Runs a spec as the largest step would, and as some smaller ones. Once for every spec.
 
-    query [T, Hq, D]: of vLLM's profiling run. Once for every spec: layers with an equal one need no more.
+    query [T, Hq, D]: of vLLM's profiling run, of as many tokens as a step may have.
     """
-    tokens = min(query.shape[0], engine.longest)
-    key = (spec, kv_heads, tokens)
-    if key in engine.warmed or (tokens < engine.budget and tokens < engine.longest):
+    tokens, dim = query.shape[0], query.shape[2]
+    key = (spec, kv_heads)
+    if key in engine.warmed or tokens < min(engine.budget, engine.longest):  # vLLM's dummy runs of fewer tokens
         return
     engine.warmed.add(key)
+    if why_not_auto(engine.settings.backend, query.device, dim, query.dtype) is not None:
+        return
     started = time.perf_counter()
-    dim = query.shape[2]
     k, v = engine.buffer.take(query, kv_heads, engine.longest, dim)
     k.normal_()
     v.normal_()
-    q = torch.randn_like(query[:tokens]).transpose(0, 1)[None]
-    for until in sorted({tokens, engine.longest}):
+    q = query.transpose(0, 1)[None]
+    for queries, keys in lengths(min(tokens, engine.longest), engine.longest):
         for images in (True, False) if engine.holds_images else (False,):
-            layout = sample_layout(until, images)
-            _run(engine, spec, q, k[:, :, :until], v[:, :, :until], layout, scale)
+            layout = sample_layout(keys, images)
+            sides = q[:, :, :queries], k[:, :, :keys]
+            try:
+                planned = plan(*sides, spec, layout=layout, scale=float(scale), backend=engine.settings.backend)
+            except ValueError:  # frames, but no video
+                continue
+            planned.attend(*sides, v[:, :, :keys])
             layout.forget()
-    logger.info("mmflex: kernels for %s ready after %.1f s", _named(spec), time.perf_counter() - started)
+    if query.is_cuda:
+        torch.cuda.synchronize(query.device)
+    names = ", ".join(sorted({type(pattern).__name__ for pattern in spec}))
+    logger.info("mmflex: kernels for %s are ready after %.1f s", names, time.perf_counter() - started)
 
 
-def _run(engine: Engine, spec: Any, q: Tensor, k: Tensor, v: Tensor, layout: Any, scale: float) -> None:
-    try:
-        planned = plan(q, k, spec, layout=layout, scale=float(scale), backend=engine.settings.backend)
-    except ValueError:  # frames, but no video
-        return
-    planned.attend(q, k, v)
-
-
-def _named(spec: tuple[Pattern, ...]) -> str:
-    names = sorted({type(pattern).__name__ for pattern in spec})
-    return ", ".join(names)
+def lengths(budget: int, longest: int) -> list[tuple[int, int]]:
+    """(queries, keys) to run: the largest step as a whole prompt and as the end of the longest, then others, because a
+    kernel takes any length only once it has met two, and any number of queries beside keys once they have differed."""
+    odd = max(1, budget // 2 - 51)
+    sizes = [
+        (budget, budget),
+        (budget, longest),
+        (odd, odd),
+        (odd, longest),
+        (max(1, odd // 2), max(odd, longest - 203)),
+    ]
+    return list(dict.fromkeys(sizes))
