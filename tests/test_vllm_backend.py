@@ -631,7 +631,7 @@ def test_rows_that_contradict_the_scheduler_are_nobodys() -> None:
 def test_chunks_estimate_as_a_prompt_that_ends_there() -> None:
     """Few of a modality's queries may be in a chunk: those of earlier chunks count. The last chunk selects what the
     whole prompt does."""
-    spec = QBoundary({"text": VerticalSlash(12, 40), "video": VerticalSlash(30, 64), "image": Dense()})
+    spec = QBoundary({"text": VerticalSlash(60, 40), "video": VerticalSlash(60, 64), "image": Dense()})
     server = Server(spec, model={"hf_config": VL})
     follow = type("Runner", (Runner,), dict(vars(Runner)))
     follow_runner(follow)
