@@ -118,7 +118,9 @@ def accelerated_impl(base: type, platform: Platform) -> type:
             super().__init__(*args, **kwargs)
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
-            self.mmflex = _rules(platform, dict(bound.arguments))
+            arguments = dict(bound.arguments)
+            del arguments["self"]
+            self.mmflex = _rules(platform, arguments)
 
         def forward(
             self,
@@ -365,9 +367,12 @@ def _group(cache: Any, names: list[str], vllm_config: Any, device: torch.device)
     return LayerGroup(engine, threshold)
 
 
-def accelerated_backend(base: type, platform: Platform) -> type:
+def accelerated_backend(base: type, platform: Platform, module: str = __name__) -> type:
     """An `AttentionBackend` over a standard one, under its name. Without the option in `additional_config` its layers
-    are the standard ones."""
+    are the standard ones.
+
+    module: where it is found, as ``Backend``.
+    """
     impl = accelerated_impl(base.get_impl_cls(), platform)  # type: ignore[attr-defined]
     builder = accelerated_builder(base.get_builder_cls(), platform)  # type: ignore[attr-defined]
 
@@ -380,5 +385,6 @@ def accelerated_backend(base: type, platform: Platform) -> type:
         def get_builder_cls() -> type:
             return builder
 
-    AcceleratedBackend.__name__ = f"Mmflex{base.__name__}"
+    AcceleratedBackend.__name__ = AcceleratedBackend.__qualname__ = "Backend"
+    AcceleratedBackend.__module__ = module  # vLLM tells backends apart by their full names
     return AcceleratedBackend

@@ -14,5 +14,5 @@ from .runners import engage, tensor_parallel_rank
 # Kernels on the CPU are compiled for one length each: the profiling run's would serve no other.
 PLATFORM = Platform(tensor_parallel_rank, get_current_vllm_config, ProbedPages, partial(engage, "cpu"), warms=False)
 
-Backend = accelerated_backend(CPUAttentionBackend, PLATFORM)
+Backend = accelerated_backend(CPUAttentionBackend, PLATFORM, __name__)
 """What `plugin` registers as CPU_ATTN."""

@@ -13,5 +13,5 @@ from .runners import engage, tensor_parallel_rank
 
 PLATFORM = Platform(tensor_parallel_rank, get_current_vllm_config, StridedPages, partial(engage, "cuda"), warms=True)
 
-Backend = accelerated_backend(FlashAttentionBackend, PLATFORM)
+Backend = accelerated_backend(FlashAttentionBackend, PLATFORM, __name__)
 """What `plugin` registers as FLASH_ATTN."""
