@@ -23,6 +23,8 @@ os.environ |= {
 
 import torch
 
+from benchmarks import served
+
 torch.set_num_threads(1)
 
 TEXT: dict[str, Any] = {
@@ -114,56 +116,20 @@ def accelerated() -> Any:
 
 # ---- a vision-language model -----------------------------------------------------------------------------------------
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-           "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
-
 
 @lru_cache(maxsize=1)
 def vision_model() -> str:
     """A folder with a Qwen2.5-VL of two layers, its processor, and a tokenizer whose tokens are bytes."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2Tokenizer,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
+    from transformers import Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(0)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*alphabet, *SPECIAL])}
-    config = Qwen2_5_VLConfig(
-        text_config={
-            **TEXT,
-            "vocab_size": 320,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-        },
-        vision_config={
-            "depth": 1, "hidden_size": 64, "intermediate_size": 64, "out_hidden_size": 128, "num_heads": 2,
-            "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [0],
-        },
-        image_token_id=vocabulary["<|image_pad|>"],
-        video_token_id=vocabulary["<|video_pad|>"],
-        vision_start_token_id=vocabulary["<|vision_start|>"],
-        vision_end_token_id=vocabulary["<|vision_end|>"],
-        dtype="float32",
-    )  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 64, "intermediate_size": 64, "out_hidden_size": 128, "num_heads": 2,
+        "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [0],
+    }  # fmt: skip
+    config = served.vision_config({**TEXT, "vocab_size": 320}, vision, [4, 6, 6], dtype="float32")
     folder = _saved(Qwen2_5_VLForConditionalGeneration(config), "vision")
-    plain = Tokenizer(models.BPE(vocabulary, []))
-    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    plain.decoder = decoders.ByteLevel()
-    plain.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer = Qwen2Tokenizer(tokenizer_object=plain, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    size = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 4096}
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=size),
-        chat_template="{{ messages }}",
-    )
-    processor.save_pretrained(folder)
+    served.save_processor(folder)
     return folder
 
 
