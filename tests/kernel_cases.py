@@ -10,6 +10,7 @@ import torch
 import mmflex
 from mask_builders.estimate import LastQueries, _last, _on, _twin
 from mmflex import TokenLayout
+from mmflex.integrations.vllm.pages import Buffer, gather_pages, split_pages
 from mmflex.ir.pattern import Scope, View
 from mmflex.ir.queries import QueryTokens
 from mmflex.runtime.kernels import use_triton
@@ -185,12 +186,32 @@ def _mass(device: str) -> None:
                     assert error < 2e-4, (what, layout, scope, m, last_q, error)
 
 
+def pages(device: str) -> None:
+    """Gathering of pages, from caches in both orders of memory, against its twin."""
+    generator = torch.Generator().manual_seed(4)
+    for blocks, page, heads, dim, tokens in [(9, 16, 2, 64, 100), (5, 32, 1, 80, 160), (40, 16, 3, 128, 1)]:
+        for shape, order in (((blocks, 2, page, heads, dim), (0, 1, 3, 2, 4)), ((blocks, heads, page, 2 * dim), None)):
+            cache = torch.randn(shape, generator=generator).to(device)
+            if order is not None:
+                cache = cache.permute(order).contiguous().permute(order)
+            table = torch.randperm(blocks, generator=generator).int().to(device)
+            keys, values = split_pages(cache, heads, dim)
+            given = [Buffer().take(cache, heads, tokens, dim) for _ in range(2)]
+            gather_pages(keys, values, table, *given[0])
+            with unittest.mock.patch("mmflex.integrations.vllm.pages.use_triton", return_value=False):
+                gather_pages(keys, values, table, *given[1])
+            assert all(map(torch.equal, *given))
+            last = tokens - 1
+            assert torch.equal(given[0][0][0, :, last], keys[table[last // page].item(), last % page])
+
+
 def main(device: str) -> None:
     assert use_triton(torch.empty(0, device=device)), "the kernels would not run"
     lists(device)
     rows(device)
     select(device)
     mass(device)
+    pages(device)
     print("kernels agree")
 
 

@@ -109,6 +109,30 @@ def planned(
             _observer.reset(token)
         observer(plan)
         return plan
+    call = _call(q, k, v, spec, layout, request)
+    check_estimate(estimate_from, q)
+    kept = call.kept
+    if once and kept is not None and (kept[0].dense_alone or kept[1] == replay.stream(q.device)):
+        return kept[0]
+    with torch.no_grad():
+        plan = Plan(call.program, call.runs, call.scale, q, k, call.note, once, estimate_from)
+    if once and (plan.dense_alone or replay.follows_from_layout(plan.state)):
+        call.kept = plan, replay.stream(q.device)
+    return plan
+
+
+def decided(q: Tensor, k: Tensor, spec: Spec, layout: TokenLayout | None, request: Request) -> tuple[Program, str]:
+    """The program of a call, and why it is dense if the cost model decided so; nothing is estimated or computed.
+
+    Only shapes, dtypes and the device of q and k are looked at: k may be a view that holds nothing yet. Errors are
+    those of `attention`.
+    """
+    call = _call(q, k, None, spec, layout, request)
+    return call.program, call.note
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayout | None, request: Request) -> _Call:
+    """What was decided for an equal call, or is decided now."""
     usual = request.scale is None or type(request.scale) is float
     key, calls = _key(q, k, v, spec, layout, request) if usual else (None, Memo(0))
     try:
@@ -124,15 +148,7 @@ def planned(
             call = _decided(q, k, v, spec, layout, request)
         for name in (key, equal) if key is not None else ():
             calls.keep(name, call)
-    check_estimate(estimate_from, q)
-    kept = call.kept
-    if once and kept is not None and (kept[0].dense_alone or kept[1] == replay.stream(q.device)):
-        return kept[0]
-    with torch.no_grad():
-        plan = Plan(call.program, call.runs, call.scale, q, k, call.note, once, estimate_from)
-    if once and (plan.dense_alone or replay.follows_from_layout(plan.state)):
-        call.kept = plan, replay.stream(q.device)
-    return plan
+    return call
 
 
 def _key(
