@@ -475,6 +475,38 @@ class Composite(nn.Module):
         return self.llm.generate(inputs_embeds=embeds, max_new_tokens=4, do_sample=False)
 
 
+class TowerInside(transformers.Qwen2ForCausalLM):
+    """A language model that builds its vision tower within itself and joins embeddings in its own code."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        tower = transformers.SiglipVisionConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=24,
+            patch_size=4, attn_implementation="eager",
+        )  # fmt: skip
+        self.model.vision_tower = transformers.SiglipVisionModel(tower)
+        self.model.projector = nn.Linear(32, config.hidden_size)
+
+    def join(self, frames: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        visual = self.model.projector(self.model.vision_tower(frames).last_hidden_state).flatten(0, 1)
+        return torch.cat([visual[None], self.model.embed_tokens(ids)], dim=1)
+
+
+def test_a_vision_tower_inside_the_language_model_keeps_its_attention(calls: Calls) -> None:
+    torch.manual_seed(0)
+    model = TowerInside(transformers.Qwen2Config(**text_config())).eval()
+    frames, ids = torch.randn(5, 3, 24, 24), torch.randint(5, 90, (1, 41))
+    layout = TokenLayout.from_segments([("video", (5, 6, 6)), ("text", 41)])
+    tower = model.model.vision_tower
+    before = model(inputs_embeds=model.join(frames, ids)).logits
+    with patched(model, Dense()), token_layout(layout):
+        assert (tower.config._attn_implementation, model.config._attn_implementation) == ("eager", "mmflex")
+        inside = model(inputs_embeds=model.join(frames, ids)).logits
+    assert calls.sizes == [(221, 221)] * 2
+    torch.testing.assert_close(inside, before, **CLOSE)
+    assert (tower.config._attn_implementation, model.config._attn_implementation) == ("eager", "sdpa")
+
+
 def test_a_layout_for_models_fed_by_their_own_code(calls: Calls) -> None:
     model = Composite(16)
     frames, ids = torch.randn(20, 16, 8), prompt(1, 30)["input_ids"]

@@ -81,7 +81,7 @@ class Patch:
         for module, slot in zip(modules, slots, strict=True):
             vars(module)["_mmflex"] = slot
         _register()
-        self.owner.set_attn_implementation({"": NAME})
+        _select(self.owner, self.config, NAME)
         if self.config._attn_implementation != NAME:
             self.remove()
             raise NotImplementedError(
@@ -97,7 +97,7 @@ class Patch:
         for module in self.modules:
             module.__dict__.pop("_mmflex", None)
         if forget_previous(self.config):
-            self.owner.set_attn_implementation({"": self.previous})
+            _select(self.owner, self.config, self.previous)
 
     @torch.compiler.disable
     def notice(self, reason: str, kind: str = "") -> None:
@@ -250,6 +250,20 @@ def _refuse_at_patch(root: nn.Module, config: Any, modules: list[nn.Module]) -> 
 
 
 _NO_SCORES = "(mmflex changes which pairs are attended to, not their scores): run this model unpatched"
+
+
+def _select(owner: Any, config: Any, implementation: str) -> None:
+    """Select an attention for the language model alone.
+
+    transformers hands it on to every model inside that no ``sub_configs`` names, such as the vision tower that
+    LLaVA-NeXT builds within its language model: those get back what they had.
+    """
+    inside = {id(m.config): m.config for m in owner.modules() if hasattr(type(m), "set_attn_implementation")}
+    others = [(c, c._attn_implementation) for c in inside.values() if c is not config]
+    owner.set_attn_implementation({"": implementation})
+    for other, before in others:
+        if other._attn_implementation != before:
+            other._attn_implementation_internal = before
 
 
 def _register() -> None:
