@@ -14,6 +14,7 @@ from .runtime.merge import merge_attention
 from .runtime.plan import Plan
 
 if TYPE_CHECKING:
+    from .integrations.intercept import intercept
     from .integrations.layouts import layout_for
     from .integrations.long_prefill import last_token_logits
     from .integrations.search import search
@@ -34,6 +35,7 @@ __all__ = [
     "View",
     "attention",
     "clear_caches",
+    "intercept",
     "last_token_logits",
     "layout_for",
     "load_config",
@@ -53,6 +55,7 @@ __all__ = [
 _LAZY = {
     "Config": "tuning.config",
     "DenseFallback": "integrations.transformers",
+    "intercept": "integrations.intercept",
     "last_token_logits": "integrations.long_prefill",
     "layout_for": "integrations.layouts",
     "load_config": "tuning.config",

@@ -34,6 +34,7 @@ from torch import nn
 from mmflex.runtime.backends import BACKENDS
 from mmflex.tuning.config import Config, Spec, per_layer
 
+from .fallback import DenseFallback
 from .long_prefill import RowChunks, chunk_rows
 from .masks import (
     NAME,
@@ -47,10 +48,6 @@ from .prefill import attention_forward, live
 from .prompts import Prompt, token_layout
 
 __all__ = ["DenseFallback", "patch", "patched", "token_layout", "unpatch"]
-
-
-class DenseFallback(UserWarning):
-    """A layer ran the model's previous attention although its spec asked for less; the message says why."""
 
 
 # ---- patching ------------------------------------------------------------------------------------------------------
