@@ -345,8 +345,8 @@ def _rows(layout: TokenLayout, batch: int) -> TokenLayout:
 def checked_layout(
     given: TokenLayout, batch: int, valid: np.ndarray | None, end: int, *, name: str = "token_layout"
 ) -> TokenLayout:
-    """The first ``end`` tokens of a layout that a user gave under ``name``, for ``batch`` prompts; ValueError unless its
-    padding is where the attention mask has it (``valid`` bool ``[B, end]``, None without a mask)."""
+    """The first ``end`` tokens of a layout that a user gave under ``name``, for ``batch`` prompts; ValueError unless
+    its padding is where the attention mask has it (``valid`` bool ``[B, end]``, None without a mask)."""
     if given.length < end:
         raise ValueError(
             f"{name} has {given.length} tokens but the model is at token {end}: give the layout of the "

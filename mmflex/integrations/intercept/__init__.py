@@ -54,8 +54,8 @@ def intercept(
     `mmflex.patch`.
 
     Args:
-        model: the language model, or a module that holds it: its decoder layers are found by their ``self_attn`` and the
-            like. Several models can be intercepted at once, one model only once.
+        model: the language model, or a module that holds it: its decoder layers are found by their ``self_attn`` and
+            the like. Several models can be intercepted at once, one model only once.
         spec_or_config: one pattern for all heads; a list with one per query head; ``{layer: pattern or list}``, where
             layers left out are not touched; or a `Config`.
         layout: which of the prompt's tokens is what, or a reader that finds out while the model runs
@@ -68,8 +68,8 @@ def intercept(
         A context manager that is the record of what happened: ``taken``, ``left``, ``reasons``, ``str()``.
 
     Raises:
-        ValueError: intercepted or patched already; an unknown backend; a spec of another number of layers or heads (both
-            are named); during the block, a layout whose padding is not the mask's.
+        ValueError: intercepted or patched already; an unknown backend; a spec of another number of layers or heads
+            (both are named); during the block, a layout whose padding is not the mask's.
         TypeError: no decoder layers, or several stacks of them.
     """
     return Interception(model, spec_or_config, layout, layers, chunks, backend)

@@ -20,7 +20,8 @@ class KVGroups:
         self.known: int | None = None
 
     def of(self, k: Tensor, v: Tensor) -> int:
-        """Query heads per KV head, of k and v ``[B, Hq, N, D]`` that may hold every KV head that many times in a row."""
+        """Query heads per KV head, of k and v ``[B, Hq, N, D]`` that may hold every KV head that many times in a
+        row."""
         if self.known is not None:
             return self.known
         number, certain = _compared(k, v, self.declared)

@@ -42,7 +42,8 @@ class LayoutReader(Protocol):
         """Leave the model as it was."""
 
     def layout(self, batch: int, tokens: int) -> TokenLayout:
-        """The layout ``[batch or 1, tokens]`` of the prompt that was joined last; LayoutUnknown where it is not known."""
+        """The layout ``[batch or 1, tokens]`` of the prompt that was joined last; LayoutUnknown where it is not
+        known."""
 
 
 class Interception:
@@ -92,8 +93,8 @@ class Interception:
                 raise ValueError(f"{name} is patched: call mmflex.unpatch(model) first, or leave out mmflex.intercept")
         if takes_patch(self.model):
             warnings.warn(
-                f"mmflex.intercept: {name} goes through transformers' attention interface; mmflex.patch(model, spec) is "
-                "made for it: it reads layouts by itself and needs no mask tensors",
+                f"mmflex.intercept: {name} goes through transformers' attention interface, for which mmflex.patch(model, "
+                "spec) is made: it reads layouts by itself and needs no mask tensors",
                 stacklevel=2,
             )
         with ExitStack() as undo:
@@ -198,9 +199,7 @@ class Interception:
                 return TokenLayout.text(keys)
             return self._same(TokenLayout.from_modality_ids(np.zeros(valid.shape, np.int32), valid=valid))
         if keys != self.prompt.keys:
-            raise Unfit(
-                "tokens that were dropped between layers", f"{self.prompt.keys} in earlier layers, {keys} here"
-            )
+            raise Unfit("tokens that were dropped between layers", f"{self.prompt.keys} in earlier layers, {keys} here")
         if not isinstance(given, TokenLayout):
             try:
                 given = given.layout(batch, keys)
@@ -260,9 +259,7 @@ class _Layer:
             return self.inner(*args, **kwargs)
         return self.interception.run(self, args, kwargs)
 
-    def attention(
-        self, call: Attention, spec: tuple[Pattern, ...], layout: TokenLayout, backend: str
-    ) -> Tensor:
+    def attention(self, call: Attention, spec: tuple[Pattern, ...], layout: TokenLayout, backend: str) -> Tensor:
         """``[B, Hq, M, Dv]`` by mmflex."""
         from mmflex.runtime.attention import attention
 
@@ -329,7 +326,8 @@ def _heads_named(spec: Spec) -> int:
 
 
 def _right_padding(layout: TokenLayout) -> np.ndarray | None:
-    """The layout's own padding where all of it is behind the prompts: there a causal mask hides it without naming it."""
+    """The layout's own padding where all of it is behind the prompts: there a causal mask hides it without naming
+    it."""
     valid = layout.valid
     return valid if not (valid[:, 1:] & ~valid[:, :-1]).any() else None
 

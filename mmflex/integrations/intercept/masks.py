@@ -44,7 +44,7 @@ class MaskReader:
     """Reads masks; the layers of one forward pass are handed the same one, which is read once."""
 
     def __init__(self) -> None:
-        self.recent: tuple[_Identity, tuple[int, int], np.ndarray | None | Unfit] | None = None
+        self.recent: tuple[_Identity, tuple[int, int], np.ndarray | Unfit | None] | None = None
 
     def forget(self) -> None:
         """Another forward pass: its mask may be the same tensor with other contents."""
