@@ -93,8 +93,8 @@ class Interception:
                 raise ValueError(f"{name} is patched: call mmflex.unpatch(model) first, or leave out mmflex.intercept")
         if takes_patch(self.model):
             warnings.warn(
-                f"mmflex.intercept: {name} goes through transformers' attention interface, for which mmflex.patch(model, "
-                "spec) is made: it reads layouts by itself and needs no mask tensors",
+                f"mmflex.intercept: {name} goes through transformers' attention interface, for which there is "
+                "mmflex.patch(model, spec): it reads layouts by itself and needs no mask tensors",
                 stacklevel=2,
             )
         with ExitStack() as undo:

@@ -69,7 +69,7 @@ def config_of(model: nn.Module, module: nn.Module) -> Any:
     return getattr(config, "text_config", None) or config
 
 
-def takes_patch(model: nn.Module) -> bool:
+def takes_patch(model: Any) -> bool:
     """Whether `mmflex.patch` does the same for this model: transformers 5.17 or newer, by its attention interface."""
     transformers = sys.modules.get("transformers")
     if transformers is None or not hasattr(model, "_can_set_attn_implementation"):

@@ -106,6 +106,7 @@ class LlavaReader(JoinReader):
                 video = number < len(modalities) and modalities[number] == "video"
                 found[-1].append(self.video(len(images[number]), count) if video else self.image(count))
                 number += 1
+            number += not row  # a prompt of text alone has one image, which is not joined
         return found
 
     def video(self, frames: int, tokens: int) -> list[Segment]:

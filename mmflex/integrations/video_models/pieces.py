@@ -50,9 +50,7 @@ def joined(
     counts: list[str] = []
     for piece in prompt:
         if not isinstance(piece, (int, Video, Image)) or isinstance(piece, bool):
-            raise TypeError(
-                f"{family}: a prompt is made of numbers of text tokens, Video(...) and Image(...): {piece!r}"
-            )
+            raise TypeError(f"{family}: {piece!r} in a prompt: give numbers of text tokens, Video(...) and Image(...)")
         if isinstance(piece, Video) and piece.frames < 1:
             raise ValueError(f"{family}: a video has 1 frame or more, got {piece.frames}")
         parts = [Segment("text", width=piece)] if isinstance(piece, int) else media(piece)
@@ -62,8 +60,8 @@ def joined(
     layout = TokenLayout.from_segments(segments)
     if length is not None and layout.length != length:
         raise ValueError(
-            f"{family}: the pieces have {layout.length} tokens but the prompt {length} ({', '.join(counts)}): check the "
-            "text lengths (a placeholder is no text), the number of frames and the model's config"
+            f"{family}: the pieces have {layout.length} tokens but the prompt {length} ({', '.join(counts)}): check "
+            "the text lengths (a placeholder is no text), the number of frames and the model's config"
         )
     return layout
 
@@ -77,7 +75,7 @@ def expect(segments: list[Segment], tokens: int, what: str) -> list[Segment]:
     """The segments; ValueError unless they have so many tokens."""
     if tokens_of(segments) != tokens:
         raise ValueError(
-            f"{what} has become {tokens} tokens but by the model's config it has {tokens_of(segments)}: this checkpoint's "
-            "code builds prompts otherwise; give its layout yourself"
+            f"{what} has become {tokens} tokens but by the model's config it has {tokens_of(segments)}: this "
+            "checkpoint's code builds prompts otherwise; give its layout yourself"
         )
     return segments

@@ -41,10 +41,10 @@ class JoinReader:
     def __init__(self, model: nn.Module) -> None:
         if not callable(getattr(model, self.function, None)):
             raise TypeError(
-                f"{type(model).__name__} has no {self.function}: pass the model whose generate() takes images or video, "
-                "or build the layout from its formula"
+                f"{type(model).__name__} has no {self.function}: pass the model whose generate() takes images or "
+                "video, or build the layout from its formula"
             )
-        self.model = model
+        self.model: Any = model
         self.known: TokenLayout | None = None
         self.unknown = "nothing was joined yet"
         self.undo: list[Callable[[], None]] = []
@@ -180,7 +180,8 @@ def _runs(holes: np.ndarray) -> list[tuple[bool, int]]:
 def _tokens_of_media(holes: Sequence[np.ndarray], joins: list[tuple[int, ...]]) -> list[list[int]]:
     """How many tokens each placeholder of each prompt has become: from the joins that fit the prompts' text, in
     order."""
-    rest, found = iter(joins), []
+    rest = iter(joins)
+    found: list[list[int]] = []
     for row in holes:
         runs = _runs(row)
         if not row.any():
@@ -192,7 +193,5 @@ def _tokens_of_media(holes: Sequence[np.ndarray], joins: list[tuple[int, ...]]) 
                 break
         else:
             shown = ", ".join("media" if is_media else f"{count} text" for is_media, count in runs[:6])
-            raise ValueError(
-                f"no torch.cat joined a prompt of {shown}: its code joins otherwise; build the layout yourself"
-            )
+            raise ValueError(f"no torch.cat joined a prompt of {shown}: its code joins otherwise; build its layout")
     return found

@@ -16,7 +16,7 @@ from mmflex.ir.layout import Segment, TokenLayout
 
 from ..intercept import LayoutReader
 from .llava_video import LlavaReader
-from .pieces import Image, Piece, Video, expect, joined
+from .pieces import Image, Piece, Video, expect, joined, tokens_of
 
 _NEWLINES = {"nothing": None, "frame": "frame", "one_token": "video"}
 
@@ -99,12 +99,11 @@ class FlashReader(LlavaReader):
             self.tokens_per_clip.clear()
 
     def video(self, frames: int, tokens: int) -> list[Segment]:
-        config, options = self.model.config, []
-        newline = getattr(config, "mm_newline_position", "nothing")
-        for per_clip in sorted(self.tokens_per_clip):
-            options.append(_video(frames, int(getattr(config, "mm_local_num_frames", 4)), per_clip, newline))
-        fitting = [segments for segments in options if sum(len(s.columns(0)) for s in segments) == tokens]
-        return expect((fitting or options or [[]])[0], tokens, f"a video of {frames} frames")
+        newline = getattr(self.model.config, "mm_newline_position", "nothing")
+        per_clip = int(getattr(self.model.config, "mm_local_num_frames", 4))
+        options = [_video(frames, per_clip, size, newline) for size in sorted(self.tokens_per_clip)]
+        segments = next((option for option in options if tokens_of(option) == tokens), options[0] if options else [])
+        return expect(segments, tokens, f"a video of {frames} frames")
 
     def image(self, tokens: int) -> list[Segment]:
         return [Segment("image", 1, 1, tokens)]
