@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 import mmflex.runtime.attention as runtime  # noqa: E402
 from mask_builders import AShape, Dense, Grid, VerticalSlash  # noqa: E402
-from mmflex import TokenLayout, plan  # noqa: E402
+from mmflex import TokenLayout, intercept, plan  # noqa: E402
 from mmflex.integrations import prefill  # noqa: E402
 from mmflex.integrations.layouts import layout_for  # noqa: E402
 from mmflex.integrations.long_prefill import last_token_logits  # noqa: E402
@@ -440,9 +440,30 @@ def test_latent_attention_has_narrower_values(calls: Calls) -> None:
 def test_models_that_are_not_language_models() -> None:
     with pytest.raises(TypeError, match="holds 0 transformers language models"):
         patch(nn.Linear(2, 2), Dense())
+    with pytest.raises(TypeError, match=r"mmflex\.intercept\(model, spec\)"):
+        patch(nn.Linear(2, 2), Dense())
     both = nn.ModuleList([llama(), small("Mistral")])
     with pytest.raises(TypeError, match=r"2 transformers language models .*patch the one that reads the prompt"):
         patch(both, Dense())
+
+
+def test_older_transformers_have_intercept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    monkeypatch.setattr(transformers, "__version__", "4.46.3")
+    with pytest.raises(ImportError, match=r"5\.17 or newer, got 4\.46\.3: .*mmflex\.intercept"):
+        patch(model, Dense())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_intercept_names_patch(calls: Calls) -> None:
+    """And works all the same: transformers' own attention calls SDPA."""
+    model, inputs = llama(), prompt(1, 150)
+    wanted = model(**inputs).logits
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM .*mmflex\.patch"), intercept(model, Dense()) as seen:
+        torch.testing.assert_close(model(**inputs).logits, wanted, **CLOSE)
+    assert seen.taken == {0: 1, 1: 1}
+    with patched(model, Dense()), pytest.raises(ValueError, match=r"LlamaForCausalLM is patched: call mmflex\.unpatch"):
+        intercept(model, Dense()).__enter__()
 
 
 def test_a_model_that_does_not_call_the_attention() -> None:

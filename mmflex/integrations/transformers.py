@@ -83,7 +83,7 @@ class Patch:
             self.remove()
             raise NotImplementedError(
                 f"{type(self.owner).__name__} does not take another attention (set_attn_implementation had no effect): "
-                "its code does not go through transformers' AttentionInterface, so call mmflex.attention in it"
+                f"its code does not go through AttentionInterface; {_ELSE}, or call mmflex.attention in it"
             )
 
     def remove(self) -> None:
@@ -123,7 +123,7 @@ class Patch:
         if not self.called and self.prompt.queries > 1:
             raise RuntimeError(
                 f"{type(self.text_model).__name__} ran without calling mmflex: its attention does not go through "
-                "transformers' AttentionInterface; unpatch it and call mmflex.attention in its code"
+                f"transformers' AttentionInterface; unpatch it, and {_ELSE}, or call mmflex.attention in its code"
             )
 
     # The patch of a copied or unpickled model is its own.
@@ -202,9 +202,13 @@ def _language_model(root: nn.Module) -> tuple[Any, Any, nn.Module, list[nn.Modul
     The config is found from the attention modules: those of text know their ``layer_idx``, those of vision do not.
     """
     try:
+        import transformers
         from transformers import PreTrainedModel
     except ImportError as error:
-        raise ImportError("mmflex.patch needs transformers 5.17 or newer: pip install 'transformers>=5.17'") from error
+        raise ImportError(f"mmflex.patch needs transformers 5.17 or newer, and there are none: {_ELSE}") from error
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2] if part.isdecimal())
+    if version < (5, 17):
+        raise ImportError(f"mmflex.patch needs transformers 5.17 or newer, got {transformers.__version__}: {_ELSE}")
 
     models = [m for m in root.modules() if isinstance(m, PreTrainedModel)]
     groups: dict[int, list[nn.Module]] = {}
@@ -219,7 +223,7 @@ def _language_model(root: nn.Module) -> tuple[Any, Any, nn.Module, list[nn.Modul
         choices = {wanted: choices[wanted]} if wanted in choices else choices
     if len(choices) != 1:
         names = sorted({type(owners[0]).__name__ for owners in choices.values()})
-        way_out = "patch the one that reads the prompt" if names else "pass one, such as LlamaForCausalLM"
+        way_out = "patch the one that reads the prompt" if names else f"pass one, such as LlamaForCausalLM; {_ELSE}"
         raise TypeError(
             f"{type(root).__name__} holds {len(choices)} transformers language models ({', '.join(names)}): {way_out}"
         )
@@ -247,6 +251,9 @@ def _refuse_at_patch(root: nn.Module, config: Any, modules: list[nn.Module]) -> 
 
 
 _NO_SCORES = "(mmflex changes which pairs are attended to, not their scores): run this model unpatched"
+
+
+_ELSE = "for a model of other code that calls scaled_dot_product_attention there is mmflex.intercept(model, spec)"
 
 
 def _select(owner: Any, config: Any, implementation: str) -> None:
