@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -449,7 +450,7 @@ def test_models_that_are_not_language_models() -> None:
 
 def test_older_transformers_have_intercept(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
-    monkeypatch.setattr(transformers, "__version__", "4.46.3")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.46.3")
     with pytest.raises(ImportError, match=r"5\.17 or newer, got 4\.46\.3: .*mmflex\.intercept"):
         patch(model, Dense())
     assert model.config._attn_implementation == "sdpa"
