@@ -127,7 +127,7 @@ class Interception:
         for reason, calls in self.reasons.items():
             layers = sorted(layer for layer, why in self.left if why == reason)
             detail = f" ({self.details[reason]})" if self.details[reason] else ""
-            lines.append(f"as they were: {calls} in layers {', '.join(map(str, layers))}: {reason}{detail}")
+            lines.append(f"as they were: {calls} calls in layers {', '.join(map(str, layers))}: {reason}{detail}")
         return "\n".join(lines)
 
     def leave(self, layer: int, why: Unfit) -> None:
