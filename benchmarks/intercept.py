@@ -108,8 +108,8 @@ class Bench:
 
     def __init__(self, model: Any, device: torch.device, backend: str) -> None:
         self.model, self.device, self.backend = model, device, backend
-        self.own = [layer.self_attn for layer in model.model.layers]
-        self.plain = [PlainAttention(module).eval() for module in self.own]
+        self.original = [layer.self_attn for layer in model.model.layers]
+        self.plain = [PlainAttention(module).eval() for module in self.original]
 
     @contextmanager
     def method(self, name: str, layout: mmflex.TokenLayout | None) -> Iterator[Any]:
@@ -134,7 +134,7 @@ class Bench:
                 finally:
                     block.__exit__(None, None, None)
         finally:
-            for layer, module in zip(self.model.model.layers, self.own, strict=True):
+            for layer, module in zip(self.model.model.layers, self.original, strict=True):
                 layer.self_attn = module
             for chunk in chunks:
                 chunk.remove()

@@ -1,7 +1,7 @@
 """`mmflex.intercept` on the transformers that the video models of 2024 pin, beside a current PyTorch.
 
     python -m benchmarks.old_transformers             # makes an environment for each of VERSIONS; some minutes
-    python -m benchmarks.old_transformers --here      # with the transformers of this environment, seconds
+    python -m benchmarks.old_transformers --current      # with the transformers of this environment, seconds
 
 A tiny Qwen2 with random weights, fed by ``inputs_embeds``, on the CPU. Compared with the model itself are prefills with
 `Dense()` (also padded on both sides, and a chunk on a cache), `generate()`, and a sparse spec with softmax under the
@@ -40,9 +40,9 @@ def model() -> Any:
 
     torch.manual_seed(0)
     shape = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2}
-    found = Qwen2ForCausalLM(Qwen2Config(**shape, num_attention_heads=8, num_key_value_heads=2)).eval()
-    found.generation_config.eos_token_id = found.generation_config.pad_token_id = 2
-    return found
+    lm = Qwen2ForCausalLM(Qwen2Config(**shape, num_attention_heads=8, num_key_value_heads=2)).eval()
+    lm.generation_config.eos_token_id = lm.generation_config.pad_token_id = 2
+    return lm
 
 
 def apart(found: Tensor, wanted: Tensor) -> float:
@@ -119,7 +119,7 @@ def _cache() -> Any:
     return DynamicCache()
 
 
-def here() -> dict[str, Any]:
+def current() -> dict[str, Any]:
     """The checks with the transformers of this environment."""
     start = time.perf_counter()
     with torch.no_grad():
@@ -137,18 +137,18 @@ def elsewhere(version: str, folder: Path) -> dict[str, Any]:
     wanted = [f"torch=={torch_version}", f"transformers=={version}", *NEEDED]
     subprocess.run([python, "-m", "pip", "install", "-q", *wanted], check=True)
     result = folder / f"{version}.json"
-    run = [python, "-m", "benchmarks.old_transformers", "--here", "--json", str(result)]
+    run = [python, "-m", "benchmarks.old_transformers", "--current", "--json", str(result)]
     subprocess.run(run, check=False, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
     return json.loads(result.read_text(encoding="utf-8"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--here", action="store_true", help="with the transformers of this environment")
+    parser.add_argument("--current", action="store_true", help="with the transformers of this environment")
     parser.add_argument("--json", type=Path, help="where the results go")
     args = parser.parse_args()
-    if args.here:
-        report = here()
+    if args.current:
+        report = current()
     else:
         with tempfile.TemporaryDirectory() as folder:
             report = {"environments": [elsewhere(version, Path(folder)) for version in VERSIONS]}

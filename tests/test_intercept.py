@@ -523,6 +523,15 @@ def test_a_layout_reaches_the_patterns(calls: Calls) -> None:
     assert found.isfinite().all()
 
 
+def test_a_given_layout_is_the_one_that_plans_are_kept_with(calls: Calls) -> None:
+    """So that the next block with it plans no more."""
+    model, x = decoder(), embeddings(1, VIDEO.length)
+    for _ in range(2):
+        with intercept(model, Dense(), layout=VIDEO):
+            model(x)
+    assert all(call[4] is VIDEO for call in calls)
+
+
 def test_layouts_of_another_length_are_left_and_said(calls: Calls) -> None:
     model = decoder()
     for tokens in (VIDEO.length - 1, VIDEO.length + 1):

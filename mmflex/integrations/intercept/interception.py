@@ -183,16 +183,15 @@ class Interception:
         key = (batch, keys, None if valid is None else valid.tobytes())
         if key not in self.prompt.layouts:
             try:
-                found: TokenLayout | Unfit = self._found(batch, keys, valid)
+                self.prompt.layouts[key] = self._checked(batch, keys, valid)
             except Unfit as why:
-                found = why
-            self.prompt.layouts[key] = found
+                self.prompt.layouts[key] = why
         layout = self.prompt.layouts[key]
         if isinstance(layout, Unfit):
             raise layout
         return layout
 
-    def _found(self, batch: int, keys: int, valid: np.ndarray | None) -> TokenLayout:
+    def _checked(self, batch: int, keys: int, valid: np.ndarray | None) -> TokenLayout:
         given = self.layout
         if given is None:
             if valid is None:
@@ -210,6 +209,7 @@ class Interception:
             raise Unfit("a layout of another length", f"{given.length} tokens, the call has {keys} keys{hint}")
         if valid is None and given.padded:
             valid = _right_padding(given)
+        self._same(given)  # so that it is the one that is taken, and what is planned outlives the block
         return self._same(checked_layout(given, batch, valid, keys, name="the layout"))
 
     def _same(self, layout: TokenLayout) -> TokenLayout:

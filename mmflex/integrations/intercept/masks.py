@@ -72,10 +72,10 @@ class MaskReader:
                 self.recent = (identity, size, _read(mask, queries, keys))
             except Unfit as reason:
                 self.recent = (identity, size, reason)
-        found = self.recent[2]
-        if isinstance(found, Unfit):
-            raise found
-        return found
+        padding = self.recent[2]
+        if isinstance(padding, Unfit):
+            raise padding
+        return padding
 
 
 def _read(mask: Tensor, queries: int, keys: int) -> np.ndarray | None:
@@ -108,7 +108,7 @@ def _read(mask: Tensor, queries: int, keys: int) -> np.ndarray | None:
     if not unbiased:
         raise Unfit("a mask that adds a bias to the scores", "it holds finite values other than 0")
     if not (causal and alike):
-        raise Unfit("a mask that is not causal plus padding", "a window, a prefix, packed prompts or an own mask")
+        raise Unfit("a mask that is not causal plus padding", "a window, a prefix, packed prompts or something else")
     tokens = valid[:, 0].cpu().numpy()
     return None if tokens.all() else tokens
 

@@ -43,8 +43,8 @@ def attention_modules(model: nn.Module, layers: Sequence[nn.Module] | None) -> l
 
 
 def _stack(modules: nn.ModuleList) -> list[tuple[int, nn.Module]]:
-    found = ((number, _attention(layer)) for number, layer in enumerate(modules))
-    return [(number, attention) for number, attention in found if attention is not None]
+    layers = ((number, _attention(layer)) for number, layer in enumerate(modules))
+    return [(number, attention) for number, attention in layers if attention is not None]
 
 
 def _attention(layer: nn.Module) -> nn.Module | None:

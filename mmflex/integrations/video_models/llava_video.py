@@ -98,16 +98,16 @@ class LlavaReader(JoinReader):
     def media(self, call: dict[str, Any], ids: list[np.ndarray], tokens: list[list[int]]) -> list[list[list[Segment]]]:
         images, modalities = list(call["images"]), call.get("modalities", ["image"])
         modalities = [modalities] if isinstance(modalities, str) else list(modalities)
-        found: list[list[list[Segment]]] = []
+        rows: list[list[list[Segment]]] = []
         number = 0
         for row in tokens:
-            found.append([])
+            rows.append([])
             for count in row:
                 video = number < len(modalities) and modalities[number] == "video"
-                found[-1].append(self.video(len(images[number]), count) if video else self.image(count))
+                rows[-1].append(self.video(len(images[number]), count) if video else self.image(count))
                 number += 1
             number += not row  # a prompt of text alone has one image, which is not joined
-        return found
+        return rows
 
     def video(self, frames: int, tokens: int) -> list[Segment]:
         """The segments of a video that has become so many tokens."""

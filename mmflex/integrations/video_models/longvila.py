@@ -111,17 +111,17 @@ class VilaReader(JoinReader):
         rows = []
         for row, counts in zip(ids, tokens, strict=True):
             places = np.flatnonzero(self.placeholders(row))
-            found: list[list[Segment]] = []
+            media: list[list[Segment]] = []
             # A run: placeholders side by side that have become equally many tokens.
             items = [(place - n, names[int(row[place])], counts[n]) for n, place in enumerate(places.tolist())]
             for (_, name, count), run in groupby(items):
                 number = len(list(run))
                 if name == "video":
-                    found += [self.video(len(next(videos)), count) for _ in range(number)]
+                    media += [self.video(len(next(videos)), count) for _ in range(number)]
                 else:
                     # The placeholders behind the first of a video have no segment of their own.
-                    found += [self.images(number, count), *([] for _ in range(number - 1))]
-            rows.append(found)
+                    media += [self.images(number, count), *([] for _ in range(number - 1))]
+            rows.append(media)
         return rows
 
     def video(self, frames: int, tokens: int) -> list[Segment]:

@@ -125,7 +125,7 @@ class JoinReader:
     def _joined(self, call: dict[str, Any], length: int, joins: list[tuple[int, ...]]) -> TokenLayout:
         ids = _without_padding(call["input_ids"], call.get("attention_mask"))
         holes = [self.placeholders(row) for row in ids]
-        tokens = _tokens_of_media(holes, joins)
+        tokens = _tokens_of_media(holes, joins, length)
         media = self.media(call, ids, tokens)
         rows = []
         for hole, of_row in zip(holes, media, strict=True):
@@ -134,6 +134,9 @@ class JoinReader:
                 segments += next(rest) if is_media else [Segment("text", width=count)]
             rows.append(TokenLayout.from_segments(segments)[:length])  # cut off where the model cuts prompts
         return rows[0] if len(rows) == 1 else TokenLayout.batch(rows, side=self.side, length=length)
+
+
+_CATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 
 
 class _Concatenations(TorchFunctionMode):
@@ -145,7 +148,7 @@ class _Concatenations(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.cat:
+        if func in _CATENATIONS:
             tensors = kwargs.get("tensors", args[0] if args else ())
             dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
             if dim == 0 and all(isinstance(x, Tensor) and x.dim() == 2 for x in tensors):
@@ -177,21 +180,24 @@ def _runs(holes: np.ndarray) -> list[tuple[bool, int]]:
     return runs
 
 
-def _tokens_of_media(holes: Sequence[np.ndarray], joins: list[tuple[int, ...]]) -> list[list[int]]:
-    """How many tokens each placeholder of each prompt has become: from the joins that fit the prompts' text, in
-    order."""
-    rest = iter(joins)
-    found: list[list[int]] = []
+def _tokens_of_media(holes: Sequence[np.ndarray], joins: list[tuple[int, ...]], length: int) -> list[list[int]]:
+    """How many tokens each placeholder of each prompt has become: from the joins that fit the prompts' text, in order.
+
+    ``length``: tokens of the longest prompt, which a prompt alone has as well unless it was cut off.
+    """
+    least = length if len(holes) == 1 else 0
+    rest = (lengths for lengths in joins if sum(lengths) >= least)
+    counts: list[list[int]] = []
     for row in holes:
         runs = _runs(row)
         if not row.any():
-            found.append([])
+            counts.append([])
             continue
         for lengths in rest:
-            if len(lengths) == len(runs) and all(m or n == have for (m, n), have in zip(runs, lengths, strict=True)):
-                found.append([have for (is_media, _), have in zip(runs, lengths, strict=True) if is_media])
+            if len(lengths) == len(runs) and all(m or n == size for (m, n), size in zip(runs, lengths, strict=True)):
+                counts.append([size for (is_media, _), size in zip(runs, lengths, strict=True) if is_media])
                 break
         else:
             shown = ", ".join("media" if is_media else f"{count} text" for is_media, count in runs[:6])
             raise ValueError(f"no torch.cat joined a prompt of {shown}: its code joins otherwise; build its layout")
-    return found
+    return counts
