@@ -20,7 +20,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import mmflex
 from benchmarks.prefill import HEADS, SPEC
+from mask_builders import Dense, VerticalSlash
 from mmflex.integrations.long_prefill import chunk_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,10 +113,11 @@ class Bench:
         self.plain = [PlainAttention(module).eval() for module in self.original]
 
     @contextmanager
-    def method(self, name: str, layout: mmflex.TokenLayout | None) -> Iterator[Any]:
+    def method(self, name: str, layout: mmflex.TokenLayout | None, spec: Any = SPEC) -> Iterator[Any]:
         """The model with one method's attention; "plain", "patch" or "intercept"."""
         if name == "patch":
-            with mmflex.patched(self.model, SPEC, backend=self.backend), mmflex.token_layout(layout):
+            given = nullcontext() if layout is None else mmflex.token_layout(layout)
+            with mmflex.patched(self.model, spec, backend=self.backend), given:
                 yield None
             return
         chunks = chunk_rows(self.model.model, None)  # as `patch` does, so that prefills of 128k fit
@@ -127,7 +129,7 @@ class Bench:
             else:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # that these transformers could be patched
-                    block = mmflex.intercept(self.model, SPEC, layout=layout, backend=self.backend)
+                    block = mmflex.intercept(self.model, spec, layout=layout, backend=self.backend)
                     seen = block.__enter__()
                 try:
                     yield seen
@@ -210,6 +212,40 @@ def decode(bench: Bench, tokens: int, steps: int, turns: int) -> dict[str, Any]:
     return {"tokens": tokens, "steps": steps, "runs_ms": runs, **medians, "intercept_of_plain": share}
 
 
+def agreement(bench: Bench, tokens: int) -> dict[str, dict[str, Any]]:
+    """Relative differences of hidden states of real tokens, where masks are tensors: batches padded on either side, and a
+    chunk on a cache."""
+    width = bench.model.config.hidden_size
+    x = torch.randn(2, tokens, width, device=bench.device, dtype=bench.model.dtype)
+    rows: dict[str, dict[str, Any]] = {}
+
+    def run(method: str, spec: Any, mask: Tensor | None, chunk: int) -> tuple[Tensor, Any]:
+        with warnings.catch_warnings(), bench.method(method, None, spec) as seen:
+            warnings.simplefilter("ignore", UserWarning)  # that embeddings are taken as text
+            cache = None
+            if chunk:
+                cache = bench.model.model(inputs_embeds=x[:, :-chunk], use_cache=True).past_key_values
+            out = bench.model.model(
+                inputs_embeds=x[:, -chunk:], attention_mask=mask, past_key_values=cache, use_cache=chunk > 0
+            ).last_hidden_state
+        return out.float() if mask is None else out[mask.bool()].float(), seen
+
+    for side in ("left", "right", "chunk"):
+        mask = None
+        if side != "chunk":
+            mask = torch.ones(2, tokens, dtype=torch.long, device=bench.device)
+            mask[0, slice(0, tokens // 5) if side == "left" else slice(-(tokens // 5), None)] = 0
+        chunk = tokens // 3 if side == "chunk" else 0
+        for spec, other in ((Dense(), "plain"), (VerticalSlash(200, 512), "patch")):
+            wanted, _ = run(other, spec, mask, chunk)
+            result, seen = run("intercept", spec, mask, chunk)
+            apart = float((result - wanted).norm() / wanted.norm())
+            layers = len(bench.original) * (2 if chunk else 1)
+            complete = sum(seen.taken.values()) == layers and not seen.reasons
+            rows[f"{side}, {spec}, against {other}"] = {"difference": apart, "all_taken": complete}
+    return rows
+
+
 def machine(device: torch.device) -> dict[str, str]:
     """Versions, the device and a hash of the sources."""
     import transformers
@@ -253,6 +289,8 @@ def main() -> None:
                 torch.cuda.empty_cache()
         report["decode"].append(decode(bench, 1024 if args.tiny else 2048, 10 if args.tiny else STEPS, TURNS))
         write()
+        report["agreement"] = agreement(bench, 1200)
+        write()
     table = Table(title="intercept, patch and the model itself")
     for name in ("", "plain", "patch", "intercept", "intercept / other", "difference"):
         table.add_column(name, justify="right")
@@ -265,6 +303,8 @@ def main() -> None:
         name = f"decode step on {row['tokens']:,} tokens"
         table.add_row(name, f"{row['plain_ms']:.2f} ms", "-", f"{row['intercept_ms']:.2f} ms", share, "-")
     Console(width=140).print(table)
+    for name, row in report["agreement"].items():
+        print(f"{name}: difference {row['difference']:.1e}, {'all' if row['all_taken'] else 'NOT ALL'} calls taken")
     print(f"written to {path}; calls that were left: {[row['reasons'] for row in report['prefill']]}")
 
 

@@ -1,6 +1,6 @@
 """`mmflex.intercept` on the transformers that the video models of 2024 pin, beside a current PyTorch.
 
-    python -m benchmarks.old_transformers             # makes an environment for each of VERSIONS; some minutes
+    python -m benchmarks.old_transformers             # installs each of VERSIONS into a folder; a minute
     python -m benchmarks.old_transformers --current      # with the transformers of this environment, seconds
 
 A tiny Qwen2 with random weights, fed by ``inputs_embeds``, on the CPU. Compared with the model itself are prefills with
@@ -11,8 +11,8 @@ plan's own mask.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,12 +25,11 @@ from torch import Tensor
 
 import mmflex
 import mmflex.runtime.attention as runtime
+from benchmarks.intercept import machine
 from mask_builders import Dense, VerticalSlash
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("4.46.3", "4.40.1")
-NEEDED = ("networkx", "numpy", "sympy")
-"""What mmflex needs at run time beside PyTorch."""
 TOKENS, PAD = 700, 77
 
 
@@ -124,21 +123,17 @@ def current() -> dict[str, Any]:
     start = time.perf_counter()
     with torch.no_grad():
         rows = checks()
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
-    return {"machine": versions, "rows": rows, "seconds": time.perf_counter() - start}
+    return {"machine": machine(torch.device("cpu")), "rows": rows, "seconds": time.perf_counter() - start}
 
 
 def elsewhere(version: str, folder: Path) -> dict[str, Any]:
-    """The checks in an environment of their own."""
-    torch_version = torch.__version__.split("+")[0]
-    place = folder / version
-    subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-    python = str(place / "bin" / "python")
-    wanted = [f"torch=={torch_version}", f"transformers=={version}", *NEEDED]
-    subprocess.run([python, "-m", "pip", "install", "-q", *wanted], check=True)
-    result = folder / f"{version}.json"
-    run = [python, "-m", "benchmarks.old_transformers", "--current", "--json", str(result)]
-    subprocess.run(run, check=False, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
+    """The checks with a transformers of its own, and what that wants, in front of this environment's packages."""
+    packages, result = folder / version, folder / f"{version}.json"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--target", str(packages), f"transformers=={version}"]
+    subprocess.run(install, check=True)
+    run = [sys.executable, "-m", "benchmarks.old_transformers", "--current", "--json", str(result)]
+    paths = os.pathsep.join((str(packages), str(ROOT)))
+    subprocess.run(run, check=False, stdout=subprocess.DEVNULL, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths})
     return json.loads(result.read_text(encoding="utf-8"))
 
 
