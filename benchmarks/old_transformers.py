@@ -146,7 +146,9 @@ def main() -> None:
         report = current()
     else:
         with tempfile.TemporaryDirectory() as folder:
-            report = {"environments": [elsewhere(version, Path(folder)) for version in VERSIONS]}
+            runs = [elsewhere(version, Path(folder)) for version in VERSIONS]
+        versions = {**runs[0]["machine"], "transformers": ", ".join(run["machine"]["transformers"] for run in runs)}
+        report = {"machine": versions, "environments": runs}
     path = args.json or ROOT / "benchmarks" / "results" / "old-transformers.json"
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     bad = 0

@@ -12,6 +12,7 @@ from .runtime.backends import why_not
 from .runtime.caches import clear_caches
 from .runtime.merge import merge_attention
 from .runtime.plan import Plan
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .integrations.intercept import intercept
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from .integrations.transformers import DenseFallback, patch, patched, token_layout, unpatch
     from .tuning.config import Config, load_config, load_minference_config, save_config
 
-__version__ = "0.1.0"
 __all__ = [
     "Config",
     "DenseFallback",

@@ -123,7 +123,7 @@ def test_tables_hold_every_row_of_the_results() -> None:
         given = [row for _, data in results.load(f"{name}*.json") for row in data.get("rows", [])]
         assert len(rows(results.TABLES[name]())) == len(given) > 0
     text = (ROOT / "docs" / "performance.md").read_text("utf-8")
-    assert {"attention", "prefill", "cpu", "check", "files"} <= set(markers.TABLE.findall(text))
+    assert {"attention", "prefill", "vision", "cpu", "check", "files"} <= set(markers.TABLE.findall(text))
     for page in markers.pages():
         assert set(markers.TABLE.findall(page.read_text("utf-8"))) <= set(markers.TABLES), page
 
@@ -149,6 +149,7 @@ def test_tables_say_what_the_file_says(tmp_path: Path, monkeypatch: pytest.Monke
     prefill = {"machine": {"device": "E", "torch": "3"}, "rows": [{"tokens": 1 << 20, "methods": methods}]}
     (tmp_path / "prefill-x.json").write_text(json.dumps(prefill))
     (tmp_path / "other.json").write_text(json.dumps([1, 2]))
+    (tmp_path / "plain.json").write_text(json.dumps({"machine": "x86_64", "torch": "2"}))
     first, second = sorted(rows(results.attention()), reverse=True)
     assert first == "| 128k | `A \\| B` | flash | 4.00 ms (cuDNN) | 500 us | 8.00x | - | - | - | - |"
     assert second == "| 1,000 | `-` | - | - | - | - | - | - | - | - |"
@@ -156,9 +157,25 @@ def test_tables_say_what_the_file_says(tmp_path: Path, monkeypatch: pytest.Monke
     assert rows(results.files()) == [
         "| `attention-x.json` | D | 2 |",
         "| `other.json` | - | 2 |",
+        "| `plain.json` | x86_64, torch 2 | - |",
         "| `prefill-x.json` | E, torch 3 | 1 |",
     ]
-    assert results.cpu() == results.check() == results.evaluation() == ""
+    assert results.cpu() == results.check() == results.evaluation() == results.vision() == ""
+    whole = {
+        "mmflex": {"seconds": 2.0, "vision_s": 0.5, "peak_gb": 60.0},
+        "sdpa": {"seconds": 9.0, "extrapolated": True},
+    }
+    row = {"tokens": 65876, "frames": 512, "methods": whole}
+    (tmp_path / "prefill-x.json").write_text(json.dumps({"settings": {"whole": True}, "rows": [row]}))
+    assert rows(results.prefill()) == ["| 65,876 | 512 | 9.00 s\\* | - | 2.00 s | 500 ms | 4.50x | 60 GB |"]
+    tower = {
+        "frames": 128,
+        "patches": 65536,
+        "methods": {"A": {"seconds": 1.0, "peak_gb": 3.0}, "B": {"error": "none"}},
+    }
+    (tmp_path / "vision-x.json").write_text(json.dumps({"machine": {"device": "G"}, "tower": [tower]}))
+    assert results.vision().startswith("`vision-x.json`: G.")
+    assert rows(results.vision()) == ["| 128 | 65,536 | 1.00 s (3 GB) |"]
     score = {"score": {"accuracy": 0.975, "asked": 40}, "tokens": 8192, "ran": 0.384}
     given = [score | {"label": "dense", "target": None, "ran": 1.0}, score | {"label": "A", "target": 0.4}]
     (tmp_path / "eval-x.json").write_text(json.dumps({"rows": given, "runs": [{"versions": {"device": "F"}}]}))

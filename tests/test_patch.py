@@ -22,6 +22,7 @@ from mmflex.integrations import prefill  # noqa: E402
 from mmflex.integrations.layouts import layout_for  # noqa: E402
 from mmflex.integrations.long_prefill import last_token_logits  # noqa: E402
 from mmflex.integrations.transformers import DenseFallback, patch, patched, token_layout, unpatch  # noqa: E402
+from mmflex.integrations.vision import TOWERS, VISION_NAME  # noqa: E402
 from mmflex.tuning.config import Config  # noqa: E402
 
 SPARSE = AShape(128, 128)
@@ -220,7 +221,8 @@ def test_unpatch_restores_everything(name: str, tmp_path: Any) -> None:
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and config is not text:
-            assert config._attn_implementation == "sdpa", type(module).__name__
+            expected = VISION_NAME if config.model_type in TOWERS else "sdpa"
+            assert config._attn_implementation == expected, type(module).__name__
     model(**batch.inputs)
     model.generate(**batch.inputs, max_new_tokens=2)
     model.save_pretrained(tmp_path / "during")

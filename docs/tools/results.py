@@ -37,7 +37,8 @@ def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]], right: bool 
 
 def where(data: dict[str, Any]) -> str:
     """Device and versions, wherever a file keeps them."""
-    facts = {**data, **data.get("machine", {})}
+    machine = data.get("machine", {})
+    facts = {**data, **({"device": machine} if isinstance(machine, str) else machine)}
     names = ("device", "torch", "flash-attn-4", "triton", "transformers", "mmflex")
     return ", ".join(str(facts[n]) if n == "device" else f"{n} {facts[n]}" for n in names if facts.get(n))
 
@@ -117,8 +118,12 @@ def prefill() -> str:
         rows, settings = data.get("rows", []), data.get("settings", {})
         dense = [m for m in ("sdpa", "fa2", "cudnn", "fa4") if any(m in row.get("methods", {}) for row in rows)]
         names = [DENSE[m] for m in dense]
-        columns = ["tokens", *names, "mmflex", *(f"vs {n}" for n in names), "peak memory"]
-        table = markdown(columns, (_prefill_row(row, dense) for row in rows))
+        if settings.get("whole"):
+            columns = ["tokens", "frames", "SDPA", "its tower", "mmflex", "its tower", "vs SDPA", "peak memory"]
+            table = markdown(columns, (_whole_prefill_row(row) for row in rows))
+        else:
+            columns = ["tokens", *names, "mmflex", *(f"vs {n}" for n in names), "peak memory"]
+            table = markdown(columns, (_prefill_row(row, dense) for row in rows))
         about = [f"`{name}`: {where(data)}."]
         if "model" in settings:
             about.append(f"{settings['model']}, {settings.get('dtype', '-')}.")
@@ -139,6 +144,42 @@ def _prefill_row(row: dict[str, Any], dense: list[str]) -> list[str]:
         faster.append(_times(other["seconds"] / own["seconds"] if own and other else None))
     peak = f"{own['peak_gb']:.0f} GB" if "peak_gb" in own else "-"
     return [tokens(row.get("tokens")), *taken, seconds(own.get("seconds")), *faster, peak]
+
+
+def _whole_prefill_row(row: dict[str, Any]) -> list[str]:
+    """A row with the vision tower in it."""
+    found = {m: r for m, r in row.get("methods", {}).items() if isinstance(r.get("seconds"), (int, float))}
+    cells = []
+    for name in ("sdpa", "mmflex"):
+        result = found.get(name, {})
+        star = "\\*" if result.get("extrapolated") else ""
+        cells += [seconds(result.get("seconds")) + star, seconds(result.get("vision_s"))]
+    faster = (
+        found["sdpa"]["seconds"] / found["mmflex"]["seconds"] if len(found.keys() & {"sdpa", "mmflex"}) == 2 else None
+    )
+    peak = f"{found['mmflex']['peak_gb']:.0f} GB" if "peak_gb" in found.get("mmflex", {}) else "-"
+    return [tokens(row.get("tokens")), str(row.get("frames", "-")), *cells, _times(faster), peak]
+
+
+def vision() -> str:
+    """The vision tower alone."""
+    parts = []
+    for name, data in load("vision*.json"):
+        rows = data.get("tower", [])
+        if not rows:
+            continue
+        methods = list(dict.fromkeys(method for row in rows for method in row.get("methods", {})))
+        methods = [method for method in methods if any("seconds" in row["methods"].get(method, {}) for row in rows)]
+        lines = []
+        for row in rows:
+            cells = []
+            for method in methods:
+                result = row["methods"].get(method, {})
+                peak = f" ({result['peak_gb']:.0f} GB)" if isinstance(result.get("peak_gb"), (int, float)) else ""
+                cells.append(seconds(result.get("seconds")) + peak)
+            lines.append([str(row.get("frames", "-")), f"{row.get('patches', 0):,}", *cells])
+        parts.append(f"`{name}`: {where(data)}.\n\n{markdown(['frames', 'patches', *methods], lines)}")
+    return "\n\n".join(parts)
 
 
 def cpu() -> str:
@@ -233,6 +274,7 @@ def files() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "prefill": prefill,
+    "vision": vision,
     "cpu": cpu,
     "check": check,
     "evaluation": evaluation,

@@ -351,7 +351,7 @@ def _text(spec: Spec | Config) -> str:
 def _versions(model: Any) -> dict[str, str]:
     import transformers
 
-    from .. import __version__
+    from ..version import __version__
 
     parameter = next(model.parameters())
     device = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else platform.processor() or "CPU"

@@ -46,6 +46,7 @@ from .masks import (
 )
 from .prefill import attention_forward, live
 from .prompts import Prompt, token_layout
+from .vision import VisionPatch
 
 __all__ = ["DenseFallback", "patch", "patched", "token_layout", "unpatch"]
 
@@ -56,7 +57,15 @@ __all__ = ["DenseFallback", "patch", "patched", "token_layout", "unpatch"]
 class Patch:
     """What `patch` did to one model, and what its attention function needs to know."""
 
-    def __init__(self, root: nn.Module, spec: Spec | Config, backend: str, mlp_chunk: int | None) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        spec: Spec | Config,
+        backend: str,
+        mlp_chunk: int | None,
+        vision: bool,
+        fuse: bool | None,
+    ) -> None:
         self.root, self.backend = root, backend
         self.config, self.owner, self.text_model, modules = _language_model(root)
         self.spec = _spec_for(spec, modules, int(self.config.num_attention_heads), int(self.config.num_hidden_layers))
@@ -66,6 +75,7 @@ class Patch:
         slots = [_Slot(self, module, self.previous) for module in modules]
         self.noticed: set[str] = set()
         self.called = False
+        self.vision: VisionPatch | None = None
         self.observer: Callable[..., None] | None = None  # sees q, k and v of every layer (`capture`)
         # from here on the model is changed
         self.chunks: list[RowChunks] = chunk_rows(self.text_model, mlp_chunk)
@@ -85,8 +95,11 @@ class Patch:
                 f"{type(self.owner).__name__} does not take another attention (set_attn_implementation had no effect): "
                 f"its code does not go through AttentionInterface; {_ELSE}, or call mmflex.attention in it"
             )
+        self.vision = VisionPatch(root, fuse=fuse) if vision else None
 
     def remove(self) -> None:
+        if self.vision is not None:
+            self.vision.remove()
         self.prompt.remove()
         self.handle.remove()
         for chunks in self.chunks:
@@ -141,12 +154,19 @@ class _Slot:
 
 
 def patch(
-    model: nn.Module, spec_or_config: Spec | Config, *, backend: str = "auto", mlp_chunk: int | None = None
+    model: nn.Module,
+    spec_or_config: Spec | Config,
+    *,
+    backend: str = "auto",
+    mlp_chunk: int | None = None,
+    vision: bool = True,
+    fuse: bool | None = None,
 ) -> nn.Module:
     """Make a transformers model prefill through `mmflex.attention`.
 
-    Only the language model changes; a vision tower, decode steps, weights and ``config.json`` stay as they are. The
-    table at the top of this module says which masks are honoured, which run dense with a notice, which are refused.
+    The table at the top of this module says which masks of the language model are honoured, which run dense with a
+    notice, which are refused. A vision tower of a family in `integrations.vision.TOWERS` computes what it computed
+    before, faster. Decode steps, weights and ``config.json`` stay as they are.
 
     Args:
         model: a causal language model or a vision-language model, or a module that holds one (also from
@@ -156,6 +176,10 @@ def patch(
         backend: as in `mmflex.attention`.
         mlp_chunk: tokens at a time in MLPs and norms, so that very long prompts fit; None chunks by 32768 above 65536
             tokens, 0 never. Exact to rounding.
+        vision: also the vision tower, where its family is known: attention in one call a layer, frames in chunks so
+            that long videos fit. False leaves it alone.
+        fuse: compile the vision tower's layers, all of them at once; None does so on CUDA for 16384 patches or more
+            in one call, True always, False never. Exact to rounding.
 
     Returns:
         The model itself.
@@ -171,7 +195,7 @@ def patch(
         raise ValueError(f"unknown backend {backend!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
     if any("_mmflex_patch" in module.__dict__ for module in root.modules()):
         raise ValueError(f"{type(root).__name__} is already patched: call mmflex.unpatch(model) first")
-    root.__dict__["_mmflex_patch"] = Patch(root, spec_or_config, backend, mlp_chunk)
+    root.__dict__["_mmflex_patch"] = Patch(root, spec_or_config, backend, mlp_chunk, vision, fuse)
     return model
 
 
@@ -186,10 +210,16 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def patched(
-    model: nn.Module, spec_or_config: Spec | Config, *, backend: str = "auto", mlp_chunk: int | None = None
+    model: nn.Module,
+    spec_or_config: Spec | Config,
+    *,
+    backend: str = "auto",
+    mlp_chunk: int | None = None,
+    vision: bool = True,
+    fuse: bool | None = None,
 ) -> Iterator[nn.Module]:
     """`patch` for the length of a ``with`` block; arguments and errors as there."""
-    patch(model, spec_or_config, backend=backend, mlp_chunk=mlp_chunk)
+    patch(model, spec_or_config, backend=backend, mlp_chunk=mlp_chunk, vision=vision, fuse=fuse)
     try:
         yield model
     finally:

@@ -111,7 +111,10 @@ def planned(
         return plan
     usual = request.scale is None or type(request.scale) is float
     key, calls = _key(q, k, v, spec, layout, request) if usual else (None, Memo(0))
-    call = None if key is None else calls.recall(key)
+    try:
+        call = None if key is None else calls.recall(key)
+    except TypeError:  # what cannot be hashed is checked, and refused
+        key = call = None
     if call is None or not _up_to_date(call, q):
         equal = None  # the same of equal patterns, made anew
         if key is not None:
@@ -145,8 +148,8 @@ def _key(
         if layout is None:
             layout = TokenLayout.text(k.shape[2])
         key = (serials, q.shape, k.shape, q.dtype, k.dtype, q.device, k.device, of_v, request)
-        hash(key)
-        return key, layout.once("calls", lambda: Memo(CALLS))
+        calls = layout.memo.recall("calls")
+        return key, layout.once("calls", lambda: Memo(CALLS)) if calls is None else calls
     except (AttributeError, TypeError, IndexError):  # `check` says what is wrong
         return None, Memo(0)
 

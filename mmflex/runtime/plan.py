@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from . import backends, dense, reference, replay
 from .attend import Attending
 from .backends import Backend
 from .device import writing_to
+from .explain import explain
 from .inputs import check
 from .planning import after_estimates
 from .state import PlanState
@@ -156,7 +158,9 @@ class Plan:
                     pairs[:, h] += causal[:, 0]
                 else:
                     lists = self.state.prepared[number].lists
-                    pairs[:, h] += (lists[0] + lists[2])[:, i].sum(-1).cpu().numpy() * float(tile * tile)
+                    pairs[:, h] += (lists.partial_count + lists.full_count)[:, i].sum(-1).cpu().numpy() * float(
+                        tile * tile
+                    )
         return HeadDensity(pairs / np.maximum(causal, 1.0))
 
     @property
@@ -179,9 +183,8 @@ class Plan:
 
     def explain(self) -> str:
         """What was decided and why: expressions, orders with the cost of the alternatives, launches, blocks, steps."""
-        from .explain import explain
-
-        return explain(self)
+        heads = self.density.heads
+        return explain(self.program, self.state.prepared, heads, self.shape, self.backend, self.note)
 
     def __repr__(self) -> str:
         kinds = ", ".join(launch.label for launch in self.program.launches)
@@ -190,4 +193,4 @@ class Plan:
 
 def _finite(t: Tensor) -> bool:
     """Whether all of a tensor is finite. A sum is the quickest look; it may overflow, so only then every entry."""
-    return bool(t.sum(dtype=torch.float32).isfinite()) or bool(t.isfinite().all())
+    return math.isfinite(t.sum(dtype=torch.float32).item()) or bool(t.isfinite().all())

@@ -10,12 +10,12 @@ import sympy
 import torch
 from torch import Tensor
 
-from ..compiler.launches import Launch, Part
+from ..compiler.launches import Launch, Part, view_of
 from ..compiler.orders import TokenOrder
 from ..compiler.program import Program
 from ..compiler.terms import selected_names
 from ..ir.pattern import EstimateFrom, Scope, View
-from .backends import Lists
+from .backends import BlockLists
 from .classify import Values
 from .device import index_constant
 from .masks import MaskMod
@@ -33,7 +33,7 @@ class PreparedLaunch:
             none); a head's own is number ``launch.table_slot[head]``.
     """
 
-    lists: Lists
+    lists: BlockLists
     mask_mod: MaskMod
     row_index: Tensor | None = None
     row_count: Tensor | None = None
@@ -129,7 +129,17 @@ class PlanState:
 
 
 def take_heads(t: Tensor, heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """Heads of a tensor [B, H, ...]; itself where they are all, in order. Empty heads (-1) get any head's rows."""
-    if heads == tuple(range(t.shape[1])):
-        return t
+    """Heads of a tensor [B, H, ...], a view where they can be. Empty heads (-1) get any head's rows."""
+    view = view_of(heads, t.shape[1])
+    if view is not None:
+        return t if len(heads) == t.shape[1] else t[:, view]
     return t.index_select(1, index_constant(tuple(max(h, 0) for h in heads), device))
+
+
+def put_heads(state: PlanState, heads: tuple[int, ...], t: Tensor, out: Tensor) -> None:
+    """Writes t [B, h, ...] over some heads of out [B, H, ...]."""
+    view = view_of(heads, out.shape[1])
+    if view is not None:
+        out[:, view] = t
+    else:
+        out.index_copy_(1, state.index(heads), t)

@@ -50,7 +50,7 @@ def counted(plan: Plan) -> dict[int, Work]:
     return out
 
 
-def listed(expected: Work, lists: backends.Lists) -> Work:
+def listed(expected: Work, lists: backends.BlockLists) -> Work:
     """The work of a launch with its blocks as they are listed, for what was expected."""
     partial, _, full, _ = lists
     longest = int((full + partial).max()) if partial.numel() else 0
