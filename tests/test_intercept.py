@@ -170,7 +170,12 @@ def test_a_chunk_on_a_cache(calls: Calls) -> None:
     assert calls[2][4].fingerprint == layout[:430].fingerprint
 
 
-def test_decoding_is_not_touched(calls: Calls) -> None:
+def test_decoding_is_not_touched(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No function mode is entered for it: every call of PyTorch would pay for that."""
+    from mmflex.integrations.intercept import interception
+
+    entered, real = [], interception._Redirect.__enter__
+    monkeypatch.setattr(interception._Redirect, "__enter__", lambda self: entered.append(1) or real(self))
     model = decoder()
     x = embeddings(2, 150)
     mask = padding(150, "left")
@@ -178,7 +183,7 @@ def test_decoding_is_not_touched(calls: Calls) -> None:
     with intercept(model, Dense(), backend="reference") as seen:
         assert torch.equal(model.generate(x, mask), wanted)
     assert seen.taken == {0: 1, 1: 1}
-    assert len(calls) == 2
+    assert len(calls) == len(entered) == 2
     assert not seen.left
 
 
@@ -646,6 +651,11 @@ def test_towers_are_told_from_decoders() -> None:
         intercept(nn.Linear(2, 2), Dense())
     given = intercept(towers, Dense(), layers=[towers["a"].layers[0]["self_attn"]])
     assert given.modules == [(0, towers["a"].layers[0]["self_attn"])]
+
+
+def test_layouts_that_are_none() -> None:
+    with pytest.raises(TypeError, match=r"layout is list: give a mmflex.TokenLayout, or a reader"):
+        intercept(decoder(), Dense(), layout=[("text", 5)])  # type: ignore[arg-type]
 
 
 def test_unknown_backends() -> None:

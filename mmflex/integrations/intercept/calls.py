@@ -103,5 +103,6 @@ def long_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an attention module is called on `LONG` tokens or more: by its first tensor, ``[B, M, ...]``."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
-            return max(value.shape[:-1], default=0) >= LONG
+            shape = value.shape  # every decode step comes by: the cheap question first
+            return len(shape) > 1 and shape.numel() >= LONG * shape[-1] and max(shape[:-1]) >= LONG
     return False

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ _MARK = "_mmflex_intercept"
 _RECENT = 4
 
 
+@runtime_checkable
 class LayoutReader(Protocol):
     """What reads the layout of the prompt that a model is running: see `integrations.video_models`."""
 
@@ -66,6 +67,10 @@ class Interception:
     ) -> None:
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
+        if layout is not None and not isinstance(layout, (TokenLayout, LayoutReader)):
+            raise TypeError(
+                f"layout is {type(layout).__name__}: give a mmflex.TokenLayout, or a reader: read_llava_video(model)"
+            )
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.chunks, self.backend = chunks, backend
         self.layout = layout
