@@ -277,7 +277,7 @@ class VideoChatFlash(LlavaVideo):
     def video(self, frames: Tensor) -> Tensor:
         patches = self.vision_tower(frames)
         x = self.mm_projector(patches.reshape(len(frames) // self.config.mm_local_num_frames, -1, WIDTH))
-        where = self.config.mm_newline_position
+        where = self.config.mm_newline_position if "pad" in self.config.mm_patch_merge_type else "nothing"
         if where == "frame":
             x = torch.cat([x, self.image_newline.expand(len(x), 1, -1)], dim=1)
         x = x.flatten(0, 1)

@@ -280,16 +280,18 @@ def test_before_anything_is_joined() -> None:
 # ---- VideoChat-Flash -------------------------------------------------------------------------------------------------
 
 
-def flash(newline: str, tokens: int = 64, **more: Any) -> VideoChatFlash:
+def flash(newline: str, tokens: int = 64, merge: str = "spatial_nopad", **more: Any) -> VideoChatFlash:
     torch.manual_seed(0)
-    config = config_of(mm_newline_position=newline, mm_local_num_frames=4, mm_patch_merge_type="spatial_nopad", **more)
+    config = config_of(mm_newline_position=newline, mm_local_num_frames=4, mm_patch_merge_type=merge, **more)
     return VideoChatFlash(config, 6, tokens).eval()
 
 
+@pytest.mark.parametrize("merge", ["spatial_nopad", "flat"])
 @pytest.mark.parametrize("newline", ["nothing", "frame", "one_token"])
-def test_flash_clips(newline: str) -> None:
+def test_flash_clips(newline: str, merge: str) -> None:
     """Four frames are one clip of 64 tokens, which is what has a frame's place in the layout."""
-    model = flash(newline)
+    model = flash(newline, merge=merge)
+    newline = newline if merge == "spatial_nopad" else "nothing"
     prompt, video = ids(9, "media", 50, "media", 20), [frames(20, 6), frames(4, 6, 1)]
     wanted = model.answer(prompt, video, ["video", "video"])
     with intercept(model, Dense(), layout=read_videochat_flash(model)) as seen:

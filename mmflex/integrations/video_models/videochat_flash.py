@@ -40,7 +40,8 @@ def videochat_flash_layout(
         frames_per_clip: ``config.mm_local_num_frames``; 1 where frames are encoded as images.
         tokens_per_clip: what the projector leaves of a clip (``tome16_mlp_hd64``: 64).
         tokens_per_image: what it leaves of an image, or of each tile of an image.
-        newline: ``config.mm_newline_position``: "nothing", "frame" or "one_token".
+        newline: ``config.mm_newline_position``: "nothing", "frame" or "one_token"; "nothing" also where
+            ``mm_patch_merge_type`` is "flat" or "spatial".
         length: tokens of the whole prompt, to compare with.
 
     Raises:
@@ -99,7 +100,10 @@ class FlashReader(LlavaReader):
             self.tokens_per_clip.clear()
 
     def video(self, frames: int, tokens: int) -> list[Segment]:
-        newline = getattr(self.model.config, "mm_newline_position", "nothing")
+        padded = "pad" in getattr(
+            self.model.config, "mm_patch_merge_type", "flat"
+        )  # "spatial_nopad" counts: it ends so
+        newline = getattr(self.model.config, "mm_newline_position", "nothing") if padded else "nothing"
         per_clip = int(getattr(self.model.config, "mm_local_num_frames", 4))
         options = [_video(frames, per_clip, size, newline) for size in sorted(self.tokens_per_clip)]
         segments = next((option for option in options if tokens_of(option) == tokens), options[0] if options else [])
