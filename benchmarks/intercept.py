@@ -95,7 +95,11 @@ def build(device: torch.device, tiny: bool) -> Any:
     if tiny:
         shape = {"hidden_size": HEADS * 16, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 1024}
     config = Qwen2Config(
-        **shape, num_attention_heads=HEADS, num_key_value_heads=4, max_position_embeddings=1 << 18, rope_theta=1e6
+        **shape,
+        num_attention_heads=HEADS,
+        num_key_value_heads=4,
+        max_position_embeddings=1 << 18,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
     torch.manual_seed(0)
     with torch.device(device):
@@ -287,10 +291,14 @@ def main() -> None:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        report["decode"].append(decode(bench, 1024 if args.tiny else 2048, 10 if args.tiny else STEPS, TURNS))
+        report["decode"].append(
+            decode(bench, 1024 if args.tiny else 2048, 5 if args.tiny else STEPS, 2 if args.tiny else TURNS)
+        )
         write()
         # "auto" would run so short a prompt dense
-        report["agreement"] = agreement(Bench(bench.model, device, "reference" if args.tiny else "triton"), 1200)
+        report["agreement"] = agreement(
+            Bench(bench.model, device, "reference" if args.tiny else "triton"), tokens=400 if args.tiny else 1200
+        )
         write()
     table = Table(title="intercept, patch and the model itself")
     for name in ("", "plain", "patch", "intercept", "intercept / other", "difference"):
