@@ -15,6 +15,7 @@ from .runtime.plan import Plan
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .integrations.intercept import intercept
     from .integrations.layouts import layout_for
     from .integrations.long_prefill import last_token_logits
     from .integrations.search import search
@@ -36,6 +37,7 @@ __all__ = [
     "attention",
     "check",
     "clear_caches",
+    "intercept",
     "last_token_logits",
     "layout_for",
     "load_config",
@@ -56,6 +58,7 @@ _LAZY = {
     "Config": "tuning.config",
     "DenseFallback": "integrations.transformers",
     "check": "selfcheck",
+    "intercept": "integrations.intercept",
     "last_token_logits": "integrations.long_prefill",
     "layout_for": "integrations.layouts",
     "load_config": "tuning.config",

@@ -149,6 +149,7 @@ def test_tables_say_what_the_file_says(tmp_path: Path, monkeypatch: pytest.Monke
     prefill = {"machine": {"device": "E", "torch": "3"}, "rows": [{"tokens": 1 << 20, "methods": methods}]}
     (tmp_path / "prefill-x.json").write_text(json.dumps(prefill))
     (tmp_path / "other.json").write_text(json.dumps([1, 2]))
+    (tmp_path / "plain.json").write_text(json.dumps({"machine": "x86_64", "torch": "2"}))
     first, second = sorted(rows(results.attention()), reverse=True)
     assert first == "| 128k | `A \\| B` | flash | 4.00 ms (cuDNN) | 500 us | 8.00x | - | - | - | - |"
     assert second == "| 1,000 | `-` | - | - | - | - | - | - | - | - |"
@@ -156,6 +157,7 @@ def test_tables_say_what_the_file_says(tmp_path: Path, monkeypatch: pytest.Monke
     assert rows(results.files()) == [
         "| `attention-x.json` | D | 2 |",
         "| `other.json` | - | 2 |",
+        "| `plain.json` | x86_64, torch 2 | - |",
         "| `prefill-x.json` | E, torch 3 | 1 |",
     ]
     for empty in ("cpu", "check", "evaluation", "vision", "real"):

@@ -39,7 +39,9 @@ def where(data: dict[str, Any]) -> str:
     """Device and versions, wherever a file keeps them."""
     run = (data.get("runs") or [{}])[-1]
     versions = run.get("versions") if isinstance(run, dict) else None
-    facts = data | {k: v for d in (data.get("machine"), versions) if isinstance(d, dict) for k, v in d.items()}
+    machine = data.get("machine")
+    machine = {"device": machine} if isinstance(machine, str) else machine
+    facts = data | {k: v for d in (machine, versions) if isinstance(d, dict) for k, v in d.items()}
     names = ("device", "torch", "flash-attn-4", "triton", "transformers", "mmflex")
     return ", ".join(str(facts[n]) if n == "device" else f"{n} {facts[n]}" for n in names if facts.get(n))
 

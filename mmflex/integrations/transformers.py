@@ -34,6 +34,7 @@ from torch import nn
 from mmflex.runtime.backends import BACKENDS
 from mmflex.tuning.config import Config, Spec, per_layer
 
+from .fallback import DenseFallback
 from .long_prefill import RowChunks, chunk_rows
 from .masks import (
     NAME,
@@ -48,10 +49,6 @@ from .prompts import Prompt, token_layout
 from .vision import VisionPatch
 
 __all__ = ["DenseFallback", "patch", "patched", "token_layout", "unpatch"]
-
-
-class DenseFallback(UserWarning):
-    """A layer ran the model's previous attention although its spec asked for less; the message says why."""
 
 
 # ---- patching ------------------------------------------------------------------------------------------------------
@@ -91,12 +88,12 @@ class Patch:
         for module, slot in zip(modules, slots, strict=True):
             vars(module)["_mmflex"] = slot
         _register()
-        self.owner.set_attn_implementation({"": NAME})
+        _select(self.owner, self.config, NAME)
         if self.config._attn_implementation != NAME:
             self.remove()
             raise NotImplementedError(
                 f"{type(self.owner).__name__} does not take another attention (set_attn_implementation had no effect): "
-                "its code does not go through transformers' AttentionInterface, so call mmflex.attention in it"
+                f"its code does not go through AttentionInterface; {_ELSE}, or call mmflex.attention in it"
             )
         self.vision = VisionPatch(root, fuse=fuse) if vision else None
 
@@ -110,7 +107,7 @@ class Patch:
         for module in self.modules:
             module.__dict__.pop("_mmflex", None)
         if forget_previous(self.config):
-            self.owner.set_attn_implementation({"": self.previous})
+            _select(self.owner, self.config, self.previous)
 
     @torch.compiler.disable
     def notice(self, reason: str, kind: str = "") -> None:
@@ -139,7 +136,7 @@ class Patch:
         if not self.called and self.prompt.queries > 1:
             raise RuntimeError(
                 f"{type(self.text_model).__name__} ran without calling mmflex: its attention does not go through "
-                "transformers' AttentionInterface; unpatch it and call mmflex.attention in its code"
+                f"transformers' AttentionInterface; unpatch it, and {_ELSE}, or call mmflex.attention in its code"
             )
 
     # The patch of a copied or unpickled model is its own.
@@ -235,9 +232,13 @@ def _language_model(root: nn.Module) -> tuple[Any, Any, nn.Module, list[nn.Modul
     The config is found from the attention modules: those of text know their ``layer_idx``, those of vision do not.
     """
     try:
+        import transformers
         from transformers import PreTrainedModel
     except ImportError as error:
-        raise ImportError("mmflex.patch needs transformers 5.17 or newer: pip install 'transformers>=5.17'") from error
+        raise ImportError(f"mmflex.patch needs transformers 5.17 or newer, and there are none: {_ELSE}") from error
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2] if part.isdecimal())
+    if version < (5, 17):
+        raise ImportError(f"mmflex.patch needs transformers 5.17 or newer, got {transformers.__version__}: {_ELSE}")
 
     models = [m for m in root.modules() if isinstance(m, PreTrainedModel)]
     groups: dict[int, list[nn.Module]] = {}
@@ -252,7 +253,7 @@ def _language_model(root: nn.Module) -> tuple[Any, Any, nn.Module, list[nn.Modul
         choices = {wanted: choices[wanted]} if wanted in choices else choices
     if len(choices) != 1:
         names = sorted({type(owners[0]).__name__ for owners in choices.values()})
-        way_out = "patch the one that reads the prompt" if names else "pass one, such as LlamaForCausalLM"
+        way_out = "patch the one that reads the prompt" if names else f"pass one, such as LlamaForCausalLM; {_ELSE}"
         raise TypeError(
             f"{type(root).__name__} holds {len(choices)} transformers language models ({', '.join(names)}): {way_out}"
         )
@@ -280,6 +281,23 @@ def _refuse_at_patch(root: nn.Module, config: Any, modules: list[nn.Module]) -> 
 
 
 _NO_SCORES = "(mmflex changes which pairs are attended to, not their scores): run this model unpatched"
+
+
+_ELSE = "for a model of other code that calls scaled_dot_product_attention there is mmflex.intercept(model, spec)"
+
+
+def _select(owner: Any, config: Any, implementation: str) -> None:
+    """Select an attention for the language model alone.
+
+    transformers hands it on to every model inside that no ``sub_configs`` names, such as the vision tower that
+    LLaVA-NeXT builds within its language model: those get back what they had.
+    """
+    inside = {id(m.config): m.config for m in owner.modules() if hasattr(type(m), "set_attn_implementation")}
+    others = [(c, c._attn_implementation) for c in inside.values() if c is not config]
+    owner.set_attn_implementation({"": implementation})
+    for other, before in others:
+        if other._attn_implementation != before:
+            other._attn_implementation_internal = before
 
 
 def _register() -> None:
