@@ -8,10 +8,11 @@ import unittest.mock
 import torch
 
 import mmflex
-from mask_builders.estimate import LastQueries, _last, _on, _twin
+from mask_builders.estimate import LastQueries, _last, _twin
 from mmflex import TokenLayout
 from mmflex.ir.pattern import Scope, View
 from mmflex.ir.queries import QueryTokens
+from mmflex.runtime.device import array_constant
 from mmflex.runtime.kernels import use_triton
 from mmflex.runtime.kernels.mass import block_diagonals
 from mmflex.runtime.kernels.rows import fill_slots, put_rows, take_rows
@@ -167,7 +168,7 @@ def _mass(device: str) -> None:
                 found = LastQueries(last_q, distances=True)(q, k, view, dim**-0.5)
                 plain = LastQueries(last_q)(q, k, view, dim**-0.5) if scope.key is None else found
                 last = _last(view, last_q, view.queries)
-                on = [None if a is None else _on(a, q.device) for a in last.arrays]
+                on = [None if a is None else array_constant(a, q.device) for a in last.arrays]
                 at, limit, _, position, keys = on
                 query = take_rows(q, at[:, None].expand(batch, 4, -1))
                 keys = None if keys is None else keys.expand(batch, -1)

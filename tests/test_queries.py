@@ -49,6 +49,7 @@ def test_any_rows_of_a_prompt_are_exact(case: Case, data: st.DataObject) -> None
         rows = np.flatnonzero(mark)
     index = torch.as_tensor(rows)
     options = {"layout": case["layout"], "scale": case["scale"], "backend": "reference", "block_size": case["tile"]}
+    options["v"] = v
     with lowered(case["lowering"]) as lowering:
         part = mmflex.plan(q[:, :, index], k, spec, query_positions=rows, lowering=lowering, **options)
     out, lse = part._attend(q[:, :, index], k, v, True)

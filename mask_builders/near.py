@@ -1,0 +1,95 @@
+"""The nearest keys of every query, which selections hold before anything else.
+
+A budget of one block diagonal, or of the query's own block, is no neighbourhood for the first rows of a tile: they see
+a few keys of it. So what is forced is counted in tokens, from each query, and covers as many blocks as that takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmflex.ir.layout import TokenLayout
+from mmflex.ir.pattern import Scope, Tokens, View
+from mmflex.runtime.device import array_constant
+
+NEAR = 100
+"""Nearest keys that every query sees, its own included, unless a pattern is told otherwise (MInference's number)."""
+
+
+def near_diagonals(near: int, tile: int) -> int:
+    """Block diagonals, from the first on, that hold the ``near`` nearest keys of every query of a tile."""
+    return 1 + -(-(near - 1) // tile) if near else 0
+
+
+@dataclass(frozen=True)
+class NearBlocks:
+    """The key blocks that hold the nearest keys of the queries of a block, as runs of consecutive blocks.
+
+    Queries of one block stand next to each other, so that there is one run, unless keys are counted within a modality
+    or the call leaves queries out.
+
+    Attributes:
+        first, last: int32 [B|1, query blocks, runs]; first > last for no run.
+    """
+
+    first: Tensor
+    last: Tensor
+
+    @classmethod
+    def of(cls, view: View, size: int, near: int, device: torch.device) -> NearBlocks:
+        """For blocks of ``size`` tokens, each query's ``near`` nearest keys, for the queries of the call."""
+        layout, scope, queries = view.layout, view.scope, view.queries
+        near = min(near, layout.length)
+        runs = layout.once(("near", scope, queries, size, near), lambda: _runs(layout, scope, queries.take, size, near))
+        return cls(array_constant(runs[0], device), array_constant(runs[1], device))
+
+    def at(self, rows: slice, number: Tensor) -> Tensor:
+        """bool [B|1, 1, rows, key blocks], for some query blocks and the numbers [key blocks] of the key blocks."""
+        first, last = self.first[:, rows, :, None], self.last[:, rows, :, None]
+        out = (number >= first[:, :, 0]) & (number <= last[:, :, 0])
+        for run in range(1, first.shape[2]):
+            out |= (number >= first[:, :, run]) & (number <= last[:, :, run])
+        return out[:, None]
+
+
+def with_room(seen: Tokens | View, blocks: int, size: int, near: int, sink: int = 1) -> int:
+    """The budget of key blocks for a query block, grown where it has no room for the first ``sink`` blocks and those of
+    the nearest keys: at most so many are listed, whichever tokens have queries."""
+    layout, scope = seen.layout, seen.scope
+    size, near = min(size, max(layout.length, seen.tile)), min(near, layout.length)
+
+    def most() -> int:
+        first, last = _runs(layout, scope, lambda values: values, size, near)
+        blocks = np.clip(last - first + 1, 0, None).sum(-1)
+        early = np.clip(np.minimum(last, sink - 1) - first + 1, 0, None).sum(-1)
+        return int((blocks - early).max(initial=0)) + sink
+
+    return max(blocks, layout.once(("most near", scope, size, near, sink), most))
+
+
+def _runs(
+    layout: TokenLayout, scope: Scope, take: Callable[[np.ndarray], np.ndarray], size: int, near: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(first, last) int32 [B, query blocks, runs], of the queries that ``take`` picks from all tokens."""
+    rows = -(-layout.most(scope.query) // size)
+    inside = take(layout.of(scope.query)) & (near > 0)
+    block, place = take(layout.coordinate(scope.query)) // size, take(layout.coordinate(scope.key))
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for b in range(layout.batch_size):
+        queries = np.flatnonzero(inside[b] & (place[b] >= 0))
+        row, last = block[b, queries], place[b, queries] // size
+        first = np.maximum(place[b, queries] - (near - 1), 0) // size
+        # Queries are in order, and so are the blocks they stand at: a run ends where the next query's begins beyond it.
+        begins = np.flatnonzero(np.r_[True, (np.diff(row) > 0) | (first[1:] > last[:-1] + 1)][: len(row)])
+        found.append((row[begins], first[begins], last[np.r_[begins[1:], len(row)][: len(begins)] - 1]))
+    number = [np.arange(len(row)) - np.searchsorted(row, row) for row, _, _ in found]
+    width = 1 + max((int(n.max(initial=0)) for n in number), default=0)
+    out = np.ones((layout.batch_size, rows, width), np.int32), np.zeros((layout.batch_size, rows, width), np.int32)
+    for b, (row, first, last) in enumerate(found):
+        out[0][b, row, number[b]], out[1][b, row, number[b]] = first, last
+    return out
