@@ -197,8 +197,8 @@ class PooledBlocks:
         size = view.block_size(self.block_size)
         row_block, key_block, reach = blocks_of(view, size)
         return Pooled(
-            _pool(q, row_block, reach.shape[1], size) * scale,
-            _pool(k, key_block, -(-view.size // size), size),
+            block_means(q, row_block, reach.shape[1], size) * scale,
+            block_means(k, key_block, -(-view.size // size), size),
             array_constant(reach, q.device),
             NearBlocks.of(view, size, self.near, q.device),
             block_prominence(view, size) if self.values else None,
@@ -223,7 +223,7 @@ def blocks_of(view: View, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return layout.once(("pooled", view.scope, view.queries, size), build)
 
 
-def _pool(x: Tensor, block: np.ndarray, blocks: int, size: int) -> Tensor:
+def block_means(x: Tensor, block: np.ndarray, blocks: int, size: int) -> Tensor:
     """Means of x [B, H, T, D] over tokens of equal ``block`` [B, T] (-1: none) -> float32 [B, H, blocks, D]."""
     tokens = x.shape[2]
     if tokens == blocks * size and len(block) == 1 and (block[0] == np.arange(tokens) // size).all():
