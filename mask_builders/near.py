@@ -20,6 +20,10 @@ from mmflex.runtime.device import array_constant
 NEAR = 100
 """Nearest keys that every query sees, its own included, unless a pattern is told otherwise (MInference's number)."""
 
+MORE_THAN_A_TILE = 2
+"""The least window that a search may shrink one to: rounded outwards to tiles, it reaches into the tile before the
+query's own, so that every query sees 128 keys before itself. A window of 1 is the query's own tile."""
+
 
 def near_diagonals(near: int, tile: int) -> int:
     """Block diagonals, from the first on, that hold the ``near`` nearest keys of every query of a tile."""

@@ -22,8 +22,11 @@ from mask_builders import (
     Boundary2D,
     Dense,
     Dilated,
+    FlashPrefill,
     FlexPrefill,
     Grid,
+    Prism,
+    ProxyAttn,
     QBoundary,
     Strided,
     StridedFixed,
@@ -211,8 +214,10 @@ class Meaning:
             return self._lines(pattern, scope)
         if isinstance(pattern, FlexPrefill):
             return self._lines(pattern, scope) | self._blocks(pattern, scope)
-        if isinstance(pattern, (BlockTopK, XAttention)):
+        if isinstance(pattern, (BlockTopK, Prism, ProxyAttn, XAttention)):
             return self._blocks(pattern, scope)
+        if isinstance(pattern, FlashPrefill):
+            return self._blocks(pattern, scope) | self._last(pattern.last, scope)
         stride = getattr(pattern, "stride", None)
         if stride == "frame":
             stride = frame_stride(self.layout, scope[1])

@@ -15,7 +15,7 @@ import numpy as np
 import oracle
 
 import mmflex
-from mask_builders import BlockTopK, FlexPrefill, XAttention
+from mask_builders import BlockTopK, FlashPrefill, FlexPrefill, Prism, ProxyAttn, XAttention
 
 EPS = 1e-5
 """Rounding of float32 masses, as a share of all mass."""
@@ -276,9 +276,158 @@ def check_x_attention(pattern: XAttention, head: Head) -> None:
             check_fewest(here, row, pattern.threshold, pattern.blocks, forced[i, : last + 1], 0, f"row {i}")
 
 
+# ---- cuts: each block is kept or not by itself -----------------------------------------------------------------------
+
+
+def listed(mass: np.ndarray, first: np.ndarray, at_most: int, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """(surely, possibly) among the ``at_most`` greatest of a row, the first ahead of all; masses closer than ``eps``
+    (relative) cannot be told apart."""
+    room = at_most - int(first.sum())
+    others = np.where(first, -1.0, mass)
+    above = np.array([(others > m * (1 + eps)).sum() for m in mass])
+    equal = np.array([(others >= m * (1 - eps)).sum() for m in mass]) - ~first
+    return first | (equal < room), first | (above < room)
+
+
+def check_between(chosen: np.ndarray, surely: np.ndarray, possibly: np.ndarray, what: str) -> None:
+    assert not (surely & ~chosen).any(), f"{what}: {np.flatnonzero(surely & ~chosen)} are missing"
+    assert not (chosen & ~possibly).any(), f"{what}: {np.flatnonzero(chosen & ~possibly)} are too many"
+
+
+def prism_bands(pattern: Prism, dim: int) -> tuple[list[int], list[int]]:
+    """Channels of the high and of the low band, pair by pair."""
+    rotary = min(pattern.rotary_dim or dim, dim)
+    count = rotary // 2
+    pairs = [(i, i + count) if pattern.pairs == "halves" else (2 * i, 2 * i + 1) for i in range(count)]
+    high = [c for i, pair in enumerate(pairs) if i < count // 2 for c in pair]
+    low = [c for i, pair in enumerate(pairs) if i >= count // 4 for c in pair]
+    return high, low + list(range(2 * count, dim))
+
+
+def check_prism(pattern: Prism, head: Head) -> None:
+    table, blocks = head.found("blocks"), head.blocks(pattern.block_size)
+    rows, columns = table.shape
+    keys = np.stack([blocks.mean_key(j) for j in range(columns)])
+    queries = np.zeros((rows, keys.shape[1]))
+    for i in range(rows):
+        members = blocks.queries & (blocks.own // blocks.size == i)
+        queries[i] = blocks.q[members].mean(0) if members.any() else 0.0
+    forced = blocks.forced(rows, columns, pattern.near)
+
+    def rms(x: np.ndarray) -> float:
+        return max(float(np.sqrt((x**2).mean())), 1e-30)
+
+    dim = keys.shape[1]
+    scores = []
+    for band in prism_bands(pattern, dim):
+        q, k = queries[:, band], keys[:, band]
+        loss = rms(q) / rms(queries) * rms(k) / rms(keys)
+        scores.append(head.plan.scale * (q @ k.T) * dim / (len(band) * loss))
+    for i, last in enumerate(blocks.reach(rows, pattern.block_size)):
+        assert not table[i, last + 1 :].any(), "a key block after every query of its block"
+        if last < 0:
+            continue
+        first = forced[i, : last + 1]
+        surely, possibly = first.copy(), first.copy()
+        for score in scores:
+            mass, eps = _softmax(score[i, : last + 1]), 1e-5 * (1 + np.abs(score[i]).max())
+            before = np.array([mass[mass > m * (1 + eps)].sum() for m in mass])
+            beside = np.array([mass[mass >= m * (1 - eps)].sum() for m in mass]) - mass
+            sure, may = listed(mass, first, max(pattern.blocks, int(first.sum())), eps)
+            surely |= sure & (beside < pattern.threshold - eps)
+            possibly |= may & (before < pattern.threshold + eps)
+        check_between(table[i, : last + 1], surely, possibly, f"row {i}")
+
+
+def check_flash_prefill(pattern: FlashPrefill, head: Head) -> None:
+    table, blocks, scale = head.found("blocks"), head.blocks(pattern.block_size), head.plan.scale
+    rows, columns = table.shape
+    size, count = blocks.size, int(blocks.keys.sum())
+    means = np.stack([blocks.mean_key(j) for j in range(columns)])
+    forced = blocks.forced(rows, columns, pattern.near, -(-pattern.sink // size))
+    lift = np.zeros(columns)
+    if pattern.rescue:
+        radius = np.zeros(columns)
+        for i in np.flatnonzero(blocks.keys):
+            j = blocks.at[i] // size
+            radius[j] = max(radius[j], np.linalg.norm(blocks.k[i] - means[j]))
+        own = radius[: max(1, -(-count // size))]
+        middle, high = np.quantile(own, 0.5), np.quantile(own, 0.9)
+        place = np.clip((radius - middle) / max(high - middle, 1e-30), 0.0, 0.9)
+        lift = abs(scale) * place * radius
+    weights = [np.full((rows, columns), -np.inf) for _ in range(2)]
+    greatest = 0.0
+    for i in np.flatnonzero(blocks.queries):
+        row = blocks.own[i] // size
+        for j in range(columns):
+            if min(count, (j + 1) * size) - 1 <= blocks.stands[i] and j * size < count:
+                score = blocks.q[i] @ means[j] * scale
+                for weight, more in zip(weights, (0.0, np.linalg.norm(blocks.q[i]) * lift[j]), strict=True):
+                    weight[row, j] = np.logaddexp(weight[row, j], score + more)
+                    greatest = max(greatest, abs(score + more))
+    eps = 1e-5 * (1 + greatest)
+    cuts = [(weights[0], pattern.alpha)] + ([(weights[1], pattern.rescue)] if pattern.rescue else [])
+    for i, last in enumerate(blocks.reach(rows, size)):
+        assert not table[i, last + 1 :].any(), "a key block after every query of its block"
+        if last < 0:
+            continue
+        first = forced[i, : last + 1]
+        surely, possibly = first.copy(), first.copy()
+        for weight, cut in cuts:
+            row = weight[i, : last + 1]
+            share = np.exp(row - row.max()) if np.isfinite(row.max()) else np.zeros(len(row))
+            sure, may = listed(share, first, max(pattern.blocks, int(first.sum())), eps)
+            surely |= sure & (share >= cut * (1 + eps))
+            possibly |= may & (share >= cut * (1 - eps))
+        check_between(table[i, : last + 1], surely, possibly, f"row {i}")
+
+
+def check_proxy_attn(pattern: ProxyAttn, head: Head) -> None:
+    table, size, scale = head.found("blocks"), pattern.block_size, head.plan.scale
+    rows, columns = table.shape
+    first_kv = head.head // head.group // pattern.kv_heads * pattern.kv_heads
+    kv = range(first_kv, min(first_kv + pattern.kv_heads, len(head.k)))
+    q = head.q[kv.start * head.group : kv.stop * head.group].mean(0)
+    proxy = Blocks(q, head.k[kv.start : kv.stop].mean(0), head.prompt, head.scope, size)
+    mass = np.zeros((rows, columns))
+    taken: set[tuple[int, int]] = set()
+    for i in np.flatnonzero(proxy.queries):
+        row, place = divmod(int(proxy.own[i]), size)
+        if (row, place // pattern.stride) in taken:
+            continue
+        taken.add((row, place // pattern.stride))
+        seen = np.flatnonzero(proxy.keys & (proxy.at <= proxy.stands[i]))
+        if len(seen):
+            weight = _softmax(proxy.k[seen] @ proxy.q[i] * scale)
+            np.maximum.at(mass[row], proxy.at[seen] // size, weight)
+    vertical, _ = head.lines(pattern.last_q)
+    held = np.zeros(columns)
+    np.add.at(held, np.arange(len(vertical)) // size, vertical)
+    heavy = np.sort(held)[::-1]
+    needed = [int(((heavy.cumsum() - heavy) < pattern.gamma * heavy.sum() + eps).sum()) for eps in (-1e-5, 1e-5)]
+    count = max(1, -(-int(proxy.keys.sum()) // size))
+    least = max(1, min(-(-pattern.minimum // size), columns))
+    forced = proxy.forced(rows, columns, pattern.near)
+    for i, last in enumerate(proxy.reach(rows, size)):
+        assert not table[i, last + 1 :].any(), "a key block after every query of its block"
+        if last < 0:
+            continue
+        here, first, row = table[i, : last + 1], forced[i, : last + 1], mass[i, : last + 1]
+        budgets = [max(least, -(-n * (int(last) + 1) // count)) for n in needed]
+        low, high = (min(max(min(b, pattern.blocks), int(first.sum())), int(last) + 1) for b in budgets)
+        assert low <= here.sum() <= high, f"row {i}: {here.sum()} blocks, {low} to {high} wanted"
+        assert here[first].all(), "the first block or one of the nearest is missing"
+        free, left = here & ~first, ~here & ~first
+        if free.any() and left.any():
+            assert row[free].min() >= row[left].max() * (1 - 1e-3) - 1e-30, f"row {i}: not the greatest"
+
+
 CHECKS: dict[type, Callable[[Any, Head], None]] = {
     BlockTopK: check_block_top_k,
+    FlashPrefill: check_flash_prefill,
     FlexPrefill: check_flex_prefill,
+    Prism: check_prism,
+    ProxyAttn: check_proxy_attn,
     XAttention: check_x_attention,
 }
 """Pattern class -> what proves its selection for a head."""

@@ -32,8 +32,11 @@ from mask_builders import (
     Boundary2D,
     Dense,
     Dilated,
+    FlashPrefill,
     FlexPrefill,
     Grid,
+    Prism,
+    ProxyAttn,
     QBoundary,
     Strided,
     StridedFixed,
@@ -118,7 +121,7 @@ NEAR = st.sampled_from([1, 1, 0, 20, 100])
 
 
 def adaptive(tile: int, last: int) -> st.SearchStrategy:
-    """Patterns that keep a share of the mass."""
+    """Patterns that keep a share of the mass, or what is heavy beside the heaviest."""
     share, budget = st.sampled_from([0.3, 0.7, 0.9, 0.95, 1.0]), st.sampled_from([1, 20, 64, 5000])
     runs = [(4, tile), (8, tile), (tile, 2 * tile), (1, tile // 2)]
     flex = st.builds(
@@ -140,7 +143,38 @@ def adaptive(tile: int, last: int) -> st.SearchStrategy:
         st.integers(1, 6),
         NEAR,
     )
-    return st.one_of(flex, crossed)
+    blocks, size = st.integers(1, 6), st.sampled_from([tile, tile, 2 * tile, tile // 2, 7])
+    bands = st.builds(
+        Prism,
+        threshold=share,
+        blocks=blocks,
+        block_size=size,
+        rotary_dim=st.sampled_from([None, 4, 10, 16]),
+        pairs=st.sampled_from(["halves", "interleaved"]),
+        near=NEAR,
+    )
+    cut = st.builds(
+        FlashPrefill,
+        alpha=st.sampled_from([0.01, 0.3, 0.9]),
+        blocks=blocks,
+        rescue=st.sampled_from([0.0, 0.0, 0.2, 0.9]),
+        near=NEAR,
+        sink=st.sampled_from([0, 1, 30]),
+        last=st.sampled_from([0, 1, 20]),
+        block_size=size,
+    )
+    proxy = st.builds(
+        ProxyAttn,
+        gamma=share,
+        blocks=blocks,
+        minimum=st.sampled_from([0, 10, tile, 5000]),
+        stride=st.sampled_from([1, 4, 4, 5]),
+        kv_heads=st.sampled_from([1, 1, 2, 3]),
+        last_q=st.just(last),
+        block_size=size,
+        near=NEAR,
+    )
+    return st.one_of(flex, crossed, bands, cut, proxy)
 
 
 @st.composite
