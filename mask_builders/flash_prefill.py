@@ -76,7 +76,7 @@ class KeyBlocks:
         bound = _lifted_radius(k, means, view, key_block, size, abs(scale)) if self.rescue else None
         means = means.to(q.dtype) if q.is_cuda else means
         near, room = NearBlocks.of(view, size, self.near, device), self.room(view)
-        sink = -(-self.sink // size)
+        sink = min(-(-self.sink // size), keys)
         held = max(keys, size * dim // 2) if fused(q, size) else size * keys
         step = max(1, _HELD // max(1, batch * heads * held))
         parts: list[tuple[Shortlist, ...]] = []

@@ -66,6 +66,7 @@ def with_room(seen: Tokens | View, blocks: int, size: int, near: int, sink: int 
     the nearest keys: at most so many are listed, whichever tokens have queries."""
     layout, scope = seen.layout, seen.scope
     size, near = min(size, max(layout.length, seen.tile)), min(near, layout.length)
+    sink = min(sink, -(-layout.length // size))
 
     def most() -> int:
         first, last = _runs(layout, scope, lambda values: values, size, near)

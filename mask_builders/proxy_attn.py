@@ -73,14 +73,14 @@ class Proxies:
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> ProxyPeaks:
         """q [B, H, M, D], k [B, Hkv, N, D], all heads of the layer -> `ProxyPeaks`."""
         batch, heads, device = q.shape[0], q.shape[1], q.device
-        size = view.block_size(self.block_size)
-        cells, (queries, limit) = arranged(view, 1, size), _sampled(view, size, self.stride)
+        size, kv_heads = view.block_size(self.block_size), min(self.kv_heads, k.shape[1])
+        cells, (queries, limit) = arranged(view, 1, size), _sampled(view, size, min(self.stride, size))
         sampled = queries.shape[1] // cells.block_reach.shape[1]  # queries of a block
         queries, limit, reach = (array_constant(a, device).expand(batch, -1) for a in (queries, limit, cells.block_reach))
         order = array_constant(cells.keys, device).expand(batch, -1)
         key = take_rows(k, order[:, None].expand(-1, k.shape[1], -1))
-        key = _means(finite(key), self.kv_heads)
-        each = heads // k.shape[1] * self.kv_heads
+        key = _means(finite(key), kv_heads)
+        each = heads // k.shape[1] * kv_heads
         rows, keys = cells.block_reach.shape[1], key.shape[2] // size
         near, room = NearBlocks.of(view, size, self.near, device), with_room(view, self.blocks, size, self.near)
         held = sampled * (keys if fused(q, size) else key.shape[2])
