@@ -20,8 +20,11 @@ from mask_builders import (
     Boundary2D,
     Dense,
     Dilated,
+    FlashPrefill,
     FlexPrefill,
     Grid,
+    Prism,
+    ProxyAttn,
     QBoundary,
     Strided,
     StridedFixed,
@@ -49,6 +52,11 @@ def cases() -> list[tuple[str, object]]:
         ("flex prefill, lines", FlexPrefill(0.9, 0.0, 256, 512, 8, 128)),
         ("x attention", XAttention(8, 0.8, 8)),
         ("x attention 16", XAttention(16, 0.8, 8)),
+        ("falling top-k, values", BlockTopK(8, decay=0.6, values=0.2)),
+        ("prism", Prism(0.8, 6)),
+        ("flash prefill", FlashPrefill(0.2, 8)),
+        ("flash prefill, rescue", FlashPrefill(0.2, 8, 0.4)),
+        ("proxy attn", ProxyAttn(0.8, 8, 512)),
         ("grid", grid),
         ("grid rows", Grid(192, rows=True, local=256)),
         ("grid slash", Grid(192, columns=False, slash=True, local=256)),
@@ -100,6 +108,9 @@ def short(backend: str, dtype: torch.dtype, only: str = "") -> list[dict]:
                 "vertical-slash",
                 "flex prefill",
                 "x attention",
+                "prism",
+                "flash prefill, rescue",
+                "proxy attn",
                 "grid all, searched",
                 "q-boundary",
                 "2d-boundary",
@@ -108,7 +119,7 @@ def short(backend: str, dtype: torch.dtype, only: str = "") -> list[dict]:
                 continue
             plan = None
             try:
-                plan = mmflex.plan(q, k, spec, layout=lay, backend=backend)
+                plan = mmflex.plan(q, k, spec, layout=lay, backend=backend, v=v)
                 found, mask = plan.attend(q, k, v), plan.dense_mask()
                 expected, _ = softmax_attention(q.double(), k.double(), v.double(), mask, 64**-0.5)
                 error = ((found - expected).norm() / expected.norm()).item()
@@ -118,7 +129,7 @@ def short(backend: str, dtype: torch.dtype, only: str = "") -> list[dict]:
             launches = (
                 []
                 if plan is None
-                else [launch.label + ("" if launch.compare else " (looked up)") for launch in plan.program.launches]
+                else [launch.label + ("" if launch.compares else " (looked up)") for launch in plan.program.launches]
             )
             out.append(told(backend, kind, name, error, verdict, str(launches), input=kind, launches=launches))
     return out
@@ -160,7 +171,7 @@ def long(backend: str, n: int, heads: int = 28, kv_heads: int = 4, dim: int = 12
         found = plan.attend(q, k, v)
         rows = torch.tensor([0, 1, 129, n // 3, n // 2 + 77, n - 1], device="cuda")
         position = torch.arange(n, device="cuda")
-        sets = {key.split("@")[0]: value for key, value in plan.state.found.items()}
+        sets = {key.split("@")[0]: value for key, value in plan.selections.items()}
         error, norm = 0.0, 0.0
         for h in range(0, heads, 9):
             at, key = rows[:, None], position[None]
