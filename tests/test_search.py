@@ -275,6 +275,16 @@ def test_scaling() -> None:
     assert BlockTopK(3).scaled(0.01) == BlockTopK(1)
 
 
+def test_errors_are_measured_at_every_place_in_a_tile() -> None:
+    """Of a length that is a multiple of the tile as of others, in the last rows and in the sampled ones."""
+    for n in (1024, 1500, 2048):
+        (group,) = Rows().groups(mmflex.TokenLayout.text(n))
+        sampled, last = (np.bincount(group.rows % 128, weights=share, minlength=128) for share in group.share)
+        assert (last == 1).all(), "the last rows stand at every place once"
+        sixteenths = sampled.reshape(8, 16).sum(1)
+        assert sixteenths.min() >= 0.6 * sixteenths.mean()
+
+
 # ---- planted heads ---------------------------------------------------------------------------------------------------
 
 
