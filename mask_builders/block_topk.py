@@ -67,7 +67,7 @@ class BlockTopK(Pattern):
         step = max(1, _SCORES // max(1, batch * heads * keys))
         for first in range(0, rows, step):
             part = slice(first, min(first + step, rows))
-            forced = (number == 0) | estimate.near.at(part, number)
+            forced = (number == 0) | estimate.near.mask(part, number)
             scores = estimate.scores(part, self.values).masked_fill(forced, float("inf"))
             seen = number <= estimate.reach[:, None, part, None]
             if self.decay == 1:

@@ -22,8 +22,8 @@ from .estimate import block_means, blocks_of
 from .near import NearBlocks, with_room
 from .shares import Shortlist, check_share, check_weight
 
-_HELD = 1 << 26
-"""Numbers held at a time: scores, or where a kernel holds none of them, what is left of them and copies of queries."""
+_STRIP = 1 << 26
+"""Numbers in memory at a time: scores, or where a kernel keeps none, what is left of them and copies of queries."""
 _LIFT = 0.9
 """The greatest share of a block's radius by which its score is lifted."""
 
@@ -77,8 +77,8 @@ class KeyBlocks:
         means = means.to(q.dtype) if q.is_cuda else means
         near, room = NearBlocks.of(view, size, self.near, device), self.room(view)
         sink = min(-(-self.sink // size), keys)
-        held = max(keys, size * dim // 2) if fused(q, size) else size * keys
-        step = max(1, _HELD // max(1, batch * heads * held))
+        numbers = max(keys, size * dim // 2) if fused(q, size) else size * keys  # of a query block
+        step = max(1, _STRIP // max(1, batch * heads * numbers))
         parts: list[tuple[Shortlist, ...]] = []
         for first in range(0, rows, step):
             part = slice(first, min(rows, first + step))
@@ -90,7 +90,7 @@ class KeyBlocks:
                 None if bound is None else bound[:, :, :some],
             )  # fmt: skip
             number = torch.arange(some, device=device)
-            forced = near.at(slice(part.start + cells.skipped, part.stop + cells.skipped), number) | (number < sink)
+            forced = near.mask(slice(part.start + cells.skipped, part.stop + cells.skipped), number) | (number < sink)
             parts.append(
                 tuple(
                     Shortlist.of_blocks(share, block_reach[:, part], self.blocks, forced, room)

@@ -164,7 +164,7 @@ class FlexPrefill(Pattern):
         for first in range(0, rows, step):
             part = slice(first, first + step)
             mass = pooled.scores(part).softmax(-1).nan_to_num(0.0)
-            forced = (number == 0) | pooled.near.at(part, number)
+            forced = (number == 0) | pooled.near.mask(part, number)
             parts.append(Shortlist.of_blocks(mass, pooled.reach[:, part], self.blocks, forced, room))
         listed = Shortlist.join(parts)
         least = listed.at_least(-(-self.minimum // self.block_size))

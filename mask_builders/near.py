@@ -52,7 +52,7 @@ class NearBlocks:
         runs = layout.once(("near", scope, queries, size, near), lambda: _runs(layout, scope, queries.take, size, near))
         return cls(array_constant(runs[0], device), array_constant(runs[1], device))
 
-    def at(self, rows: slice, number: Tensor) -> Tensor:
+    def mask(self, rows: slice, number: Tensor) -> Tensor:
         """bool [B|1, 1, rows, key blocks], for some query blocks and the numbers [key blocks] of the key blocks."""
         first, last = self.first[:, rows, :, None], self.last[:, rows, :, None]
         out = (number >= first[:, :, 0]) & (number <= last[:, :, 0])
@@ -81,20 +81,23 @@ def _runs(
     layout: TokenLayout, scope: Scope, take: Callable[[np.ndarray], np.ndarray], size: int, near: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(first, last) int32 [B, query blocks, runs], of the queries that ``take`` picks from all tokens."""
-    rows = -(-layout.most(scope.query) // size)
     inside = take(layout.of(scope.query)) & (near > 0)
-    block, place = take(layout.coordinate(scope.query)) // size, take(layout.coordinate(scope.key))
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    query_block, kv_position = take(layout.coordinate(scope.query)) // size, take(layout.coordinate(scope.key))
+    runs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for b in range(layout.batch_size):
-        queries = np.flatnonzero(inside[b] & (place[b] >= 0))
-        row, last = block[b, queries], place[b, queries] // size
-        first = np.maximum(place[b, queries] - (near - 1), 0) // size
-        # Queries are in order, and so are the blocks they stand at: a run ends where the next query's begins beyond it.
-        begins = np.flatnonzero(np.r_[True, (np.diff(row) > 0) | (first[1:] > last[:-1] + 1)][: len(row)])
-        found.append((row[begins], first[begins], last[np.r_[begins[1:], len(row)][: len(begins)] - 1]))
-    number = [np.arange(len(row)) - np.searchsorted(row, row) for row, _, _ in found]
-    width = 1 + max((int(n.max(initial=0)) for n in number), default=0)
-    out = np.ones((layout.batch_size, rows, width), np.int32), np.zeros((layout.batch_size, rows, width), np.int32)
-    for b, (row, first, last) in enumerate(found):
+        queries = np.flatnonzero(inside[b] & (kv_position[b] >= 0))
+        row, position = query_block[b, queries], kv_position[b, queries]
+        first, last = np.maximum(position - (near - 1), 0) // size, position // size
+        # Queries are in order, and so are the blocks of their nearest keys: a run ends where the next one begins
+        # beyond it, or where the query block ends.
+        new = np.ones(len(queries), bool)
+        new[1:] = (np.diff(row) > 0) | (first[1:] > last[:-1] + 1)
+        begins = np.flatnonzero(new)
+        ends = np.append(begins[1:], len(queries))[: len(begins)] - 1
+        runs.append((row[begins], first[begins], last[ends]))
+    number = [np.arange(len(row)) - np.searchsorted(row, row) for row, _, _ in runs]  # of a run within its block
+    shape = layout.batch_size, -(-layout.most(scope.query) // size), 1 + max(int(n.max(initial=0)) for n in number)
+    out = np.ones(shape, np.int32), np.zeros(shape, np.int32)
+    for b, (row, first, last) in enumerate(runs):
         out[0][b, row, number[b]], out[1][b, row, number[b]] = first, last
     return out

@@ -91,7 +91,7 @@ class Prism(Pattern):
         step = max(1, _SCORES // max(1, batch * heads * keys))
         for first in range(0, rows, step):
             part = slice(first, min(first + step, rows))
-            forced = (number == 0) | estimate.near.at(part, number)
+            forced = (number == 0) | estimate.near.mask(part, number)
             hidden = number > estimate.reach[:, None, part, None]
             for q, k in bands:
                 scores = mean_products(q[:, :, part], k).masked_fill_(hidden, float("-inf"))

@@ -22,8 +22,8 @@ from .estimate import LastQueries
 from .near import NEAR, NearBlocks, with_room
 from .shares import Shortlist, check_share
 
-_HELD = 1 << 26
-"""Numbers held at a time: scores, or where a kernel holds none of them, the greatest one of each block."""
+_STRIP = 1 << 26
+"""Numbers in memory at a time: scores, or where a kernel keeps none of them, the greatest one of each block."""
 
 
 @dataclass(frozen=True)
@@ -76,31 +76,33 @@ class Proxies:
         size, kv_heads = view.block_size(self.block_size), min(self.kv_heads, k.shape[1])
         cells, (queries, limit) = arranged(view, 1, size), _sampled(view, size, min(self.stride, size))
         sampled = queries.shape[1] // cells.block_reach.shape[1]  # queries of a block
-        queries, limit, reach = (array_constant(a, device).expand(batch, -1) for a in (queries, limit, cells.block_reach))
+        queries, limit, reach = (
+            array_constant(a, device).expand(batch, -1) for a in (queries, limit, cells.block_reach)
+        )
         order = array_constant(cells.keys, device).expand(batch, -1)
         key = take_rows(k, order[:, None].expand(-1, k.shape[1], -1))
         key = _means(finite(key), kv_heads)
-        each = heads // k.shape[1] * kv_heads
+        group = heads // k.shape[1] * kv_heads  # query heads of a proxy
         rows, keys = cells.block_reach.shape[1], key.shape[2] // size
         near, room = NearBlocks.of(view, size, self.near, device), with_room(view, self.blocks, size, self.near)
-        held = sampled * (keys if fused(q, size) else key.shape[2])
-        step = max(1, _HELD // max(1, batch * key.shape[1] * held))
+        numbers = sampled * (keys if fused(q, size) else key.shape[2])  # of a query block
+        step = max(1, _STRIP // max(1, batch * key.shape[1] * numbers))
         parts = []
         for first in range(0, rows, step):
             part = slice(first, min(rows, first + step))
             slots = slice(part.start * sampled, part.stop * sampled)
             query = take_rows(q, queries[:, slots, None].mT.expand(-1, heads, -1))
-            query = _means(finite(query), each)
+            query = _means(finite(query), group)
             some = 1 + max(0, int(cells.block_reach[:, part].max()))  # later blocks are after all these queries
             peaks, lse = block_peaks(query, key[:, :, : some * size].contiguous(), limit[:, slots], scale, size)
             weight = torch.where(peaks > float("-inf"), peaks - lse[..., None], float("-inf"))
             mass = weight.unflatten(2, (-1, sampled)).amax(3).exp()
             number = torch.arange(some, device=device)
-            forced = (number == 0) | near.at(slice(part.start + cells.skipped, part.stop + cells.skipped), number)
+            forced = (number == 0) | near.mask(slice(part.start + cells.skipped, part.stop + cells.skipped), number)
             parts.append(Shortlist.of_blocks(mass, reach[:, part], self.blocks, forced, room))
         mass = LastQueries(self.last_q)(q, k, view, scale).vertical
         vertical = pad(mass, (0, keys * size - view.size)).unflatten(2, (keys, -1)).sum(-1)
-        return ProxyPeaks(Shortlist.join(parts), cells.skipped, keys, vertical, reach, each)
+        return ProxyPeaks(Shortlist.join(parts), cells.skipped, keys, vertical, reach, group)
 
 
 def _means(t: Tensor, group: int) -> Tensor:

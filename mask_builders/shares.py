@@ -49,9 +49,9 @@ def heaviest_of_rows(mass: Tensor, budget: Tensor, at_most: int) -> Tensor:
     equals, the lower index; entries of -inf never."""
     n = mass.shape[-1]
     index, count = gathered(heaviest(mass, at_most), min(at_most, n))
-    held = mass.gather(-1, index)
-    real = (torch.arange(held.shape[-1], device=mass.device) < count[..., None]) & (held > float("-inf"))
-    return _spread(index, real & _ranked(held.masked_fill(~real, float("-inf")), budget), count, n)
+    listed = mass.gather(-1, index)
+    real = (torch.arange(listed.shape[-1], device=mass.device) < count[..., None]) & (listed > float("-inf"))
+    return _spread(index, real & _ranked(listed.masked_fill(~real, float("-inf")), budget), count, n)
 
 
 def _ranked(mass: Tensor, budget: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ def triangle_mix(
         raise ValueError(f"triangle_mix is for a model of {layers} layers: give 1 or more")
     first = (layers + 1) // 2 if first is None else first
     if not 0 <= first <= layers:
-        raise ValueError(f"triangle_mix: the first layer with the upper pattern is {first} of {layers}: use 0 to {layers}")
+        raise ValueError(
+            f"triangle_mix: the first layer with the upper pattern is {first} of {layers}: use 0 to {layers}"
+        )
     lower = Dense() if lower is None else lower
     return {layer: lower if layer < first else upper for layer in range(layers)}

@@ -47,9 +47,9 @@ def _runs(view: View, size: int) -> tuple[np.ndarray, np.ndarray]:
     layout, scope = view.layout, view.scope
 
     def build() -> tuple[np.ndarray, np.ndarray]:
-        place, each = layout.coordinate(scope.key), -(-size // RUN)
-        run = np.where(layout.of(scope.key), place // size * each + place % size // RUN, -1)
-        slots = -(-view.size // size) * each
+        position, per_block = layout.coordinate(scope.key), -(-size // RUN)
+        run = np.where(layout.of(scope.key), position // size * per_block + position % size // RUN, -1)
+        slots = -(-view.size // size) * per_block
         count = np.stack([np.bincount(row[row >= 0], minlength=slots) for row in run])
         return run, count
 

@@ -72,7 +72,7 @@ class Antidiagonals:
             mass = mass.unflatten(2, (-1, per)).sum(3)
             number = torch.arange(mass.shape[-1], device=q.device)
             rows_of_near = slice(part.start + cells.skipped, part.stop + cells.skipped)
-            forced = (number == 0) | near.at(rows_of_near, number)
+            forced = (number == 0) | near.mask(rows_of_near, number)
             parts.append(Shortlist.of_blocks(mass, block_reach[:, part], self.blocks, forced, room))
         return BlockMass(Shortlist.join(parts), cells.skipped, keys)
 

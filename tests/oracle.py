@@ -489,9 +489,7 @@ def grid_mass(
     return np.where(keep, vertical, 0.0), np.where(place >= pattern.local, diagonal, 0.0)
 
 
-def check_selection(
-    plan: mmflex.Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None
-) -> int:
+def check_selection(plan: mmflex.Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None) -> int:
     """Everything that a plan selected is what the docstrings say; returns how many choices were checked."""
     import oracle_adaptive
 

@@ -110,7 +110,6 @@ def test_attention_with_scopes_padding_and_chunks(side: str, queries: int | None
         assert oracle.error(out, wanted) <= 2e-6
 
 
-
 def test_boundary_finds_what_each_modality_wants() -> None:
     """Video queries want blocks of video, text queries one key: each kind where it is due."""
     n = VIDEO.length
@@ -203,7 +202,7 @@ def test_memory_is_far_below_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     from test_program import Largest
 
     n = 32768
-    for module, name in ((x_attention, "_SCORES"), (flash_prefill, "_HELD"), (proxy_attn, "_HELD")):
+    for module, name in ((x_attention, "_SCORES"), (flash_prefill, "_STRIP"), (proxy_attn, "_STRIP")):
         monkeypatch.setattr(module, name, 1 << 20)
     q, k = torch.randn(1, 2, n, 16), torch.randn(1, 1, n, 16)
     newer = (Prism(0.9, 10), FlashPrefill(0.1, 10, 0.2), ProxyAttn(0.9, 10), BlockTopK(10, decay=0.7, values=0.2))

@@ -290,6 +290,6 @@ def test_strips_are_those_of_one_piece(module: object, spec: mmflex.Pattern) -> 
     """The same selection with a few scores at a time, in chunks, for two prompts."""
     q, k, _ = random(500, 333, batch=2)
     whole = mmflex.plan(q, k, spec, backend="reference", block_size=TILE)
-    with mock.patch.object(module, "_HELD", 20_000):
+    with mock.patch.object(module, "_STRIP", 20_000):
         parts = mmflex.plan(q, k, spec, backend="reference", block_size=TILE)
     assert torch.equal(found(parts, "blocks"), found(whole, "blocks"))

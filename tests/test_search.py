@@ -36,7 +36,7 @@ TABLE = (
     BlockTopK(4, 16, near=1),
     Grid(27, local=32, sink=16, last_q=16),
 )
-"""On prompts of which 100 nearest keys would be a good part.""" 
+"""On prompts of which 100 nearest keys would be a good part."""
 
 
 def qkv(heads: int = 4, kv_heads: int = 2, n: int = LAYOUT.length, dim: int = 16, seed: int = 0, sharp: float = 2.0):

@@ -63,9 +63,7 @@ class PlanState:
         """An index tensor on the device."""
         return index_constant(values, self.device, dtype)
 
-    def view(
-        self, scope: Scope, estimate_from: EstimateFrom | None = None, values: Tensor | None = None
-    ) -> View:
+    def view(self, scope: Scope, estimate_from: EstimateFrom | None = None, values: Tensor | None = None) -> View:
         """The prompt as a pattern sees it in a scope."""
         program = self.program
         group = program.heads // program.kv_heads

@@ -1,6 +1,6 @@
 """Scores of every query with every key, or with every block's mean key, reduced to one number for each pair of blocks.
 
-The scores themselves are never held: one program computes those of a block of queries with a tile of keys and stores
+The scores themselves are never in memory: one program computes those of a block of queries with a tile of keys and stores
 what is left of them. float32 but for products of halves, which are accumulated in float32.
 """
 
@@ -30,8 +30,8 @@ if triton is not None:
         score = tl.where(seen, score, float("-inf"))
         top = tl.max(score)
         base = tl.where(top == float("-inf"), 0.0, top)
-        held = tl.where(seen, tl.exp(score - base), 0.0)
-        tl.store(sums + at * blocks + number, tl.sum(held, 0), mask=number < blocks)
+        weight = tl.where(seen, tl.exp(score - base), 0.0)
+        tl.store(sums + at * blocks + number, tl.sum(weight, 0), mask=number < blocks)
         tl.store(tops + at * tl.num_programs(1) + tile, top)
 
     @triton.jit
@@ -89,7 +89,7 @@ if triton is not None:
 
 
 def fused(t: Tensor, size: int) -> bool:
-    """Whether kernels run on this tensor for blocks of this size, so that scores are not held."""
+    """Whether kernels run on this tensor for blocks of this size, so that scores are not in memory."""
     return use_triton(t) and size in _ROWS
 
 
@@ -118,8 +118,7 @@ def block_sums(
         heads, heads // kv_heads, ROWS=size, K=_KEYS, D=max(16, triton.next_power_of_2(dim)), DIM=dim,
         BOUND=bound is not None, num_warps=4 if size <= 64 else 8,
     )  # fmt: skip
-    found = _relative(sums, tops, _KEYS)
-    return found, None if bound is None else _relative(*more, _KEYS)
+    return _relative(sums, tops, _KEYS), None if bound is None else _relative(*more, _KEYS)
 
 
 def _relative(sums: Tensor, tops: Tensor, keys: int) -> Tensor:
