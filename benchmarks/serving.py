@@ -101,8 +101,8 @@ class Child:
         from mmflex.integrations.vllm import options
 
         backend = {"backend": "reference", "threshold": 512} if self.tiny else {}
-        return options(spec(TINY["num_attention_heads"] if self.tiny else 28, self.tiny) if pattern is None else pattern,
-                       **{**backend, **given})  # fmt: skip
+        heads = TINY["num_attention_heads"] if self.tiny else 28
+        return options(spec(heads, self.tiny) if pattern is None else pattern, **{**backend, **given})
 
     def model(self, **shape: Any) -> str:
         from benchmarks import served

@@ -73,7 +73,7 @@ def test_every_pattern_has_a_page_with_its_mask() -> None:
         drawn = {name for example in markers.found_examples(page) for name in re.findall(r"\w+", example.source)}
         assert set(described) <= drawn, f"{page.name} describes {described} and draws {sorted(drawn)}"
         shown |= set(described)
-    assert shown == set(mask_builders.__all__)
+    assert shown == {name for name in mask_builders.__all__ if isinstance(getattr(mask_builders, name), type)}
 
 
 def test_everything_public_is_in_the_reference() -> None:

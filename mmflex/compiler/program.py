@@ -103,7 +103,8 @@ class Program:
         heads: dict[tuple[Estimator, Scope], set[int]] = {}
         for leaf in self.leaves.values():
             if leaf.estimator is not None:
-                heads.setdefault((leaf.estimator, leaf.scope), set()).update(leaf.heads)
+                whole = getattr(leaf.estimator, "whole_layer", False)
+                heads.setdefault((leaf.estimator, leaf.scope), set()).update(range(self.heads) if whole else leaf.heads)
         self.estimates = tuple(
             (estimator, scope, _estimated(tuple(own), self.heads // self.kv_heads))
             for (estimator, scope), own in heads.items()

@@ -302,7 +302,9 @@ class _Run:
             if call.patterns is None:
                 densities.append(1.0)
                 return
-            made = plan(call.q, call.k, call.patterns, layout=call.layout, scale=call.scale, backend=backend)
+            made = plan(
+                call.q, call.k, call.patterns, layout=call.layout, scale=call.scale, backend=backend, v=call.v
+            )  # fmt: skip
             densities.append(made.density.total)
             if check:
                 off = float(relative(made.attend(call.q, call.k, call.v), call.out))

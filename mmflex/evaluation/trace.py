@@ -124,7 +124,7 @@ class Trace:
     def plan(self, layer: int, patterns: tuple[Pattern, ...]) -> Plan:
         """The plan of a layer on the backend of this trace."""
         seen = self.layers[layer]
-        return plan(seen.q, seen.k, patterns, layout=seen.layout, scale=seen.scale, backend=self.backend)
+        return plan(seen.q, seen.k, patterns, layout=seen.layout, scale=seen.scale, backend=self.backend, v=seen.v)
 
     def density(self, spec: Spec | Config) -> float:
         """Pairs in computed blocks over causal pairs, from the plans of all layers (kept, by pattern and layer)."""

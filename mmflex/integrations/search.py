@@ -165,7 +165,7 @@ def search(
         layout: what the tokens are; read from a model's sample if None, text for tensors.
         backend: whose costs count; "auto" for the one that would run here.
         rows: where errors are measured: a number of rows of each query modality, or `Rows`; by default 512 of each
-            and the last 64, which count alike.
+            and the last 128, which count alike.
         checkpoint: JSON lines, written after every layer. If the file is there, the search goes on where it stopped.
         progress: show a bar.
         levels, tie: as in `mmflex.tuning.search.Settings`.

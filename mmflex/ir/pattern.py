@@ -51,21 +51,25 @@ class EstimateFrom:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What selection knows of a prompt: its layout seen through a scope. All of it is host data.
+    """What selection knows of a prompt: its layout seen through a scope. Host data, but for the last two.
 
     Attributes:
         layout: the layout of the N keys.
         scope: whose queries and keys.
         queries: which of the N tokens the M queries are.
         tile: block size in tokens.
+        group: query heads that share a KV head.
         estimate_from: queries that estimates go by instead, if any (`last_queries`).
+        values: v [B, Hkv, N, Dv], for estimators that ask for it.
     """
 
     layout: TokenLayout
     scope: Scope
     queries: QueryTokens
     tile: int
+    group: int = 1
     estimate_from: EstimateFrom | None = None
+    values: torch.Tensor | None = None
 
     def last_queries(self, q: torch.Tensor) -> tuple[torch.Tensor, QueryTokens]:
         """(queries [B, H, L, D], which tokens they are) for estimators that look at the last ones: those of the call,
@@ -108,8 +112,12 @@ class View:
 class Estimator(Protocol):
     """Estimates once what several heads' patterns select from. Equal estimators are run once for all heads.
 
-    A method ``scored(view) -> float``, the query-key products that it takes for one head and prompt, is welcome: the
-    cost model prices them, and `mmflex eval` reports them beside what a pattern computes.
+    Optional, besides being called:
+
+    ``scored(view) -> float``: the query-key products that it takes for one head and prompt. The cost model prices
+    them, and `mmflex eval` reports them beside what a pattern computes.
+    ``values = True``: it reads `View.values`. A plan that is made without v is then an error.
+    ``whole_layer = True``: it is called with all heads of the layer, whichever of them have the pattern.
     """
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, view: View, scale: float) -> Any:
@@ -266,6 +274,8 @@ class Pattern:
     known: ClassVar[dict[str, type[Pattern]]] = {}
     budgets: ClassVar[tuple[str, ...]] = ()
     """Integer fields that say how much is kept, in tokens or blocks: what `scaled` multiplies."""
+    least: ClassVar[Mapping[str, int]] = {}
+    """What `scaled` leaves of a budget at least, where it is no less to begin with: a neighbourhood stays one."""
     serial: str
     """Names this object among all patterns and layouts alive, for graphs of torch.compile to refer to."""
     __signature__: ClassVar[Any] = _Signature()
@@ -316,12 +326,13 @@ class Pattern:
         brings candidates to equal cost with it. Rounded to five significant bits; what is not 0 stays at least 1."""
         if factor == 1:
             return self
-        names = set(type(self).budgets)
+        names, least = set(type(self).budgets), type(self).least
         fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))  # type: ignore[arg-type]
-        return dataclasses.replace(
-            self,  # type: ignore[type-var]
-            **{name: _rounded(value, factor) if name in names else _scaled(value, factor) for name, value in fields},
-        )
+        scaled = {
+            name: _rounded(value, factor, least.get(name, 1)) if name in names else _scaled(value, factor)
+            for name, value in fields
+        }
+        return dataclasses.replace(self, **scaled)  # type: ignore[type-var]
 
     def on(self, query: str | int | None = None, key: str | int | None = None) -> Pattern:
         """This pattern for the queries and keys of a modality alone; its lines then run in ranks within it."""
@@ -484,11 +495,11 @@ def _scaled(value: Any, factor: float) -> Any:
     return tuple(_scaled(v, factor) for v in value) if isinstance(value, tuple) else value
 
 
-def _rounded(value: int, factor: float) -> int:
+def _rounded(value: int, factor: float, least: int) -> int:
     if not value:
         return value
     step = 1 << max(0, int(value * factor).bit_length() - 5)
-    return max(1, round(value * factor / step) * step)
+    return max(min(value, least), round(value * factor / step) * step)
 
 
 def _plain(value: Any) -> Any:

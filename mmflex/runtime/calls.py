@@ -115,7 +115,7 @@ def planned(
     if once and kept is not None and (kept[0].dense_alone or kept[1] == replay.stream(q.device)):
         return kept[0]
     with torch.no_grad():
-        plan = Plan(call.program, call.runs, call.scale, q, k, call.note, once, estimate_from)
+        plan = Plan(call.program, call.runs, call.scale, q, k, call.note, once, estimate_from, v)
     if once and (plan.dense_alone or replay.follows_from_layout(plan.state)):
         call.kept = plan, replay.stream(q.device)
     return plan

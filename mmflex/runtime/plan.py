@@ -64,6 +64,7 @@ class Plan:
         note: str = "",
         once: bool = False,
         estimate_from: EstimateFrom | None = None,
+        v: Tensor | None = None,
     ) -> None:
         """``once``: it attends before anything else is planned with its program, whose graph may then be replayed."""
         self.program, self._backend, self.scale, self.note = program, backend, scale, note
@@ -78,7 +79,7 @@ class Plan:
         self.dense_alone = whole and ends and not self.layout.padded
         self._kernels: dict[Any, dense.Dense] = {}
         with writing_to(replay.inputs(self.state) if once else ()):
-            self.state.estimate(q, k, scale, estimate_from)
+            self.state.estimate(q, k, scale, estimate_from, v)
         if not (once and replay.replayed(self.state)):
             after_estimates(self.state)
 

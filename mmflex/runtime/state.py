@@ -63,10 +63,11 @@ class PlanState:
         """An index tensor on the device."""
         return index_constant(values, self.device, dtype)
 
-    def view(self, scope: Scope, estimate_from: EstimateFrom | None = None) -> View:
+    def view(self, scope: Scope, estimate_from: EstimateFrom | None = None, values: Tensor | None = None) -> View:
         """The prompt as a pattern sees it in a scope."""
         program = self.program
-        return View(program.layout, scope, program.queries, program.tile, estimate_from)
+        group = program.heads // program.kv_heads
+        return View(program.layout, scope, program.queries, program.tile, group, estimate_from, values)
 
     def values(
         self,
@@ -97,19 +98,29 @@ class PlanState:
 
     # ---- planning --------------------------------------------------------------------------------------------------
 
-    def estimate(self, q: Tensor, k: Tensor, scale: float, given: EstimateFrom | None = None) -> None:
+    def estimate(
+        self, q: Tensor, k: Tensor, scale: float, given: EstimateFrom | None = None, v: Tensor | None = None
+    ) -> None:
         """Runs every estimator once for all heads that select from it.
 
         Args:
             q: [B, Hq, M, D], k: [B, Hkv, N, D], scale: of the scores.
             given: queries [B, Hq, L, D] that estimators of the last queries look at instead of those of the call.
+            v: [B, Hkv, N, Dv], for estimators that ask for it.
+
+        Raises:
+            ValueError: an estimator asks for v, and there is none.
         """
         for estimator, scope, heads in self.program.estimates:
             query, key = take_heads(q, heads.heads, self.device), take_heads(k, heads.kv_heads, self.device)
-            other = None
+            other, values = None, None
             if given is not None:
                 other = EstimateFrom(take_heads(given.q, heads.heads, self.device), given.queries)
-            result = estimator(query, key, self.view(scope, other), scale)
+            if getattr(estimator, "values", False):
+                if v is None:
+                    raise ValueError(f"{estimator} estimates from v too, but the plan is made without it: give v=")
+                values = take_heads(v, heads.kv_heads, self.device)
+            result = estimator(query, key, self.view(scope, other, values), scale)
             self.estimates[estimator, scope] = (result, heads.slot_of)
 
     def select(self, name: str) -> None:

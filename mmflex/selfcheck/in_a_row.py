@@ -82,7 +82,12 @@ def run(settings: dict[str, Any], device: str) -> dict[str, Any]:
         given, given_sums = result if lse else (result, None)
         error = _most(error, float((given - out).float().norm() / out.float().norm()), OUTPUT_ERROR[dtype], number)
         if given_sums is not None and sums is not None:
-            lse_error = _most(lse_error, float(torch.where(given_sums == sums, 0.0, (given_sums - sums).abs()).max()), LSE_ERROR, number)
+            lse_error = _most(
+                lse_error,
+                float(torch.where(given_sums == sums, 0.0, (given_sums - sums).abs()).max()),
+                LSE_ERROR,
+                number,
+            )
     return {"error": error, "lse_error": lse_error if lse else None, "bound": OUTPUT_ERROR[dtype]}
 
 

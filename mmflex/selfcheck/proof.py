@@ -42,7 +42,7 @@ def prove(case: Case, device: str) -> dict[str, Any]:
     q, k, v = tensors(case, device)
     plan = attention.plan(
         q, k, work.spec(heads), layout=layout, scale=None if case.scale == "usual" else case.scale_value,
-        backend=case.backend, lowering=work.lowering, query_positions=queries.tolist(),
+        backend=case.backend, lowering=work.lowering, query_positions=queries.tolist(), v=v,
     )  # fmt: skip
     launches = [launch.label + ("" if launch.compares else " (looked up)") for launch in plan.program.launches]
     _check_lowering(plan, work)
