@@ -74,11 +74,9 @@ class Proxies:
         """q [B, H, M, D], k [B, Hkv, N, D], all heads of the layer -> `ProxyPeaks`."""
         batch, heads, device = q.shape[0], q.shape[1], q.device
         size, kv_heads = view.block_size(self.block_size), min(self.kv_heads, k.shape[1])
-        cells, (queries, limit) = arranged(view, 1, size), _sampled(view, size, min(self.stride, size))
-        sampled = queries.shape[1] // cells.block_reach.shape[1]  # queries of a block
-        queries, limit, reach = (
-            array_constant(a, device).expand(batch, -1) for a in (queries, limit, cells.block_reach)
-        )
+        cells, sample = arranged(view, 1, size), _sampled(view, size, min(self.stride, size))
+        sampled = sample[0].shape[1] // cells.block_reach.shape[1]  # queries of a block
+        queries, limit, reach = (array_constant(a, device).expand(batch, -1) for a in (*sample, cells.block_reach))
         order = array_constant(cells.keys, device).expand(batch, -1)
         key = take_rows(k, order[:, None].expand(-1, k.shape[1], -1))
         key = _means(finite(key), kv_heads)

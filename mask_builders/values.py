@@ -24,7 +24,7 @@ def block_prominence(view: View, size: int) -> Tensor:
     """
     v = view.values
     assert v is not None
-    batch, heads, tokens, _ = v.shape
+    batch, heads = v.shape[:2]
     run, count = _runs(view, size)
     norm = torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32)
     norm = torch.where(norm < float("inf"), norm, 0.0).clamp(min=_SMALLEST)

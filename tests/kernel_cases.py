@@ -14,8 +14,8 @@ from mmflex.integrations.vllm.pages import Buffer, gather_pages, split_pages
 from mmflex.ir.pattern import Scope, View
 from mmflex.ir.queries import QueryTokens
 from mmflex.runtime.device import array_constant
-from mmflex.runtime.kernels import use_triton
 from mmflex.runtime.kernels import blocks as block_kernels
+from mmflex.runtime.kernels import use_triton
 from mmflex.runtime.kernels.mass import block_diagonals
 from mmflex.runtime.kernels.rows import fill_slots, put_rows, take_rows
 from mmflex.runtime.kernels.select import gathered, heaviest
@@ -214,7 +214,7 @@ def blocks(device: str) -> None:
         heads = kv_heads * group
 
         def draw(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator).to(device)  # noqa: B023
+            return torch.randn(shape, generator=generator).to(device)
 
         q, means = draw(batch, heads, rows * size, dim), draw(batch, kv_heads, keys, dim) * 3
         means[0, 0, 5] *= 100.0

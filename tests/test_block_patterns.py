@@ -16,8 +16,18 @@ from test_adaptive import found, random
 from test_selection import DIM, TILE, Planted, outer, recall
 
 import mmflex
-from mask_builders import AShape, BlockTopK, Dense, FlashPrefill, Prism, ProxyAttn, TriShape, flash_prefill, proxy_attn
-from mask_builders import triangle_mix
+from mask_builders import (
+    AShape,
+    BlockTopK,
+    Dense,
+    FlashPrefill,
+    Prism,
+    ProxyAttn,
+    TriShape,
+    flash_prefill,
+    proxy_attn,
+    triangle_mix,
+)
 
 torch.set_num_threads(1)
 SMALL = {"block_size": TILE, "near": 1}
@@ -219,7 +229,7 @@ def test_budgets_go_by_the_queries_that_are_given_to_estimate_from() -> None:
 
 
 def test_budgets_fall_along_the_prompt() -> None:
-    q, k, v = random(50 * TILE)
+    q, k, _ = random(50 * TILE)
     plan = mmflex.plan(q, k, BlockTopK(20, TILE, 1, decay=0.7), backend="reference", block_size=TILE)
     count = found(plan, "blocks").sum(-1)
     wanted = [min(i + 1, 20 if i <= 20 else int(20 - 6 * (i - 20) / 29 + 1e-9)) for i in range(50)]

@@ -132,8 +132,7 @@ def _relative(sums: Tensor, tops: Tensor, keys: int) -> Tensor:
 def _sums_twin(
     q: Tensor, means: Tensor, limit: Tensor, scale: float, size: int, bound: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    batch, heads, slots, _ = q.shape
-    group = heads // means.shape[1]
+    group = q.shape[1] // means.shape[1]
     scores = (q.float().unflatten(1, (-1, group)).flatten(2, 3) @ means.float().mT * scale).unflatten(2, (group, -1))
     scores = scores.flatten(1, 2)
     seen = torch.arange(means.shape[2], device=q.device) <= limit[..., None]
