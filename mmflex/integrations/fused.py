@@ -96,7 +96,7 @@ class FusedLayers:
         if torch._C._len_torch_dispatch_stack():  # a counter or tracer of operators, which compiled code would pass by
             return False
         rows = hidden.shape[:-1].numel()
-        return rows > 1 and (bool(self.fuse) or (hidden.device.type == "cuda" and rows >= FUSED_ROWS))
+        return hidden.shape[-2] > 1 and (bool(self.fuse) or (hidden.device.type == "cuda" and rows >= FUSED_ROWS))
 
     def run(self, layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         """One layer, compiled; as it is where that fails."""
