@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import math
+import os
 import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -95,8 +97,29 @@ def _not_flash(device: torch.device, dim: int, dtype: torch.dtype) -> str | None
     return _flash_missing()
 
 
+FLASH_CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+"""Environment variables that flash-attn-4 reads when it is imported: whether it keeps compiled kernels on disk,
+where."""
+
+
+def _keep_flash_kernels() -> None:
+    """Have flash-attn-4 keep its kernels on disk, as Inductor and Triton do: one takes it about 17 s to compile. Its
+    own default is off. What the user has set stays."""
+    if any(name in os.environ for name in FLASH_CACHE):
+        return
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    place = root / "mmflex" / "flash-attn-4"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written to
+        return
+    if os.access(place, os.W_OK):
+        os.environ.update(zip(FLASH_CACHE, ("1", str(place)), strict=True))
+
+
 @lru_cache(maxsize=1)
 def _flash_missing() -> str | None:
+    _keep_flash_kernels()
     try:
         import flash_attn.cute  # noqa: F401
     except Exception as error:
