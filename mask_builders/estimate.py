@@ -91,7 +91,7 @@ def _twin(
     batch, heads, rows, _ = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
     seen = (position[:, None] <= limit[..., None]) & (position >= 0)[:, None]
-    vertical = torch.zeros((batch, heads, size), device=q.device)
+    vertical = torch.zeros((batch, heads, size), dtype=torch.float32, device=q.device)
     diagonal = torch.zeros_like(vertical)
     group = heads // kv_heads
     step = max(1, _CHUNK // max(1, batch * group * rows * length))
@@ -184,9 +184,8 @@ def _pool(x: Tensor, block: np.ndarray, blocks: int, size: int) -> Tensor:
     index = torch.where(index < 0, blocks, index)
     total = x.new_zeros((x.shape[0], x.shape[1], blocks + 1, x.shape[3]), dtype=torch.float32)
     total.scatter_add_(2, index[:, None, :, None].expand(x.shape), x.float().nan_to_num(0.0))
-    count = torch.zeros((len(index), blocks + 1), device=x.device).scatter_add_(
-        1, index, torch.ones_like(index).float()
-    )
+    count = torch.zeros((len(index), blocks + 1), dtype=torch.float32, device=x.device)
+    count.scatter_add_(1, index, torch.ones_like(index).float())
     return total[:, :, :-1] / count[:, None, :-1, None].clamp(min=1.0)
 
 
@@ -250,7 +249,7 @@ def _on(array: np.ndarray, device: torch.device) -> Tensor:
     """An int32 copy of a host array on a device, made once in the array's life."""
     key = (id(array), device)
     if key not in _held or _held[key][0]() is not array:
-        tensor = torch.as_tensor(array.astype(np.int32)).to(device)
+        tensor = torch.tensor(array, dtype=torch.int32, device=device)
         _held[key] = (weakref.ref(array, lambda _: _held.pop(key, None)), tensor)
     return _held[key][1]
 
@@ -262,7 +261,7 @@ def _ramp(n: int, device: torch.device) -> Tensor:
 
 def first_of(n: int, count: int, device: torch.device) -> Tensor:
     """bool [n], true for the first ``count``; kept."""
-    return kept(("first", n, count), device, lambda where: torch.arange(n, device=where) < count)
+    return kept(("first of", n, count), device, lambda where: torch.arange(n, device=where) < count)
 
 
 def combed(mass: Tensor, stride: int, first: int, last: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
+from mmflex.ir.shown import shown
 from mmflex.runtime.kernels.rows import take_rows
 
 from .estimate import _on
@@ -177,7 +178,8 @@ class XAttention(Pattern):
         check_counts(self, "stride", "blocks", "block_size", minimum=1)
         if self.block_size % self.stride:
             raise ValueError(
-                f"XAttention.stride is {self.stride}, which does not divide the block_size of {self.block_size}: "
+                f"XAttention.stride is {shown(self.stride)}, which does not divide the block_size of "
+                f"{shown(self.block_size)}: "
                 "use a divisor, such as 8 or 16 for blocks of 128"
             )
 

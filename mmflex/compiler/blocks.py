@@ -116,10 +116,10 @@ def side_attribute(
         memo = order.__dict__.setdefault("_attributes", {})
         key = (e, device)
         if key not in memo:
-            memo[key] = torch.as_tensor(order.attribute(e, layout), dtype=torch.int32).to(device)[:, None]
+            memo[key] = torch.tensor(order.attribute(e, layout), dtype=torch.int32, device=device)[:, None]
         return memo[key]
     token = layout._once(
-        ("on", e, device), lambda: torch.as_tensor(attribute(e, layout), dtype=torch.int32).to(device)[:, None]
+        ("on", e, device), lambda: torch.tensor(attribute(e, layout), dtype=torch.int32, device=device)[:, None]
     )
     return token.expand(len(index), index.shape[1], -1).gather(-1, index + order.origin)
 

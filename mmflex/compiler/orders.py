@@ -94,7 +94,7 @@ class Order:
         """``index``, ``filled`` or ``inverse`` as an int64 tensor on a device (cached)."""
         cache: dict[Any, Tensor] = self.__dict__.setdefault("_on", {})
         if (name, device) not in cache:
-            cache[name, device] = torch.as_tensor(getattr(self, name), dtype=torch.int64).to(device)
+            cache[name, device] = torch.tensor(getattr(self, name), dtype=torch.int64, device=device)
         return cache[name, device]
 
     def attribute(self, leaf: sympy.Basic, layout: TokenLayout) -> np.ndarray:

@@ -19,7 +19,7 @@ from sympy.logic.boolalg import Boolean
 
 from ..ir import expr as x
 from ..ir.layout import MODALITY_NAMES, TokenLayout
-from ..ir.pattern import Pattern, Scope, Tokens
+from ..ir.pattern import Pattern, Scope, Tokens, denoted
 from . import cost, predict
 from .constants import GENERIC, Constants
 from .orders import Order, bucket, key_order, row_order
@@ -231,7 +231,7 @@ def build(
     leaves: dict[str, tuple[Pattern, Scope]] = {}
     for pattern in dict.fromkeys(spec):
         t = Tokens(layout, tile, leaves=leaves)
-        expr = sympy.sympify(pattern.denote(t))
+        expr = denoted(pattern, t)
         by_expr.setdefault(expr, (pattern, []))[1].extend(h for h, p in enumerate(spec) if p == pattern)
     groups: list[Group] = []
     pieces: list[Launch] = []

@@ -18,10 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from .shown import shown
+
 MODALITIES = {"text": 0, "image": 1, "video": 2, "audio": 3}
 """Modality names and their ids, as transformers uses them in ``mm_token_type_ids``."""
 
 MODALITY_NAMES = {number: name for name, number in MODALITIES.items()}
+
+LONGEST_PROMPT = 1 << 28
+"""Tokens of a prompt, at most: positions, and small multiples of them, are int32 in the kernels."""
 
 _FIELDS = ("position", "modality", "segment", "frame", "cell")
 
@@ -49,7 +54,7 @@ def modality_id(modality: str | int) -> int:
     if isinstance(modality, int) and not isinstance(modality, bool) and modality in MODALITY_NAMES:
         return modality
     raise ValueError(
-        f"unknown modality {modality!r}: use one of {sorted(MODALITIES)} or an id of {sorted(MODALITY_NAMES)}"
+        f"unknown modality {shown(modality)}: use one of {sorted(MODALITIES)} or an id of {sorted(MODALITY_NAMES)}"
     )
 
 
@@ -64,6 +69,9 @@ class Segment:
             separator belongs to the segment; those of rows and frames have a cell of their own in every frame.
         timestamps: text tokens in front of every frame, one number or one per frame (Qwen3-VL, GLM-4.1V). They are
             text, so the frames become separate runs of one segment.
+
+    Raises:
+        ValueError: sizes that are no numbers of tokens, or newlines and timestamps where there are no frames.
     """
 
     modality: str
@@ -74,17 +82,31 @@ class Segment:
     timestamps: int | tuple[int, ...] = 0
 
     def __post_init__(self) -> None:
-        modality_id(self.modality)
+        kind = modality_id(self.modality)
         for name in ("frames", "height", "width"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"a segment's {name} is a number of tokens, got {getattr(self, name)}: use 0 or more")
+            object.__setattr__(self, name, _count(getattr(self, name), f"a segment's {name}"))
         if self.newline not in (None, "row", "frame", "video"):
-            raise ValueError(f"newline is None, 'row', 'frame' or 'video', got {self.newline!r}")
-        if not isinstance(self.timestamps, int) and len(self.timestamps) != self.frames:
+            raise ValueError(f"newline is None, 'row', 'frame' or 'video', got {shown(self.newline)}")
+        each = isinstance(self.timestamps, Sequence)
+        if each and len(self.timestamps) != self.frames:  # type: ignore[arg-type]
             raise ValueError(
-                f"timestamps names {len(self.timestamps)} lengths for {self.frames} frames: "
+                f"timestamps names {len(self.timestamps)} lengths for {self.frames} frames: "  # type: ignore[arg-type]
                 "give one number or one per frame"
             )
+        stamps = tuple(_count(n, "a timestamp") for n in (self.timestamps if each else (self.timestamps,)))  # type: ignore[union-attr]
+        object.__setattr__(self, "timestamps", stamps if each else stamps[0])
+        if kind in (MODALITIES["text"], MODALITIES["audio"]) and (self.newline is not None or any(stamps)):
+            raise ValueError(
+                f"newline={self.newline!r} and timestamps={shown(self.timestamps)} belong to the frames of images and "
+                f"videos, and {MODALITY_NAMES[kind]} has none: leave them out"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it is, separators and timestamps included."""
+        stamps = self.timestamps * self.frames if isinstance(self.timestamps, int) else sum(self.timestamps)
+        separators = {"row": self.height * self.frames, "frame": self.frames, "video": 1}.get(self.newline or "", 0)
+        return self.frames * self.height * self.width + separators + stamps
 
     @classmethod
     def of(cls, item: Segment | Sequence[Any]) -> Segment:
@@ -93,23 +115,23 @@ class Segment:
             return item
         if isinstance(item, str) or not isinstance(item, Sequence) or len(item) not in (2, 3):
             raise ValueError(
-                f"a segment is (modality, size) or (modality, size, options), got {item!r}: give a list of those; "
+                f"a segment is (modality, size) or (modality, size, options), got {shown(item)}: give a list of those; "
                 'the size of a video is a tuple too, ("video", (8, 16, 16))'
             )
         modality, size, *rest = item
         options = rest[0] if rest else {}
         if not isinstance(options, Mapping) or set(options) - {"newline", "timestamps"}:
             raise ValueError(
-                f'the third item of a segment is {options!r}: use {{"newline": "row", "frame" or "video"}} and '
+                f'the third item of a segment is {shown(options)}: use {{"newline": "row", "frame" or "video"}} and '
                 '{"timestamps": number}'
             )
         try:
             each = size if isinstance(size, Sequence) else (size,)
             sizes: tuple[Any, ...] = tuple(map(operator.index, each))
         except TypeError:
-            raise ValueError(f"a segment's size is in whole tokens, got {size!r}") from None
+            raise ValueError(f"a segment's size is in whole tokens, got {shown(size)}") from None
         if len(sizes) > 3 or not sizes:
-            raise ValueError(f"a segment's size is n, (height, width) or (frames, height, width), got {size!r}")
+            raise ValueError(f"a segment's size is n, (height, width) or (frames, height, width), got {shown(size)}")
         names = ("frames", "height", "width")[3 - len(sizes) :]
         return cls(modality, **dict(zip(names, sizes, strict=True)), **options)
 
@@ -119,6 +141,8 @@ class Segment:
         if kind in (MODALITIES["text"], MODALITIES["audio"]):
             return np.tile(np.array([kind, number, -1, -1], np.int32), (self.frames * self.height * self.width, 1))
         cells = self.height * (self.width + (self.newline == "row")) + (self.newline == "frame")
+        if not cells and not self.timestamps:  # any number of frames of nothing
+            return np.array([[kind, number, -1, -1]] * self.tokens, np.int32).reshape(-1, 4)
         stamps = (self.timestamps,) * self.frames if isinstance(self.timestamps, int) else self.timestamps
         parts = []
         for frame, stamp in enumerate(stamps):
@@ -133,7 +157,8 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
-    """What each of the N tokens of B prompts is. Immutable; equal layouts have equal ``fingerprint``.
+    """What each of the N tokens of B prompts is. Immutable, its arrays are read-only; equal layouts have equal
+    ``fingerprint``.
 
     Attributes (numpy int32 ``[B, N]``; B = 1 stands for every prompt of a batch):
         position: 0, 1, 2, ... over the valid tokens of a prompt, -1 for padding.
@@ -148,10 +173,29 @@ class TokenLayout:
     segment: np.ndarray
     frame: np.ndarray
     cell: np.ndarray
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     serial: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        arrays = {name: _array(getattr(self, name), name) for name in _FIELDS}
+        shape, position = arrays["modality"].shape, arrays["position"]
+        if not shape[0]:
+            raise ValueError(f"the layout has shape {shape}: a layout needs at least one prompt")
+        _check_length(shape[1])
+        for name, array in arrays.items():
+            if array.shape != shape:
+                raise ValueError(f"{name} has shape {array.shape} but modality {shape}: give one value per token")
+            array.setflags(write=False)  # what follows from them is computed once
+            object.__setattr__(self, name, array)
+        _check_modalities(arrays["modality"])
+        valid = position >= 0
+        wrong = position != np.where(valid, np.cumsum(valid, axis=1, dtype=np.int32) - 1, -1)
+        if wrong.any():
+            row, token = np.argwhere(wrong)[0].tolist()
+            raise ValueError(
+                f"position[{row}, {token}] is {position[row, token]}: positions count the valid tokens of a prompt "
+                "from 0 on, and are -1 for padding"
+            )
         object.__setattr__(self, "serial", enlist(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -163,9 +207,7 @@ class TokenLayout:
     @classmethod
     def _of(cls, modality: Any, segment: Any, frame: Any, cell: Any, valid: np.ndarray) -> TokenLayout:
         position = np.where(valid, np.cumsum(valid, axis=1, dtype=np.int32) - 1, -1)
-        given = (position, modality, segment, frame, cell)
-        arrays: Any = [np.ascontiguousarray(a, dtype=np.int32) for a in given]
-        return cls(*arrays)
+        return cls(position, modality, segment, frame, cell)
 
     @classmethod
     def from_segments(cls, segments: Iterable[Segment | Sequence[Any]]) -> TokenLayout:
@@ -173,7 +215,12 @@ class TokenLayout:
 
         An item is ``(modality, size)``, ``(modality, size, {"newline": "frame", "timestamps": 8})`` or a `Segment`.
         """
-        parts = [Segment.of(item).columns(number) for number, item in enumerate(segments)]
+        given, total = [], 0
+        for item in segments:
+            given.append(Segment.of(item))
+            total += given[-1].tokens
+            _check_length(total)
+        parts = [segment.columns(number) for number, segment in enumerate(given)]
         rows = np.concatenate(parts) if parts else np.empty((0, 4), np.int32)
         modality, segment, frame, cell = rows.T[:, None]
         return cls._of(modality, segment, frame, cell, np.ones(modality.shape, bool))
@@ -181,7 +228,7 @@ class TokenLayout:
     @classmethod
     def text(cls, n: int) -> TokenLayout:
         """``n`` tokens of text, one segment (cached)."""
-        return _text(n)
+        return _text(_count(n, "the length of a layout"))
 
     @classmethod
     def from_modality_ids(
@@ -195,9 +242,7 @@ class TokenLayout:
         ids = _array(ids, "ids")
         if len(ids) == 0:
             raise ValueError(f"ids has shape {ids.shape}: a layout needs at least one prompt")
-        unknown = set(np.unique(ids).tolist()) - set(MODALITY_NAMES)
-        if unknown:
-            raise ValueError(f"unknown modality ids {sorted(unknown)}: known are {MODALITY_NAMES}")
+        _check_modalities(ids)
         given = {"frame": frame, "cell": cell, "segment": segment, "valid": valid}
         arrays = {}
         for name, value in given.items():
@@ -218,11 +263,17 @@ class TokenLayout:
     def batch(cls, layouts: Sequence[TokenLayout], *, side: str = "right", length: int | None = None) -> TokenLayout:
         """Stack prompts of different lengths, padded on the ``side`` that the tokenizer pads ("left" or "right")."""
         if side not in ("left", "right"):
-            raise ValueError(f"side is 'left' or 'right', got {side!r}")
+            raise ValueError(f"side is 'left' or 'right', got {shown(side)}")
+        if isinstance(layouts, TokenLayout) or not isinstance(layouts, Sequence):
+            raise TypeError(f"layouts is {shown(layouts)}: give a list of layouts, one per prompt")
+        for number, layout in enumerate(layouts):
+            if not isinstance(layout, TokenLayout):
+                raise TypeError(f"layouts[{number}] is {shown(layout)}: give a list of layouts, one per prompt")
         if not layouts:
             raise ValueError("an empty list of layouts: a batch needs at least one prompt")
         longest = max(layout.length for layout in layouts)
-        length = longest if length is None else length
+        length = longest if length is None else _count(length, "the length of a layout")
+        _check_length(length)
         if length < longest:
             raise ValueError(f"length is {length} but the longest prompt has {longest} tokens")
 
@@ -240,7 +291,7 @@ class TokenLayout:
     def __getitem__(self, tokens: slice) -> TokenLayout:
         """The layout of a slice of the tokens (``layout[:4096]``: what the first 4096 tokens know of the prompt)."""
         if not isinstance(tokens, slice) or tokens.step not in (None, 1):
-            raise TypeError(f"a layout is sliced by tokens, layout[start:stop], got {tokens!r}")
+            raise TypeError(f"a layout is sliced by tokens, layout[start:stop], got {shown(tokens)}")
         cut = {name: getattr(self, name)[:, tokens] for name in _FIELDS}
         return self._of(cut["modality"], cut["segment"], cut["frame"], cut["cell"], cut["position"] >= 0)
 
@@ -330,7 +381,10 @@ class TokenLayout:
 
     def _once(self, key: Any, build: Any) -> Any:
         if key not in self.memo:
-            self.memo[key] = build()
+            value = build()
+            if isinstance(value, np.ndarray):
+                value.setflags(write=False)
+            self.memo[key] = value
         return self.memo[key]
 
     def summary(self) -> str:
@@ -357,16 +411,45 @@ class TokenLayout:
 
 @lru_cache(maxsize=32)
 def _text(n: int) -> TokenLayout:
-    if n < 0:
-        raise ValueError(f"a layout has 0 or more tokens, got {n}")
     return TokenLayout.from_segments([("text", n)])
 
 
+def _count(value: Any, what: str) -> int:
+    """A number of tokens."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{what} is in whole tokens, got {shown(value)}") from None
+    if number < 0:
+        raise ValueError(f"{what} is a number of tokens, got {shown(value)}: use 0 or more")
+    return number
+
+
+def _check_length(tokens: int) -> None:
+    if tokens > LONGEST_PROMPT:
+        raise ValueError(
+            f"a prompt of {shown(tokens)} tokens: {LONGEST_PROMPT} are the most that positions are good for"
+        )
+
+
+def _check_modalities(ids: np.ndarray) -> None:
+    unknown = sorted(set(np.unique(ids).tolist()) - set(MODALITY_NAMES))
+    if unknown:
+        raise ValueError(f"unknown modality ids {shown(unknown)}: known are {MODALITY_NAMES}")
+
+
 def _array(value: Any, name: str) -> np.ndarray:
-    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    """A copy of integers or booleans [batch, tokens] (or [tokens]), int32."""
+    try:
+        array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{name} is {shown(value)}, no array of integers: {shown(str(error))}") from None
     if array.dtype.kind not in "iub":
         raise TypeError(f"{name} holds {array.dtype}: integers or booleans are needed")
     array = array[None] if array.ndim == 1 else array
     if array.ndim != 2:
         raise ValueError(f"{name} has shape {array.shape}: [batch, tokens] or [tokens] is needed")
-    return array.astype(np.int32)
+    least, most = (int(end(initial=0)) for end in (array.min, array.max))
+    if not -(1 << 31) <= least <= most < 1 << 31:
+        raise ValueError(f"{name} holds {least if least < -(1 << 31) else most}: values have to fit into int32")
+    return np.array(array, dtype=np.int32, order="C")

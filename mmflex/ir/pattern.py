@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from importlib.metadata import entry_points
@@ -17,9 +17,17 @@ from sympy.logic.boolalg import Boolean
 
 from . import expr as x
 from .layout import MODALITY_NAMES, TokenLayout, enlist, modality_id
+from .shown import clipped, shown
+from .validate import check_mask, check_type
 
 VERSION = 1
 """Version of the JSON form."""
+
+LONGEST_INTEGER = 1024
+"""Bits of a budget: any more are beyond every prompt, and Python refuses to print thousands of digits."""
+
+DEEPEST, MOST = 100, 1000
+"""Levels of patterns within patterns, and patterns in all: hashes, texts and masks of compositions go through each."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class View:
         """int64 [B]: keys in scope of each prompt, on a device (copied there once)."""
         return self.layout._once(
             ("counts", self.scope.key, device),
-            lambda: torch.as_tensor(self.layout.of(self.scope.key).sum(axis=1)).to(device),
+            lambda: torch.tensor(self.layout.of(self.scope.key).sum(axis=1), device=device),
         )
 
     @property
@@ -118,13 +126,16 @@ class Tokens:
         t = Tokens(self.layout, self.tile, self.scope, self.leaves)
         t._leaf = f"{pattern}" + (f"[{self.scope}]" if str(self.scope) else "")
         self.leaves[t._leaf] = (pattern, self.scope)
-        expr = pattern.mask(t)
+        try:
+            expr = pattern.mask(t)
+        except ZeroDivisionError as error:
+            raise ValueError(f"{clipped(pattern)}: its mask divides by zero ({error}): use 1 or more") from None
         if isinstance(expr, bool):
             raise TypeError(
                 f"{type(pattern).__name__}.mask returned {expr}: == and != compare the expressions themselves, write "
                 "sympy.Eq(a, b) and sympy.Ne(a, b) (sympy.true and sympy.false for everything and nothing)"
             )
-        return x.tiled(sympy.sympify(expr))
+        return x.tiled(check_type(expr, clipped(pattern)))
 
     # ---- coordinates ----------------------------------------------------------------------------------------------
 
@@ -178,7 +189,7 @@ class Tokens:
 
     def capped(self, n: int) -> int:
         """``n``, at most the prompt's length: a larger budget selects no more, and need not fit the kernels' int32."""
-        return min(n, self.layout.length)
+        return min(_whole(n, "a budget of tokens"), self.layout.length)
 
     def residue(self, value: sympy.Expr, stride: int | sympy.Expr, phase: int | sympy.Expr = 0) -> Boolean:
         """``value = phase (mod stride)`` of a position, a rank or a distance. Token-exact."""
@@ -217,15 +228,32 @@ class Tokens:
     def blocks(self, name: str, at_most: int, size: int | None = None) -> Boolean:
         """Blocks of ``size`` (the tile) in the table ``name``, a bool tensor [B, H, query blocks, key blocks] counted
         from the first query and key in scope; at most ``at_most`` key blocks for a query block."""
-        size = self.tile if size is None else min(size, max(self.layout.length, self.tile))
+        size = self.tile if size is None else min(_whole(size, "a block size", 1), max(self.layout.length, self.tile))
         return x.Listed(x.Tile(self.row, size), x.Tile(self.k, size), self._name(name), self.capped(at_most))
 
     def number(self, name: str, at_least: int = 0) -> sympy.Expr:
         """A selected integer per head, ``name``: an int tensor [B, H]."""
-        return x.Number(str(self._name(name)), self.capped(at_least))
+        return x.Number(str(self._name(name)), min(_whole(at_least, "at_least"), max(1, self.layout.length)))
 
     def _name(self, name: str) -> sympy.Symbol:
+        if not isinstance(name, str) or not name or set(name) & set("@["):
+            raise ValueError(f"{self._leaf}: a set or number is named {shown(name)}: use a word without '@' and '['")
         return sympy.Symbol(f"{name}@{self._leaf}")
+
+
+def denoted(pattern: Pattern, t: Tokens) -> Boolean:
+    """The expression of a pattern, checked: see `mmflex.ir.validate`."""
+    return check_mask(pattern.denote(t), clipped(pattern), t.layout, t.tile, t.leaves)
+
+
+def _whole(value: Any, what: str, least: int = 0) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what} is {shown(value)}: use a whole number") from None
+    if number < least:
+        raise ValueError(f"{what} is {shown(number)}: use {least} or more")
+    return number
 
 
 class _Signature:
@@ -335,7 +363,8 @@ class _Pair(Pattern):
     def __post_init__(self) -> None:
         for side in (self.left, self.right):
             if not isinstance(side, Pattern):
-                raise TypeError(f"{type(self).__name__} joins patterns, got {side!r}")
+                raise TypeError(f"{type(self).__name__} joins patterns, got {shown(side)}")
+        check_nesting(self, (self.left, self.right))
 
     def denote(self, t: Tokens) -> Boolean:
         return getattr(operator, {"|": "or_", "&": "and_", "-": "sub"}[self.sign])(
@@ -380,10 +409,12 @@ class Restricted(Pattern):
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Pattern):
-            raise TypeError(f"Restricted restricts a pattern, got {self.inner!r}")
-        for modality in (self.query, self.key):
+            raise TypeError(f"Restricted restricts a pattern, got {shown(self.inner)}")
+        for name in ("query", "key"):
+            modality = getattr(self, name)
             if modality is not None:
-                modality_id(modality)
+                object.__setattr__(self, name, modality_id(modality))
+        check_nesting(self, (self.inner,))
 
     def denote(self, t: Tokens) -> Boolean:
         for asked, held in ((self.query, t.scope.query), (self.key, t.scope.key)):
@@ -397,6 +428,18 @@ class Restricted(Pattern):
 
     def __str__(self) -> str:
         return f"{self.inner}.on({Scope(self.query, self.key)})"
+
+
+def check_nesting(pattern: Pattern, parts: Iterable[Pattern]) -> None:
+    """ValueError where a pattern that is composed of ``parts`` is too deep or too large to be worked with."""
+    depths, counts = zip((0, 0), *(getattr(part, "nesting", (1, 1)) for part in parts), strict=True)
+    depth, count = 1 + max(depths), 1 + sum(counts)
+    if depth > DEEPEST or count > MOST:
+        raise ValueError(
+            f"{type(pattern).__name__} composes {count} patterns, {depth} deep: {MOST} patterns and {DEEPEST} levels "
+            "are the most; unite many in pairs, then pairs of pairs"
+        )
+    object.__setattr__(pattern, "nesting", (depth, count))
 
 
 def among(token: sympy.Symbol, modality: int | None, layout: TokenLayout) -> Boolean:
@@ -416,35 +459,50 @@ def find(name: str) -> type[Pattern]:
     if name not in Pattern.known:
         for point in entry_points(group="mmflex.patterns"):
             if point.name == name:
-                point.load()
-    if name not in Pattern.known:
+                try:
+                    point.load()
+                except Exception as error:  # whatever a package of somebody else does when it is imported
+                    raise ValueError(
+                        f"pattern {shown(name)} is offered as {point.value}, which cannot be loaded "
+                        f"({type(error).__name__}: {error}): install or mend the package that offers it"
+                    ) from error
+    if name not in Pattern.known or name.startswith("_"):
         offered = {point.name for point in entry_points(group="mmflex.patterns")}
         names = sorted(offered | {n for n in Pattern.known if not n.startswith("_")})
-        raise ValueError(f"unknown pattern {name!r}: known are {', '.join(names)}; import the module that defines it")
+        raise ValueError(
+            f"unknown pattern {shown(name)}: known are {', '.join(names)}; import the module that defines it"
+        )
     return Pattern.known[name]
 
 
 def from_json(data: Any) -> Pattern:
-    """The pattern of its JSON form; unknown versions, fields and patterns are refused by name."""
+    """The pattern of its JSON form; ValueError for anything else, and unknown versions, fields and patterns by name.
+    It may come from strangers: whatever a class says of its fields is a ValueError too."""
+    return _built(data, 1)
+
+
+def _built(data: Any, depth: int) -> Pattern:
     if not isinstance(data, Mapping) or "pattern" not in data:
-        raise ValueError(f'a pattern is an object with a "pattern" field, got {data!r}')
-    if not isinstance(data["pattern"], str):
-        raise ValueError(f'the "pattern" field is the name of a pattern, got {data["pattern"]!r}')
+        raise ValueError(f'a pattern is an object with a "pattern" field, got {shown(data)}')
+    name = data["pattern"]
+    if not isinstance(name, str):
+        raise ValueError(f'the "pattern" field is the name of a pattern, got {shown(name)}')
     version = data.get("version")
-    if version != VERSION:
-        raise ValueError(f"{data['pattern']} has version {version!r}; this mmflex reads version {VERSION}")
-    cls = find(data["pattern"])
-    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    given = {name: _rich(value) for name, value in data.items() if name not in ("pattern", "version")}
-    unknown = sorted(set(given) - names)
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"{clipped(name)} has version {shown(version)}; this mmflex reads version {VERSION}")
+    cls = find(name)
+    names = sorted(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+    unknown = [field for field in data if field not in ("pattern", "version", *names)]
     if unknown:
-        raise ValueError(
-            f"{data['pattern']} has no field {', '.join(unknown)}: its fields are {', '.join(sorted(names))}"
-        )
+        listed = ", ".join(clipped(field) for field in unknown[:4])
+        raise ValueError(f"{name} has no field {listed}: its fields are {', '.join(names)}")
+    given = {field: _rich(value, depth) for field, value in data.items() if field not in ("pattern", "version")}
     try:
         return cls(**given)
-    except TypeError as error:
-        raise ValueError(f"{data['pattern']}: {error}; its fields are {', '.join(sorted(names))}") from None
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{name}: {clipped(error)}; its fields are {', '.join(names)}") from None
 
 
 def _scaled(value: Any, factor: float) -> Any:
@@ -466,17 +524,31 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
-def _rich(value: Any) -> Any:
+def _rich(value: Any, depth: int) -> Any:
+    """A field's value from JSON: objects are patterns, lists are tuples."""
+    if not isinstance(value, (Mapping, list)):
+        return value
+    if depth > DEEPEST:
+        raise ValueError(f"patterns and lists in them are nested more than {DEEPEST} deep: that is the most")
     if isinstance(value, Mapping):
-        return from_json(value)
-    return tuple(_rich(v) for v in value) if isinstance(value, list) else value
+        return _built(value, depth + 1)
+    return tuple(_rich(v, depth + 1) for v in value)
 
 
 def check_counts(pattern: Pattern, *names: str, minimum: int = 0) -> None:
-    """ValueError unless the named fields are integers of at least ``minimum``."""
+    """TypeError, ValueError unless the named fields are integers of at least ``minimum``."""
     for name in names:
         value = getattr(pattern, name)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{type(pattern).__name__}.{name} is a number of tokens, got {value!r}: use an int")
-        if value < minimum:
-            raise ValueError(f"{type(pattern).__name__}.{name} is {value}: use {minimum} or more")
+            raise TypeError(f"{type(pattern).__name__}.{name} is a number of tokens, got {shown(value)}: use an int")
+        if value < minimum or value.bit_length() > LONGEST_INTEGER:
+            most = "" if value < minimum else f", and at most {LONGEST_INTEGER} bits"
+            raise ValueError(f"{type(pattern).__name__}.{name} is {shown(value)}: use {minimum} or more{most}")
+
+
+def check_flags(pattern: Pattern, *names: str) -> None:
+    """TypeError unless the named fields are true or false."""
+    for name in names:
+        value = getattr(pattern, name)
+        if not isinstance(value, bool):
+            raise TypeError(f"{type(pattern).__name__}.{name} is on or off, got {shown(value)}: use True or False")

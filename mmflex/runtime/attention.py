@@ -13,12 +13,12 @@ from ..compiler.constants import Constants
 from ..compiler.plan import Program, build
 from ..compiler.predict import MARGIN, least_ms, predict
 from ..ir.layout import TokenLayout, listed
-from ..ir.pattern import Pattern, Tokens, find
+from ..ir.pattern import Pattern, Tokens, denoted, find
 from . import backends, graphs
 from .backends import Backend
-from .inputs import Spec
+from .inputs import Spec, check_block_size, check_scale, without_autocast
 from .inputs import check as _check
-from .plan import HeadDensity, Plan
+from .plan import NO_BACKWARD, ForwardOnly, HeadDensity, Plan, wants_gradient
 
 TILE = 128
 """Block size: what Hopper's kernels take, and FlexAttention's default."""
@@ -59,12 +59,14 @@ def attention(
         ValueError, TypeError: shapes, dtypes, devices or spec that do not fit; both values are named.
         RuntimeError: the backend asked for cannot run here; or, in backward, that there is no backward.
     """
+    if v is None:
+        raise TypeError("v is None: give a tensor [batch, heads, tokens, head_dim]; mmflex.plan takes q and k alone")
     if torch.compiler.is_compiling():
         found = _compiled(q, k, v, spec, layout, scale, backend, return_lse)
         return found if return_lse else found[0]
     plan_ = _planned(q, k, spec, layout, scale, backend, return_lse, v)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out, lse = _ForwardOnly.apply(q, k, v, plan_, return_lse)
+    if wants_gradient(q, k, v):
+        out, lse = ForwardOnly.apply(q, k, v, plan_, return_lse)
     elif plan_.dense_alone:
         out, lse = plan_._attend(q, k, v, return_lse)
     else:
@@ -87,7 +89,7 @@ def plan(
 
     Args: as `attention`; ``block_size``: tokens per block (other than 128 for experiments on the reference backend).
     """
-    return _planned(q, k, spec, layout, scale, backend, False, None, block_size, once=False)
+    return _planned(q, k, spec, layout, scale, backend, False, None, check_block_size(block_size), once=False)
 
 
 _requests: dict[tuple[str, ...], tuple[Spec, TokenLayout | None]] = {}
@@ -135,18 +137,27 @@ def _(
     return out, q.new_empty(q.shape[:3] if return_lse else 0, dtype=torch.float32)
 
 
-class _ForwardOnly(torch.autograd.Function):
-    """Prefill has no backward: asking for one is an error instead of a silent gap in the graph."""
+@torch.library.custom_op("mmflex::no_backward", mutates_args=())
+def _no_backward(grad: Tensor) -> Tensor:
+    """Refuses when it runs: compiling a graph that only could go backward is no error."""
+    raise RuntimeError(NO_BACKWARD)
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan_: Plan, return_lse: bool) -> Any:
-        # detached: FlexAttention refuses tensors on the CPU that ask for gradients
-        out, lse = plan_._attend(q.detach(), k.detach(), v.detach(), return_lse)
-        return out, lse
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError("mmflex.attention has no backward: it is for prefill; train with the model's own attention")
+@_no_backward.register_fake
+def _(grad: Tensor) -> Tensor:
+    return grad.new_empty(())
+
+
+def _keep_shapes(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.shapes = [t.shape for t in inputs[:3]]
+
+
+def _refuse_backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    refused = _no_backward(grad)
+    return *(refused.expand(shape) for shape in ctx.shapes), None, None, None, None
+
+
+_op.register_autograd(_refuse_backward, setup_context=_keep_shapes)
 
 
 # ---- what a call runs ------------------------------------------------------------------------------------------------
@@ -182,12 +193,14 @@ def _pinned(
         if not (isinstance(q, Tensor) and isinstance(k, Tensor) and (v is None or isinstance(v, Tensor))):
             return None, {}
         serials = spec.serial if isinstance(spec, Pattern) else (type(spec), *[p.serial for p in spec])
-        of_v = None if v is None else (v.shape, v.dtype, v.device)
+        of_v = None if v is None else (v.shape, v.dtype, v.device, v.layout)
         if layout is None:
             layout = TokenLayout.text(k.shape[2])
-        key = (serials, q.shape, k.shape, q.dtype, k.dtype, q.device, k.device, of_v, *rest)
+        of_k = k.shape, k.dtype, k.device, k.layout
+        key = (serials, q.shape, q.dtype, q.device, q.layout, of_k, of_v, *rest)
+        hash(key)
         return key, layout.memo.setdefault("calls", {})
-    except (AttributeError, TypeError, IndexError):  # `_check` says what is wrong
+    except (AttributeError, TypeError, IndexError, RuntimeError):  # `_check` says what is wrong
         return None, {}
 
 
@@ -220,7 +233,7 @@ def _planned(
     held = call.held
     if once and held is not None and (held[0].dense_alone or held[1] == graphs.stream(q.device)):
         return held[0]
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(q.device):
         plan_ = Plan(call.program, call.runs, call.scale, q, k, call.note, once)
     if once and (plan_.dense_alone or graphs.fixed(plan_.state)):
         call.held = plan_, graphs.stream(q.device)
@@ -246,7 +259,10 @@ def _decided(
     tile: int,
 ) -> _Call:
     patterns = _check(q, k, v, spec, layout)
+    scale = check_scale(scale, q.shape[3])
     layout = TokenLayout.text(k.shape[2]) if layout is None else layout
+    if backend != "auto":
+        backends.why_not(backend, q.device, q.shape[3], q.dtype)  # its name, before it is a key
     runs = backends.resolve(backend, q.device, q.shape[3], q.dtype)
     if need_lse and not runs.lse:
         raise ValueError(
@@ -258,7 +274,7 @@ def _decided(
     if not q.shape[0]:  # no prompts, and no kernel takes so few
         runs = backends.BACKENDS["dense"]
     program, note = _program(patterns, layout, q.shape[2], k.shape[1], tile, runs, prices, auto)
-    return _Call(runs, prices, generation, program, note, q.shape[3] ** -0.5 if scale is None else float(scale))
+    return _Call(runs, prices, generation, program, note, scale)
 
 
 def _program(
@@ -305,5 +321,5 @@ def _check_spec(patterns: tuple[Pattern, ...], layout: TokenLayout, tile: int) -
     like = (tile, layout.modalities, *(layout.frame_stride(m) for m in (None, *layout.modalities)))
     for pattern in dict.fromkeys(patterns):
         if (pattern, *like) not in _sensible:
-            pattern.denote(Tokens(layout, tile))
+            denoted(pattern, Tokens(layout, tile))
             _sensible.add((pattern, *like))

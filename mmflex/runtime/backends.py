@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from ..ir.shown import shown
 from . import reference
 from .masks import MaskMod, _maker, in_strips
 
@@ -105,8 +106,8 @@ def why_not(
     backend: str, device: torch.device | str, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16
 ) -> str | None:
     """Why a backend cannot run with these tensors; None if it can. ValueError for an unknown name."""
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"unknown backend {shown(backend)}: use 'auto', {', '.join(map(repr, BACKENDS))}")
     return BACKENDS[backend].why_not(torch.device(device), head_dim, dtype)
 
 

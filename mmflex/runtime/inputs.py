@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ir.layout import TokenLayout
 from ..ir.pattern import Pattern
+from ..ir.shown import shown
 
 Spec = Pattern | Sequence[Pattern]
+
+LARGEST_BLOCK = 1024
+"""Tokens per block, at most."""
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products in the dtype of the tensors: autocast would round those of float32, and give parts of a result in
+    another dtype."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def check(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayout | None) -> tuple[Pattern, ...]:
@@ -19,6 +34,9 @@ def check(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayou
     for name, t in given.items():
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is {type(t).__name__}: give a tensor [batch, heads, tokens, head_dim]")
+        if t.is_nested or t.layout != torch.strided:
+            kind = "nested" if t.is_nested else f"of layout {t.layout}"
+            raise TypeError(f"{name} is {kind}: give a dense tensor, prompts of a batch padded to one length")
         if t.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(t.shape)}: give [batch, heads, tokens, head_dim]")
         if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -26,6 +44,8 @@ def check(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayou
         for what, here, other in (("dtype", t.dtype, q.dtype), ("device", t.device, q.device)):
             if here != other:
                 raise TypeError(f"{name} has {what} {here} but q {other}: move one with .to()")
+        if t.is_meta:
+            raise ValueError(f"{name} is on the meta device, where tensors hold no values: move it to a CPU or a GPU")
         if t.shape[0] != q.shape[0]:
             raise ValueError(f"{name} has batch size {t.shape[0]} but q {q.shape[0]}: they must agree")
     heads, kv_heads, n = q.shape[1], k.shape[1], k.shape[2]
@@ -49,13 +69,33 @@ def check(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayou
                 f"the layout has {layout.batch_size} prompts but q {q.shape[0]}: give one each, or one for all"
             )
     if not isinstance(spec, (Pattern, Sequence)) or isinstance(spec, str):
-        raise TypeError(f"spec is {spec!r}: give a pattern (see mask_builders), or a sequence of one per query head")
+        raise TypeError(f"spec is {shown(spec)}: give a pattern (see mask_builders), or a sequence, one per query head")
     patterns = (spec,) * heads if isinstance(spec, Pattern) else tuple(spec)
     for p in patterns:
         if not isinstance(p, Pattern):
-            raise TypeError(f"spec holds {p!r}: give a pattern (see mask_builders), or one per query head")
+            raise TypeError(f"spec holds {shown(p)}: give a pattern (see mask_builders), or one per query head")
     if len(patterns) != heads:
         raise ValueError(
             f"spec has {len(patterns)} patterns for {heads} query heads: give one per head, or a single one"
         )
     return patterns
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """The scale of the scores; TypeError, ValueError for what is no finite float32 number."""
+    if scale is None:
+        return head_dim**-0.5
+    if not isinstance(scale, Real) or isinstance(scale, bool):
+        raise TypeError(f"scale is {shown(scale)}: give a number, or None for 1 / sqrt(head dimension)")
+    if not abs(scale) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"scale is {shown(scale)}: give a finite float32 number, or None for 1 / sqrt(head dimension)")
+    return float(scale)
+
+
+def check_block_size(tile: Any) -> int:
+    """The block size; TypeError, ValueError for what is none."""
+    if not isinstance(tile, int) or isinstance(tile, bool):
+        raise TypeError(f"block_size is {shown(tile)}: give a whole number of tokens")
+    if not 1 <= tile <= LARGEST_BLOCK:
+        raise ValueError(f"block_size is {shown(tile)}: use 1 to {LARGEST_BLOCK} tokens, 128 except for experiments")
+    return tile

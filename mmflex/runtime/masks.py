@@ -96,7 +96,9 @@ def _first(batch: int, heads: int, slots: int, device: torch.device) -> Tensor:
             f"{batch} prompts x {heads} heads x {slots} key slots are more limits than 2^31 - 1: attend to fewer "
             "prompts at once"
         )
-    first = kept(("first", end, slots), device, lambda on: torch.arange(0, end, slots, dtype=torch.int32, device=on))
+    first = kept(
+        ("first slots", end, slots), device, lambda on: torch.arange(0, end, slots, dtype=torch.int32, device=on)
+    )
     return first.view(batch, heads)
 
 
@@ -171,7 +173,7 @@ def looked_up(
 
 @lru_cache(maxsize=256)
 def _table(numbers: tuple[int, ...], heads: int, device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32).to(device)[:, None].expand(-1, heads).contiguous()
+    return torch.tensor(numbers, dtype=torch.int32, device=device)[:, None].expand(-1, heads).contiguous()
 
 
 def _below(found: Tensor, reach: int) -> Tensor:

@@ -17,7 +17,7 @@ from ..compiler.plan import Launch, Program
 from . import backends, dense, graphs, reference, steps
 from .backends import Backend
 from .beside import Beside
-from .inputs import check
+from .inputs import check, without_autocast
 from .kernels.memory import writing_to
 
 
@@ -39,9 +39,35 @@ class HeadDensity:
         return self.total
 
 
+def _no_sums(q: Tensor) -> Tensor:
+    """float32 [B, H, M]: log-sum-exps of rows that have seen no key."""
+    return torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
+
+
 def _finite(t: Tensor) -> bool:
     """Whether all of a tensor is finite. A sum is the quickest look; it may overflow, so only then every entry."""
     return bool(t.sum(dtype=torch.float32).isfinite()) or bool(t.isfinite().all())
+
+
+NO_BACKWARD = "mmflex.attention has no backward: it is for prefill; train with the model's own attention"
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd records what is made of them."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+class ForwardOnly(torch.autograd.Function):
+    """Prefill has no backward: asking for one is an error instead of a silent gap in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, return_lse: bool) -> Any:
+        # detached: FlexAttention refuses tensors on the CPU that ask for gradients
+        return plan._attend(q.detach(), k.detach(), v.detach(), return_lse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(NO_BACKWARD)
 
 
 class Plan:
@@ -75,15 +101,23 @@ class Plan:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The attention of these tensors under this plan's mask: shapes as planned."""
+        if v is None:
+            raise TypeError("v is None: give a tensor [batch, heads, tokens, head_dim]")
         check(q, k, v, self.program.groups[0].pattern, None)
         if (tuple(q.shape), tuple(k.shape)) != self.shape:
             raise ValueError(
                 f"planned for q and k of shapes {self.shape}, got {tuple(q.shape)}, {tuple(k.shape)}: plan again"
             )
+        if wants_gradient(q, k, v):
+            return ForwardOnly.apply(q, k, v, self, False)[0]
         with torch.no_grad():
             return self._attend(q, k, v, False)[0]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+        with without_autocast(q.device):
+            return self._attended(q, k, v, need_lse)
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]:
         program, state = self.program, self.state
         if q.device.type == "cpu" and not all(map(_finite, (q, k, v))):
             return self._eagerly(q, k, v, need_lse)
@@ -110,11 +144,11 @@ class Plan:
                     continue
                 if out is None:
                     out = q.new_zeros((*q.shape[:3], v.shape[3]))
-                    lse = torch.full(q.shape[:3], float("-inf"), device=q.device) if need else None
+                    lse = _no_sums(q) if need else None
                 steps.place(state, number, out, lse, found, sums)
         if out is None:  # nothing allows anything
             out = q.new_zeros((*q.shape[:3], v.shape[3]))
-            lse = torch.full(q.shape[:3], float("-inf"), device=q.device)
+            lse = _no_sums(q)
         return out, lse if need_lse else None
 
     def _eagerly(self, q: Tensor, k: Tensor, v: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
@@ -173,12 +207,12 @@ class Plan:
         if not layout.padded:
             return dense.dense_attention(q, k, v, self._scale, need, self.backend)
         out = q.new_zeros((*q.shape[:3], v.shape[3]))
-        lse = torch.full(q.shape[:3], float("-inf"), device=q.device) if need else None
+        lse = _no_sums(q) if need else None
         for b in range(q.shape[0]):
             row = b % layout.batch_size
             valid = layout.valid[row]
             for_q = valid[layout.length - q.shape[2] :]
-            at_q, at_k = (torch.as_tensor(np.flatnonzero(x)).to(q.device) for x in (for_q, valid))
+            at_q, at_k = (torch.tensor(np.flatnonzero(x), device=q.device) for x in (for_q, valid))
             own = [t[b : b + 1].index_select(2, at) for t, at in ((q, at_q), (k, at_k), (v, at_k))]
             found, sums = dense.dense_attention(own[0], own[1], own[2], self._scale, need, self.backend)
             out[b].index_copy_(1, at_q, found[0])
@@ -200,8 +234,8 @@ class Plan:
         batch = (layout.batch_size, 1)
         order = Order("tokens", np.tile(chosen.astype(np.int32), batch), m, 1, n - m)
         keys = Order("tokens", np.tile(np.arange(n, dtype=np.int32), batch), n, 1)
-        position = torch.as_tensor(layout.position).to(state.device)
-        row = position[:, torch.as_tensor(chosen + n - m).to(state.device)]
+        position = torch.tensor(layout.position, device=state.device)
+        row = position[:, torch.tensor(chosen + n - m, device=state.device)]
         causal = (row[:, None, :, None] >= position[:, None, None]) & (position >= 0)[:, None, None]
         for group in program.groups:
             mask = state.values([group.expr], group.heads, order, keys).of(group.expr)

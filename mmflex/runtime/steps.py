@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,11 +17,13 @@ from ..compiler.orders import BIG, Order
 from ..compiler.plan import HeadMap, Launch, Part, Program, names_of
 from ..ir import expr as x
 from ..ir.pattern import View
+from ..ir.shown import shown
 from . import backends, masks
 from .kernels.lists import dialect, list_blocks
 from .kernels.rows import fill_slots, put_rows, take_rows
 from .kernels.sections import fill_sections
 from .kernels.select import gathered
+from .selected import check_selected
 
 
 @dataclass(eq=False)
@@ -59,7 +61,7 @@ class State:
         """An index tensor on the device, copied there once per program."""
         key = ("const", values, dtype, self.device)
         if key not in self.program.memo:
-            self.program.memo[key] = torch.tensor(values, dtype=dtype).to(self.device)
+            self.program.memo[key] = torch.tensor(values, dtype=dtype, device=self.device)
         return self.program.memo[key]
 
     def values(
@@ -113,13 +115,14 @@ def select(state: State, name: str) -> None:
     result, place = state.estimates.get((leaf.pattern.estimator(), leaf.scope), (None, {}))
     chosen = leaf.pattern.select(result, view)
     index = tuple(place[h] for h in leaf.heads) if place else ()
+    if not isinstance(chosen, Mapping):
+        raise TypeError(f"{name}: select() returned {shown(chosen)}: return a dictionary of tensors by name")
+    exprs, heads = [group.expr for group in state.program.groups], len(leaf.heads)
+    if place:
+        heads = len(state.program.graph.nodes["estimate", (leaf.pattern.estimator(), leaf.scope)]["heads"].heads)
     for short, table in chosen.items():
-        if table.dim() > 2 and table.dtype != torch.bool:
-            raise TypeError(
-                f"{name}: select() returned {short!r} as {table.dtype} {list(table.shape)}: a set is a bool tensor "
-                "[B, H, keys] or [B, H, blocks, blocks] that is true for its members"
-            )
-        if place and index != tuple(range(table.shape[1])):
+        table = check_selected(table, f"{short}@{name}", exprs, view, state.batch, heads, state.device)
+        if place and table.shape[1:2] == (heads,) and index != tuple(range(heads)):
             table = table.index_select(1, state.const(index))
         state.found[f"{short}@{name}"] = table
 
@@ -292,7 +295,7 @@ def _until(launch: Launch, part: Part, state: State) -> tuple[Tensor | None, Ten
         there = at < BIG // 2
         usable, end = None if (launch.keys.index >= 0).all() else there, None
         if part.until is not None:
-            found = torch.as_tensor(part.until).to(state.device).expand(state.batch, -1)
+            found = torch.tensor(part.until, device=state.device).expand(state.batch, -1)
             usable, end = there & (found < BIG), (found - (base or 0)).int().contiguous()
         memo[key] = (end, usable)
     return memo[key]

@@ -26,7 +26,7 @@ from ..compiler.orders import Order
 from ..compiler.plan import names_of
 from ..ir import expr as x
 from ..ir.layout import TokenLayout
-from ..ir.pattern import Pattern, Scope, Tokens, View, find
+from ..ir.pattern import Pattern, Scope, Tokens, View, denoted, find
 from ..runtime.attention import TILE, _check
 from .rows import LAST_QUERIES, Group
 
@@ -123,7 +123,7 @@ class Denoted:
 def denote(pattern: Pattern, layout: TokenLayout, tile: int) -> Denoted:
     """The expression of a pattern. ValueError where it makes no sense with this layout (frames, but no video)."""
     t = Tokens(layout, tile)
-    return Denoted(sympy.sympify(pattern.denote(t)), t.leaves)
+    return Denoted(denoted(pattern, t), t.leaves)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,13 +151,13 @@ class Probe:
         self._share = share
         layout, device = layer.layout, layer.q.device
         half = torch.float16 if device.type == "cuda" else torch.float32
-        rows = torch.as_tensor(group.rows).to(device)
+        rows = torch.tensor(group.rows, device=device)
         q = layer.q[0, self.heads].index_select(1, rows).float() * (layer.scale or 1.0)
         k, v = layer.k[0, kv].float(), layer.v[0, kv].float()
         # Half precision takes the sum of 32k weights if no |v| is above 1. Errors are relative: a scale is no matter.
         self._unit = v.abs().amax().clamp(min=1e-30)
         v = (v / self._unit).to(half)
-        position = torch.as_tensor(layout.position[0]).to(device)
+        position = torch.tensor(layout.position[0], device=device)
         seen = (position <= position[rows][:, None]) & (position >= 0)
         scores = (q.unflatten(0, (-1, share)).flatten(1, 2) @ k.mT).unflatten(1, (share, -1)).flatten(0, 1)
         scores = scores.nan_to_num_(0.0).masked_fill_(~seen, float("-inf"))
@@ -167,16 +167,16 @@ class Probe:
         self._sides: dict[int | None, tuple[Tensor, Tensor, Order]] = {None: (weights, v, self._order(every))}
         for m in keys:
             own = np.flatnonzero(layout.of(m)[0]).astype(np.int32)
-            at = torch.as_tensor(own).to(device).long()
+            at = torch.tensor(own, device=device).long()
             self._sides[m] = (weights.index_select(2, at), v.index_select(1, at), self._order(own))
         self._rows = Order("tokens", group.rows[None].astype(np.int32), layout.length, 1)
         self.whole = {key: self._times(side[0], side[1]) for key, side in self._sides.items()}
         self.dense = self.whole[None].sums.float() / self.whole[None].mass[..., None]
-        self._strata = torch.as_tensor(group.share).to(device)  # [strata, R]
+        self._strata = torch.tensor(group.share, device=device)  # [strata, R]
         self._weights = self._strata[:, None].expand(-1, len(q), -1)  # [strata, h, R]
         if layer.importance is not None:
             important = layer.importance[self.heads].index_select(1, rows).double()
-            self._weights = (torch.as_tensor(group.tokens).to(device) * important)[None]
+            self._weights = (torch.tensor(group.tokens, device=device) * important)[None]
 
     def _order(self, keys: np.ndarray) -> Order:
         """Keys by slot, kept with the layout (with it stay the values of attributes on the device)."""
