@@ -20,6 +20,9 @@ from .ir.pattern import Pattern, Restricted, _Pair
 if TYPE_CHECKING:
     from .runtime.attention import Plan
 
+KINDS = ("main", "rows", "classes", "dense")
+"""Of launches, as in `mmflex.compiler.plan.Launch`."""
+
 Lists = tuple[np.ndarray, np.ndarray]
 """The blocks of one head in one launch: how many each row of blocks lists, int32 ``[row blocks]``, and the key blocks
 row after row, int32 ``[their sum]``."""
