@@ -301,6 +301,7 @@ CALLS: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
     "scale text": (lambda: attend(scale="0.1"), TypeError, ["scale is '0.1'"]),
     "scale True": (lambda: attend(scale=True), TypeError, ["scale is True"]),
     "scale a tensor": (lambda: attend(scale=torch.tensor(0.1)), TypeError, ["scale is tensor"]),
+    "lse no": (lambda: attend(return_lse="no"), TypeError, ["return_lse is 'no'"]),
     "backend a list": (lambda: attend(backend=["cpu"]), ValueError, ["['cpu']", "'auto'"]),
     "backend None": (lambda: attend(backend=None), ValueError, ["None", "'auto'"]),
     "a megabyte of backend": (lambda: attend(backend="x" * 10**6), ValueError, ["xxx", "'auto'"]),

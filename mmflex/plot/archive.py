@@ -27,13 +27,11 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Name -> array, read-only: integers, booleans, floats and texts.
 
     Raises:
-        ValueError: no such file, or a broken or an oversized one. OSError: it cannot be read.
+        ValueError: another kind of file, or a broken or an oversized one. OSError: it cannot be opened.
     """
     with path.open("rb") as file:
         try:
             return _read(file)
-        except OSError:
-            raise
         except Exception as error:  # zipfile, zlib and numpy have many for files that are not what they say
             raise ValueError(f"{type(error).__name__}: {error}") from None
 

@@ -14,6 +14,7 @@ from ..compiler.plan import Program, build
 from ..compiler.predict import MARGIN, least_ms, predict
 from ..ir.layout import TokenLayout, listed
 from ..ir.pattern import Pattern, Tokens, denoted, find
+from ..ir.shown import shown
 from . import backends, graphs
 from .backends import Backend
 from .inputs import Spec, check_block_size, check_scale, without_autocast
@@ -260,8 +261,10 @@ def _decided(
 ) -> _Call:
     patterns = _check(q, k, v, spec, layout)
     scale = check_scale(scale, q.shape[3])
+    if not isinstance(need_lse, bool):
+        raise TypeError(f"return_lse is {shown(need_lse)}: use True or False")
     layout = TokenLayout.text(k.shape[2]) if layout is None else layout
-    if backend != "auto":
+    if not isinstance(backend, str) or backend != "auto":
         backends.why_not(backend, q.device, q.shape[3], q.dtype)  # its name, before it is a key
     runs = backends.resolve(backend, q.device, q.shape[3], q.dtype)
     if need_lse and not runs.lse:
