@@ -21,6 +21,7 @@ import oracle
 import pytest
 import sympy
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import mmflex
 from mask_builders import (
@@ -110,6 +111,8 @@ MASKS: dict[str, tuple[Callable[[mmflex.Tokens], Any], type[Exception], list[str
     "negative budget": (lambda t: t.columns("a", -3), ValueError, ["-3"]),
     "half a budget": (lambda t: t.sink(2.5), TypeError, ["2.5"]),  # type: ignore[arg-type]
     "blocks of nothing": (lambda t: t.blocks("b", 3, 0), ValueError, ["0"]),
+    "one name for two sets": (lambda t: t.columns("a", 3) | t.diagonals("a", 3), ValueError, ["'a'", "of its own"]),
+    "one name for tables of two sizes": (lambda t: t.blocks("a", 3, 8) | t.blocks("a", 3, 16), ValueError, ["'a'"]),
     "past a set": (lambda t: x.Member(t.k * 3, t._name("s"), 3), ValueError, ["3*k", "0 to 96"]),
     "past a table": (
         lambda t: x.Listed(t.q, x.Tile(t.k, 4), t._name("s"), 3).subs(x.q, t.q + 9),
@@ -257,6 +260,56 @@ def test_selections_that_do_not_fit_their_mask(case: str, error: type[Exception]
     refused(lambda: plan(Chosen(case)), error, "Chosen", *named)
 
 
+@dataclass(frozen=True)
+class Comb(mmflex.Pattern):
+    """Every ``stride``-th key, or every key as many apart as there are."""
+
+    stride: int = 12
+
+    def select(self, estimate: None, view: mmflex.View) -> Any:
+        return {"stride": torch.full((1, 1), min(self.stride, view.layout.length))}
+
+    def mask(self, t: mmflex.Tokens) -> Any:
+        return sympy.Eq(x.mod(t.k, t.number("stride", at_least=self.stride)), 0)
+
+
+def test_the_least_of_a_number_is_that_of_its_prompt() -> None:
+    """Expressions of a short prompt are not changed by those of a long one."""
+    for n in (9, 97, 9, 97):
+        assert plan(Comb(), n).dense_mask()[0, 0, -1].nonzero().flatten().tolist() == list(range(0, n, min(12, n)))
+
+
+class Fresh:
+    """An estimator that equals no other."""
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        return torch.zeros(3)
+
+
+@dataclass
+class Thawed(Fresh):
+    """An estimator that cannot be hashed."""
+
+
+ESTIMATORS = {"fresh": Fresh, "thawed": Thawed, "a number": lambda: 5}
+
+
+@dataclass(frozen=True)
+class Estimating(mmflex.Pattern):
+    kind: str
+
+    def estimator(self) -> Any:
+        return ESTIMATORS[self.kind]()
+
+    def mask(self, t: mmflex.Tokens) -> Any:
+        return t.columns("columns", 3)
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_estimators_that_cannot_be_told_apart(kind: str) -> None:
+    refused(lambda: plan(Estimating(kind)), TypeError, "Estimating", "frozen dataclass")
+
+
 @pytest.mark.parametrize("case", ["right", "one for all heads"])
 def test_a_selection_for_all_prompts_or_heads(case: str) -> None:
     """What is the same for all may be given once, also for a batch."""
@@ -278,6 +331,18 @@ def attend(q: Any = Q, k: Any = K, v: Any = V, spec: Any = None, **options: Any)
 
 
 NESTED = torch.nested.nested_tensor([Q[0], Q[0]])
+
+
+@dataclass(frozen=True)
+class Holding(mmflex.Pattern):
+    """Allows everything, whatever it holds."""
+
+    value: Any
+
+    def mask(self, t: mmflex.Tokens) -> Any:
+        return sympy.true
+
+
 CALLS: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
     "block_size 0": (lambda: plan(Dense(), block_size=0), ValueError, ["block_size is 0", "1 to 1024"]),
     "block_size -1": (lambda: plan(Dense(), block_size=-1), ValueError, ["block_size is -1", "1 to 1024"]),
@@ -306,6 +371,18 @@ CALLS: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
     "backend None": (lambda: attend(backend=None), ValueError, ["None", "'auto'"]),
     "a megabyte of backend": (lambda: attend(backend="x" * 10**6), ValueError, ["xxx", "'auto'"]),
     "a megabyte of spec": (lambda: attend(spec="x" * 10**6), TypeError, ["xxx", "pattern"]),
+    "a list in a pattern": (lambda: attend(spec=Holding([1])), TypeError, ["Holding", "list", "tuples"]),
+    "v of no width": (lambda: attend(v=V[..., :0]), ValueError, ["v has head dimension 0", "1 to 256"]),
+    "v too wide": (lambda: attend(v=V.repeat(1, 1, 1, 20)), ValueError, ["v has head dimension 320", "1 to 256"]),
+    "row -1": (lambda: plan(Dense()).dense_mask([-1]), ValueError, ["[-1]", "0 to 96"]),
+    "row 97": (lambda: plan(Dense()).dense_mask([97]), ValueError, ["[97]", "0 to 96"]),
+    "half a row": (lambda: plan(Dense()).dense_mask([1.5]), TypeError, ["[1.5]", "range"]),  # type: ignore[list-item]
+    "rows of rows": (lambda: plan(Dense()).dense_mask([[1], [2]]), TypeError, ["[[1], [2]]"]),  # type: ignore[list-item]
+    "no device": (lambda: mmflex.why_not("cpu", "nowhere"), ValueError, ["'nowhere'", "cuda:0"]),
+    "scaled by 0": (lambda: AShape().scaled(0), ValueError, ["0", "finite"]),
+    "scaled by nan": (lambda: AShape().scaled(float("nan")), ValueError, ["nan", "finite"]),
+    "scaled by inf": (lambda: AShape().scaled(float("inf")), ValueError, ["inf", "finite"]),
+    "scaled beyond": (lambda: AShape(1, 2**1000).scaled(1e300), ValueError, ["AShape.local", "1024 bits"]),
     "grid columns": (lambda: Grid(columns="no"), TypeError, ["Grid.columns", "'no'", "True or False"]),
     "grid longest": (lambda: Grid("search", longest=1e9), TypeError, ["Grid.longest"]),
     "a budget of 5000 digits": (lambda: AShape(10**5000), ValueError, ["AShape.sink", "1024 bits"]),
@@ -359,6 +436,28 @@ def test_a_stride_beyond_memory() -> None:
     phase = made.dense_mask()[0, 0, -1].nonzero().flatten()
     assert len(phase) == 1
     assert torch.equal(made.dense_mask(), plan(Grid(2 * N, local=0, sink=0)).dense_mask())
+
+
+def test_budgets_beyond_floats_are_scaled() -> None:
+    assert AShape(1, 2**1000).scaled(2.0) == AShape(1, 2**1001)
+    assert AShape(1, 1000).scaled(1.5) == AShape(1, 1472)
+
+
+@pytest.mark.parametrize("way", ["plan", "attend"])
+def test_plans_are_made_outside_of_graphs(way: str) -> None:
+    """Planning inside of torch.compile breaks the graph once, instead of being traced for minutes."""
+    spec = VerticalSlash(9, 20) | Strided(7)
+    made = mmflex.plan(Q, K, spec, backend="reference")
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (made if way == "attend" else mmflex.plan(q, k, spec, backend="reference")).attend(q * 1, k, v) + 1
+
+    counted = CompileCounter()
+    compiled = torch.compile(call, backend=counted)
+    assert torch.allclose(compiled(Q, K, V), made.attend(Q, K, V) + 1)
+    assert counted.frame_count <= 2
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"mmflex.attention inside"):
+        torch.compile(call, fullgraph=True)(Q, K, V)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import mmflex
 from mask_builders import AShape, Dense, Grid, VerticalSlash
 from mmflex import plot
+from mmflex.cli import app
 from mmflex.plot.archive import MOST_BYTES
 from mmflex.tuning.config import Config, load_config, load_minference_config, save_config
 
@@ -364,3 +366,28 @@ def test_configs_with_changed_bytes(tmp_path: Path) -> None:
             broken[at] = rng.integers(256)
         path.write_bytes(broken)
         refused_or_usable(path, load_config, lambda config: config.for_model(config.layers, config.heads))
+
+
+# ---- on the command line ---------------------------------------------------------------------------------------------
+
+
+def test_texts_of_strangers_are_shown_as_they_are(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
+    """Brackets are no markup, and nothing reaches the terminal that it would obey."""
+    odd = "[/] [red]x[link=https://example.org] \x1b]0;title\x07 \x1b[2J"
+    path = tmp_path / "x.npz"
+    fields = {"patterns": [odd] * 4, "note": odd, "backend": odd}
+    np.savez(path, **changed_meta(arrays, lambda meta: meta.update(fields)))
+    config = tmp_path / "x.json"
+    save_config(Config.of(AShape(), 2, 2, model=odd, by=odd), config)
+    for file in (path, config):
+        for options in ((), ("--head", "1") if file == path else ("--layer", "1")):
+            result = CliRunner().invoke(app, ["show", str(file), *options], env={"COLUMNS": "400"})
+            assert result.exit_code == 0, result.exception
+            assert "\x1b]0" not in result.output
+            assert "\x1b[2J" not in result.output
+            assert "[link=https://example.org]" in "".join(result.output.split())
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps({"schema": "[/] \x1b[2J"}))
+    result = CliRunner().invoke(app, ["show", str(bad)])
+    assert result.exit_code == 1
+    assert "[/]" in result.output

@@ -70,7 +70,7 @@ def evaluate_(
     seeds.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise fail("the evaluation needs transformers: pip install 'mmflex\\[transformers,plot]'")
+        raise fail("the evaluation needs transformers: pip install 'mmflex[transformers,plot]'")
     import torch
 
     from ..evaluation.evaluate import Settings, evaluate

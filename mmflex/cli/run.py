@@ -34,7 +34,7 @@ def demo(
     each pattern computes, how far the outputs are apart and why the plan is what it is. Under two minutes on two cores.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise fail("the demo needs transformers: pip install 'mmflex\\[transformers,plot]'")
+        raise fail("the demo needs transformers: pip install 'mmflex[transformers,plot]'")
     from .. import demo as demo_
 
     settings = demo_.Settings(frames=frames, size=size, layers=layers, runs=runs, device=device, backend=backend)

@@ -20,6 +20,7 @@ from sympy.logic.boolalg import Boolean
 from ..ir import expr as x
 from ..ir.layout import MODALITY_NAMES, TokenLayout
 from ..ir.pattern import Pattern, Scope, Tokens, denoted
+from ..ir.shown import shown
 from . import cost, predict
 from .constants import GENERIC, Constants
 from .orders import Order, bucket, key_order, row_order
@@ -279,6 +280,11 @@ def _link(program: Program) -> None:
         graph.add_node(("select", name), stage="plan")
         estimator = leaf.pattern.estimator()
         if estimator is not None:
+            if not callable(estimator) or type(estimator).__hash__ is None:
+                raise TypeError(
+                    f"{name}: estimator() returned {shown(estimator)}: return a frozen dataclass with a __call__ of "
+                    "(q, k, view, scale), or None"
+                )
             step = ("estimate", (estimator, leaf.scope))
             shared = graph.nodes[step]["heads"].heads if step in graph else ()
             heads = HeadMap.of(sorted({h for h in (*shared, *leaf.heads) if h >= 0}), program.heads // program.kv_heads)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import reduce
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol
@@ -319,6 +321,8 @@ class Pattern:
     def scaled(self, factor: float) -> Pattern:
         """This pattern with its `budgets` multiplied, those of the patterns that it is composed of included: a search
         brings candidates to equal cost with it. Rounded to five significant bits; what is not 0 stays at least 1."""
+        if not isinstance(factor, (int, float)) or not 0 < factor <= sys.float_info.max:
+            raise ValueError(f"budgets are scaled by {shown(factor)}: use a finite number above 0")
         if factor == 1:
             return self
         names = set(type(self).budgets)
@@ -514,8 +518,9 @@ def _scaled(value: Any, factor: float) -> Any:
 def _rounded(value: int, factor: float) -> int:
     if not value:
         return value
-    step = 1 << max(0, int(value * factor).bit_length() - 5)
-    return max(1, round(value * factor / step) * step)
+    exact = Fraction(factor) if max(value, factor) >= 1 << 53 else factor  # products of floats may be infinite
+    step = 1 << max(0, int(value * exact).bit_length() - 5)
+    return max(1, round(value * exact / step) * step)
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ layout at hand. `set_shapes` says what selection has to return for it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,6 +61,7 @@ class _Walk:
     layout: TokenLayout
     tile: int
     leaves: Mapping[str, tuple[Pattern, Scope]]
+    kinds: dict[str, Any] = field(default_factory=dict)
 
     # ---- conditions --------------------------------------------------------------------------------------------------
 
@@ -91,7 +92,9 @@ class _Walk:
         if not isinstance(name, sympy.Symbol) or not isinstance(size, sympy.Integer) or size < 0:
             raise TypeError(f"{self.named}: {shown(e)} is no set: use t.columns, t.diagonals or t.blocks")
         scope = self.scope_of(x.set_name(e))
-        for coordinate, places in zip(e.args[:-2], _places(e, self.layout, scope, self.tile), strict=True):
+        asked = _places(e, self.layout, scope, self.tile)
+        self.named_once(x.set_name(e), (type(e), asked))
+        for coordinate, places in zip(e.args[:-2], asked, strict=True):
             low, high = self.value(coordinate)
             if low < -1 or high > places:
                 raise ValueError(
@@ -109,6 +112,14 @@ class _Walk:
             )
         return self.leaves[leaf][1]
 
+    def named_once(self, name: str, kind: Any) -> None:
+        """Of what is selected by one name there is one kind."""
+        if self.kinds.setdefault(name, kind) != kind:
+            raise ValueError(
+                f"{self.named}: its mask uses the name {x.short(name)!r} for different sets or numbers: give each one "
+                "of its own"
+            )
+
     # ---- values ------------------------------------------------------------------------------------------------------
 
     def value(self, e: sympy.Basic) -> Interval:
@@ -117,6 +128,7 @@ class _Walk:
             return self.fits(e, Interval(int(e), int(e)))
         if isinstance(e, x.Number):
             self.scope_of(str(e))
+            self.named_once(str(e), (x.Number, e.at_least))
             return Interval(-NUMBER, NUMBER)
         if e in (x.q, x.k):
             return Interval(-1, self.layout.most(None) - 1)
@@ -158,7 +170,7 @@ class _Walk:
         value, modulus = e.args
         self.value(value)
         if isinstance(modulus, x.Number):
-            self.scope_of(str(modulus))
+            self.value(modulus)
             if modulus.at_least < 1:
                 raise ValueError(
                     f"{self.named}: {shown(e)} divides by {x.short(modulus.name)!r}, which may be 0: "

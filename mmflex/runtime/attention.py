@@ -17,9 +17,9 @@ from ..ir.pattern import Pattern, Tokens, denoted, find
 from ..ir.shown import shown
 from . import backends, graphs
 from .backends import Backend
-from .inputs import Spec, check_block_size, check_scale, without_autocast
+from .inputs import Spec, check_block_size, check_hash, check_scale, without_autocast
 from .inputs import check as _check
-from .plan import NO_BACKWARD, ForwardOnly, HeadDensity, Plan, wants_gradient
+from .plan import NO_BACKWARD, ForwardOnly, HeadDensity, Plan, outside_graphs, wants_gradient
 
 TILE = 128
 """Block size: what Hopper's kernels take, and FlexAttention's default."""
@@ -76,6 +76,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@outside_graphs
 def plan(
     q: Tensor,
     k: Tensor,
@@ -224,6 +225,8 @@ def _planned(
         alike = None  # the same of equal patterns, made anew
         if key is not None:
             alike = (spec if isinstance(spec, Pattern) else (type(spec), *spec), *key[1:])
+            for pattern in (spec,) if isinstance(spec, Pattern) else spec:
+                check_hash(pattern)
         call = calls.get(alike)
         if call is None or not _holds(call, q):
             call = _decided(q, k, v, spec, layout, scale, backend, need_lse, tile)

@@ -108,7 +108,11 @@ def why_not(
     """Why a backend cannot run with these tensors; None if it can. ValueError for an unknown name."""
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"unknown backend {shown(backend)}: use 'auto', {', '.join(map(repr, BACKENDS))}")
-    return BACKENDS[backend].why_not(torch.device(device), head_dim, dtype)
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {shown(device)}: give one of PyTorch's, such as 'cpu' or 'cuda:0'") from None
+    return BACKENDS[backend].why_not(where, head_dim, dtype)
 
 
 @lru_cache(maxsize=64)

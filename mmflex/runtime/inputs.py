@@ -59,6 +59,8 @@ def check(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayou
         raise ValueError(f"the head dimension is {q.shape[3]}: from 16 to 256 are supported; pad with zeros below 16")
     if v is not None and v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v has shape {tuple(v.shape)} but k {tuple(k.shape)}: heads and tokens must agree")
+    if v is not None and not 1 <= v.shape[3] <= 256:
+        raise ValueError(f"v has head dimension {v.shape[3]}: from 1 to 256 are supported")
     if layout is not None:
         if not isinstance(layout, TokenLayout):
             raise TypeError(f"layout is {type(layout).__name__}: build one with mmflex.TokenLayout.from_segments(...)")
@@ -74,11 +76,23 @@ def check(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayou
     for p in patterns:
         if not isinstance(p, Pattern):
             raise TypeError(f"spec holds {shown(p)}: give a pattern (see mask_builders), or one per query head")
+        check_hash(p)
     if len(patterns) != heads:
         raise ValueError(
             f"spec has {len(patterns)} patterns for {heads} query heads: give one per head, or a single one"
         )
     return patterns
+
+
+def check_hash(pattern: Pattern) -> None:
+    """TypeError where what was decided for a pattern cannot be looked up."""
+    try:
+        hash(pattern)
+    except TypeError as error:
+        raise TypeError(
+            f"the pattern {type(pattern).__name__} cannot be hashed ({error}): give its fields values that can be, "
+            "such as tuples for lists"
+        ) from None
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:

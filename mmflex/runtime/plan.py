@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ..compiler.orders import Order
 from ..compiler.plan import Launch, Program
+from ..ir.shown import shown
 from . import backends, dense, graphs, reference, steps
 from .backends import Backend
 from .beside import Beside
@@ -39,6 +40,16 @@ class HeadDensity:
         return self.total
 
 
+def _query_numbers(rows: Any, queries: int) -> np.ndarray:
+    """int64 [R]: numbers of queries, from 0; TypeError, ValueError for anything else."""
+    numbers = np.asarray(rows)
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise TypeError(f"rows is {shown(rows)}: give a list of query numbers, such as range(128)")
+    if numbers.size and not 0 <= numbers.min() <= numbers.max() < queries:
+        raise ValueError(f"rows is {shown(rows)}: the plan has the queries 0 to {queries - 1}")
+    return numbers.astype(np.int64)
+
+
 def _no_sums(q: Tensor) -> Tensor:
     """float32 [B, H, M]: log-sum-exps of rows that have seen no key."""
     return torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
@@ -48,6 +59,11 @@ def _finite(t: Tensor) -> bool:
     """Whether all of a tensor is finite. A sum is the quickest look; it may overflow, so only then every entry."""
     return bool(t.sum(dtype=torch.float32).isfinite()) or bool(t.isfinite().all())
 
+
+outside_graphs = torch.compiler.disable(
+    reason="planning is Python and sympy: call mmflex.attention inside of torch.compile, mmflex.plan outside"
+)
+"""For what torch.compile is not to trace: it would take minutes, and end in many small graphs."""
 
 NO_BACKWARD = "mmflex.attention has no backward: it is for prefill; train with the model's own attention"
 
@@ -99,11 +115,14 @@ class Plan:
         if not (once and graphs.replayed(self.state)):
             steps.after_estimates(self.state)
 
+    @outside_graphs
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The attention of these tensors under this plan's mask: shapes as planned."""
         if v is None:
             raise TypeError("v is None: give a tensor [batch, heads, tokens, head_dim]")
         check(q, k, v, self.program.groups[0].pattern, None)
+        if q.device != self.state.device:
+            raise TypeError(f"planned on {self.state.device}, q is on {q.device}: plan again, or move it with .to()")
         if (tuple(q.shape), tuple(k.shape)) != self.shape:
             raise ValueError(
                 f"planned for q and k of shapes {self.shape}, got {tuple(q.shape)}, {tuple(k.shape)}: plan again"
@@ -227,7 +246,7 @@ class Plan:
         if given. For small N, or few rows: it is as large as it says."""
         program, state = self.program, self.state
         layout, m, n = program.layout, program.queries, program.layout.length
-        chosen = np.arange(m) if rows is None else np.asarray(rows, dtype=np.int64)
+        chosen = np.arange(m) if rows is None else _query_numbers(rows, m)
         out = torch.zeros((state.batch, program.heads, len(chosen), n), dtype=torch.bool, device=state.device)
         if not len(chosen) or not n:
             return out

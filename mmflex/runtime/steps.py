@@ -112,14 +112,23 @@ def select(state: State, name: str) -> None:
     """Lets a pattern choose its sets and numbers."""
     leaf = state.program.leaves[name]
     view = View(state.program.layout, leaf.scope, state.program.queries, state.program.tile)
-    result, place = state.estimates.get((leaf.pattern.estimator(), leaf.scope), (None, {}))
+    estimator = leaf.pattern.estimator()
+    result: Any = None
+    place: dict[int, int] = {}
+    if estimator is not None:
+        if (estimator, leaf.scope) not in state.estimates:
+            raise TypeError(
+                f"{name}: estimator() returned {shown(estimator)}, which equals none that it returned before: make it "
+                "a frozen dataclass, so that equal ones are run once"
+            )
+        result, place = state.estimates[estimator, leaf.scope]
     chosen = leaf.pattern.select(result, view)
     index = tuple(place[h] for h in leaf.heads) if place else ()
     if not isinstance(chosen, Mapping):
         raise TypeError(f"{name}: select() returned {shown(chosen)}: return a dictionary of tensors by name")
     exprs, heads = [group.expr for group in state.program.groups], len(leaf.heads)
     if place:
-        heads = len(state.program.graph.nodes["estimate", (leaf.pattern.estimator(), leaf.scope)]["heads"].heads)
+        heads = len(state.program.graph.nodes["estimate", (estimator, leaf.scope)]["heads"].heads)
     for short, table in chosen.items():
         table = check_selected(table, f"{short}@{name}", exprs, view, state.batch, heads, state.device)
         if place and table.shape[1:2] == (heads,) and index != tuple(range(heads)):
