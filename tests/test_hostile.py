@@ -36,10 +36,12 @@ from mask_builders import (
     Strided,
     VerticalSlash,
     XAttention,
+    estimate,
 )
 from mmflex import TokenLayout
 from mmflex.ir import expr as x
 from mmflex.ir.pattern import find, from_json
+from mmflex.runtime import backends
 
 torch.set_num_threads(1)
 
@@ -428,6 +430,32 @@ def test_constants_of_one_block_size_are_not_those_of_another(first: int) -> Non
     for made in (calls[first](), calls[1 - first]()):
         q, k, v = tensors(made.layout.length)
         assert oracle.error(made.attend(q, k, v), oracle.softmax(q, k, v, made.dense_mask().numpy())[0]) <= 2e-6
+
+
+@pytest.mark.parametrize("backend", ["flash", "triton"])
+def test_kernels_of_blocks_of_128_say_so(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "resolve", lambda *_: backends.BACKENDS[backend])
+    refused(lambda: plan(AShape(3, 5), block_size=64), ValueError, "64", backend, "128", "reference")
+
+
+def test_tables_of_tokens_are_refused() -> None:
+    """Blocks of one token make a table of N x N."""
+    q = k = torch.zeros(1, 1, 1, 16).expand(1, 1, 1 << 15, 16)
+    for spec in (BlockTopK(1, 1), XAttention(1, 0.9, 3, 1), FlexPrefill(block_size=1)):
+        refused(lambda spec=spec: mmflex.plan(q, k, spec), ValueError, "32768 x 32768", str(1 << 28))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("chunk", [1, 5000, 40_000])
+def test_estimates_of_many_last_queries_are_made_in_parts(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many last queries as there are tokens, whose attention is not held at once."""
+    layout = TokenLayout.batch([TokenLayout.from_segments([("text", 90), ("image", (10, 10))]), TokenLayout.text(170)])
+    spec = VerticalSlash(30, 40, last_q=10**9)
+    for pattern in (spec, spec.on("image", "text"), Grid("search", slash=True, last_q=10**9)):
+        wanted = plan(pattern, 190, batch=2, layout=layout).dense_mask()
+        monkeypatch.setattr(estimate, "_CHUNK", chunk)
+        found = plan(pattern, 190, batch=2, layout=copy.copy(layout)).dense_mask()
+        monkeypatch.undo()
+        assert torch.equal(found, wanted)
 
 
 def test_a_stride_beyond_memory() -> None:

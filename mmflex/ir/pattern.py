@@ -25,6 +25,9 @@ from .validate import check_mask, check_type
 VERSION = 1
 """Version of the JSON form."""
 
+LARGEST_TABLE = 1 << 28
+"""Entries of a table of blocks for one head: blocks of 64 for a million tokens."""
+
 LONGEST_INTEGER = 1024
 """Bits of a budget: any more are beyond every prompt, and Python refuses to print thousands of digits."""
 
@@ -231,6 +234,12 @@ class Tokens:
         """Blocks of ``size`` (the tile) in the table ``name``, a bool tensor [B, H, query blocks, key blocks] counted
         from the first query and key in scope; at most ``at_most`` key blocks for a query block."""
         size = self.tile if size is None else min(_whole(size, "a block size", 1), max(self.layout.length, self.tile))
+        rows, keys = (-(-self.layout.most(m) // size) for m in (self.scope.query, self.scope.key))
+        if rows * keys > LARGEST_TABLE:
+            raise ValueError(
+                f"{self._leaf}: blocks of {size} make a table of {rows} x {keys} for each head, {LARGEST_TABLE} "
+                "entries are the most: use larger blocks"
+            )
         return x.Listed(x.Tile(self.row, size), x.Tile(self.k, size), self._name(name), self.capped(at_most))
 
     def number(self, name: str, at_least: int = 0) -> sympy.Expr:

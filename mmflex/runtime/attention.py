@@ -270,6 +270,10 @@ def _decided(
     if not isinstance(backend, str) or backend != "auto":
         backends.why_not(backend, q.device, q.shape[3], q.dtype)  # its name, before it is a key
     runs = backends.resolve(backend, q.device, q.shape[3], q.dtype)
+    if tile != TILE and runs.name in ("flash", "triton"):
+        raise ValueError(
+            f"block_size is {tile}: backend {runs.name!r} takes blocks of {TILE}; others are for backend='reference'"
+        )
     if need_lse and not runs.lse:
         raise ValueError(
             f"return_lse: backend {runs.name!r} does not give it; use backend='reference' or a CUDA device"
