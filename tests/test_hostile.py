@@ -537,13 +537,25 @@ def default_device(device: str) -> Iterator[None]:
         torch.set_default_device(None)
 
 
-SETTINGS: dict[str, Callable[[], Any]] = {
-    "default dtype float64": lambda: default_dtype(torch.float64),
-    "default dtype bfloat16": lambda: default_dtype(torch.bfloat16),
-    "default device meta": lambda: default_device("meta"),
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "inference mode": torch.inference_mode,
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Also fills memory that nobody has written to with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+SETTINGS: dict[str, Callable[[str], Any]] = {
+    "default dtype float64": lambda device: default_dtype(torch.float64),
+    "default dtype bfloat16": lambda device: default_dtype(torch.bfloat16),
+    "default device meta": lambda device: default_device("meta"),
+    "autocast": lambda device: torch.autocast(device, torch.bfloat16),
+    "inference mode": lambda device: torch.inference_mode(),
+    "deterministic algorithms": lambda device: deterministic(),
 }
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SPECS = [
     VerticalSlash(20, 40, 16),
     FlexPrefill(0.8, 0.2, 20, 40, 3, 16, 16, 16),
@@ -554,16 +566,17 @@ SPECS = [
 ]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_results_do_not_depend_on_what_a_process_has_set(setting: str) -> None:
+def test_results_do_not_depend_on_what_a_process_has_set(setting: str, device: str) -> None:
     """Not even the first ones, which leave constants behind for all others."""
     length = 150 + list(SETTINGS).index(setting)
     for dtype in (torch.float32, torch.bfloat16):
-        q, k, v = tensors(length, batch=2, dtype=dtype)
+        q, k, v = (t.to(device) for t in tensors(length, batch=2, dtype=dtype))
         layouts = [TokenLayout.text(length - 30), TokenLayout.from_segments([("image", (10, length // 10))])]
         for spec in SPECS:
             found = []
-            for where in (SETTINGS[setting](), torch.no_grad()):
+            for where in (SETTINGS[setting](device), torch.no_grad()):
                 layout = TokenLayout.batch(layouts, side="left", length=length)
                 with where:
                     options: dict[str, Any] = {"layout": layout, "backend": "reference"}
