@@ -147,6 +147,14 @@ def test_the_bound_of_int32_is_that_of_the_prompt() -> None:
     refused(lambda: plan(spec, n=2 * N), ValueError, str(factor))
 
 
+def test_segments_may_have_any_number() -> None:
+    """Values that are only compared need not be added."""
+    segment = np.where(np.arange(N) < 40, 2**31 - 1, -(2**31))
+    layout = TokenLayout.from_modality_ids(np.zeros(N, int), segment=segment)
+    mask = plan(own(lambda t: sympy.Eq(t.q_segment, t.k_segment)), layout=layout).dense_mask()[0, 0].numpy()
+    assert (mask == (segment[:, None] == segment) & np.tri(N, dtype=bool)).all()
+
+
 def test_padded_prompts_may_be_longer_than_their_tokens() -> None:
     layout = TokenLayout.batch([TokenLayout.text(40), TokenLayout.text(30)], length=N)
     made = plan(VerticalSlash(9, 20), batch=2, layout=layout)

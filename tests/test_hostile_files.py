@@ -368,6 +368,20 @@ def test_configs_with_changed_bytes(tmp_path: Path) -> None:
         refused_or_usable(path, load_config, lambda config: config.for_model(config.layers, config.heads))
 
 
+@pytest.mark.parametrize("head", ["x", 1.5, None, True])
+def test_heads_are_numbers(head: Any, arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", **arrays)
+    loaded = plot.load_plan(tmp_path / "x.npz")
+    for draw in (plot.mask_text, plot.plot_mask, plot.plot_orders):
+        with pytest.raises(TypeError, match="head is "):
+            draw(loaded, head)
+
+
+def test_what_is_no_plan_is_not_drawn() -> None:
+    with pytest.raises(TypeError, match=r"5 is no plan: make one with mmflex.plan"):
+        plot.mask_text(5, 0)  # type: ignore[arg-type]
+
+
 # ---- on the command line ---------------------------------------------------------------------------------------------
 
 

@@ -81,11 +81,11 @@ class _Walk:
             raise self.foreign(e)
 
     def relation(self, e: Relational) -> None:
-        sides = [self.value(side) for side in e.args]
-        self.sum_of(e.args, sides)  # the compiler takes one from the other
+        for side in e.args:
+            self.value(side)
         apart = x.separate(e)
-        if apart is not None:
-            self.sum_of((apart[0], apart[2]), [self.value(apart[0]), self.value(apart[2])])
+        if apart is not None:  # the compiler moves terms from side to side
+            self.value(apart[0]), self.value(apart[2])
 
     def set_test(self, e: Boolean) -> None:
         name, size = e.args[-2:]
@@ -185,7 +185,7 @@ class _Walk:
         return self.fits(e, Interval(0, int(value))).high
 
     def sum_of(self, terms: tuple[Any, ...], values: list[Interval]) -> Interval:
-        """In any order, and with any signs: the compiler moves terms from side to side."""
+        """In any order, and with any signs."""
         reach = sum(value.reach for value in values)
         self.fits(terms, Interval(-reach, reach))
         return Interval(sum(value.low for value in values), sum(value.high for value in values))
