@@ -28,7 +28,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mmflex
-from mask_builders import AShape, BlockTopK, Grid, VerticalSlash
+from mask_builders import (
+    AShape,
+    BlockTopK,
+    FlashPrefill,
+    FlexPrefill,
+    Grid,
+    Prism,
+    ProxyAttn,
+    VerticalSlash,
+    XAttention,
+)
 from mmflex.runtime import backends
 from mmflex.runtime.reference import softmax_attention
 
@@ -41,6 +51,13 @@ SPECS = {
     "grid-196": Grid(196, columns=True, local=1024),
     "a-shape": AShape(1024, 4096),
     "block-topk": BlockTopK(64),
+    "stem": BlockTopK(64, decay=0.7, values=0.2),
+    "flex-prefill": FlexPrefill(),
+    "x-attention": XAttention(16),
+    "prism": Prism(),
+    "flash-prefill": FlashPrefill(),
+    "flash-rescue": FlashPrefill(rescue=0.3),
+    "proxy": ProxyAttn(),
 }
 
 
@@ -166,7 +183,7 @@ def measure(name: str, backend: str, q: Tensor, k: Tensor, v: Tensor, dense: dic
     spec, n = SPECS[name], q.shape[2]
     how: dict[str, Any] = {"layout": mmflex.TokenLayout.text(n), "backend": backend}
     call = partial_(mmflex.attention, q, k, v, spec, **how)
-    make = partial_(mmflex.plan, q, k, spec, **how)
+    make = partial_(mmflex.plan, q, k, spec, v=v, **how)
     before, begin = backends.compiles, time.perf_counter()
     out = call()
     torch.cuda.synchronize()
@@ -191,7 +208,7 @@ def measure(name: str, backend: str, q: Tensor, k: Tensor, v: Tensor, dense: dic
     host = (time.perf_counter() - begin) * 1e3
     torch.cuda.synchronize()
     planning = milliseconds(make)
-    ready = [plan.state.ready[i] for i, launch in enumerate(plan.program.launches) if launch.kind != "dense"]
+    ready = [plan.state.prepared[i] for i, launch in enumerate(plan.program.launches) if launch.name != "dense"]
     partial, full = (sum(int(one.lists[i].sum()) for one in ready) for i in (0, 2))
     whole, kernel = total, 0.0
     if ready:
@@ -201,7 +218,7 @@ def measure(name: str, backend: str, q: Tensor, k: Tensor, v: Tensor, dense: dic
     dense_rate = HEADS * (n / 128) * (n / 128 + 1) / 2 * 128.0**2 * DIM * 4 / best
     given = min(ms for kind, ms in dense.items() if kind != "fa4" or GIVEN not in dense)
     row = {
-        "tokens": n, "pattern": name, "spec": str(spec), "backend": backend, "runs": plan.program.launches[0].kind,
+        "tokens": n, "pattern": name, "spec": str(spec), "backend": backend, "runs": plan.program.launches[0].name,
         "dense_ms": dense, "total_ms": total, "S": best / total, "S_given": given / total,
         "S_fa2": dense["fa2"] / total,
         "density": plan.density.total, "full": full, "partial": partial,

@@ -98,7 +98,7 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def _error(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, plan: Any) -> tuple[float, int]:
     """Relative error against float64 attention under the same mask, on 64 evenly spaced queries."""
-    from mmflex.raster import allowed_rows
+    from mmflex.plot.raster import allowed_rows
 
     at = torch.linspace(0, q.shape[2] - 1, 64).long()
     group = q.shape[1] // k.shape[1]

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmflex.compiler.plan import build
 from rich.console import Console
 from rich.table import Table
 
 import mmflex
 from mmflex.compiler.constants import constants_for, shipped
-from mmflex.compiler.plan import build
-from mmflex.compiler.predict import Prediction, predict
+from mmflex.compiler.prices import Prediction, predict
 from mmflex.runtime import backends
 from mmflex.tuning.cases import Case, held_out_cases, measure
 

@@ -6,7 +6,6 @@ Estimates are in float32, in the coordinates of a `View`: keys in scope, in orde
 from __future__ import annotations
 
 import itertools
-import weakref
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,13 +14,26 @@ import torch
 from torch import Tensor
 
 from mmflex.ir.pattern import View
+from mmflex.ir.queries import QueryTokens
+from mmflex.runtime.device import array_constant, device_constant
 from mmflex.runtime.kernels import use_triton
 from mmflex.runtime.kernels.mass import SPAN, block_diagonals, last_mass
-from mmflex.runtime.kernels.memory import kept
 from mmflex.runtime.kernels.rows import take_rows
 from mmflex.runtime.kernels.select import heaviest
 
-__all__ = ["LastMass", "LastQueries", "Pooled", "PooledBlocks", "comb_excess", "combed", "heaviest", "likely_strides"]
+from .near import NEAR, NearBlocks
+from .values import block_prominence
+
+__all__ = [
+    "LastMass",
+    "LastQueries",
+    "Pooled",
+    "PooledBlocks",
+    "comb_excess",
+    "combed",
+    "heaviest",
+    "likely_strides",
+]
 
 _CHUNK = 1 << 27
 """Scores held at a time, in elements: bounds the memory of an estimate at any length."""
@@ -58,8 +70,9 @@ class LastQueries:
 
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> LastMass:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `LastMass`. Scores that are not finite count as no attention."""
-        last = _last(view, self.last_q)
-        rows, limit, stand, position, keys = (None if a is None else _on(a, q.device) for a in last.arrays)
+        q, queries = view.last_queries(q)
+        last = _last(view, self.last_q, queries)
+        rows, limit, stand, position, keys = (None if a is None else array_constant(a, q.device) for a in last.arrays)
         assert rows is not None
         assert limit is not None
         assert stand is not None
@@ -132,26 +145,50 @@ def _add_diagonals(out: Tensor, mass: Tensor, at: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class Pooled:
-    """Mean-pooled queries [B, H, query blocks, D] and keys [B, Hkv, key blocks, D], scaled, and the last key block that
-    the queries of a block stand at, int32 [B, query blocks] (-1: no query)."""
+    """Means of blocks of queries and keys, float32.
+
+    Attributes:
+        q: [B, H, query blocks, D], scaled. k: [B, Hkv, key blocks, D].
+        reach: int32 [B|1, query blocks], the last key block that the queries of a block stand at (-1: no query).
+        near: the key blocks that hold their nearest keys.
+        prominence: [B, Hkv, key blocks], how far values stand out (`block_prominence`); None unless asked for.
+    """
 
     q: Tensor
     k: Tensor
     reach: Tensor
+    near: NearBlocks
+    prominence: Tensor | None = None
 
-    def scores(self, rows: slice) -> Tensor:
-        """float32 [B, H, rows, key blocks] of some query blocks; -inf where no key is before a query."""
+    def scores(self, rows: slice, weight: float = 0.0) -> Tensor:
+        """float32 [B, H, rows, key blocks] of some query blocks, -inf where no key is before a query; ``weight`` of the
+        prominence is added."""
         group = self.q.shape[1] // self.k.shape[1]
-        scores = self.q[:, :, rows].unflatten(1, (-1, group)) @ self.k[:, :, None].mT
-        seen = self.reach[:, rows, None] >= torch.arange(self.k.shape[2], device=self.k.device)
-        return scores.flatten(1, 2).nan_to_num(0.0).masked_fill(~seen[:, None], float("-inf"))
+        scores = mean_products(self.q[:, :, rows], self.k)
+        if self.prominence is not None and weight:
+            scores += weight * self.prominence.repeat_interleave(group, 1)[:, :, None]
+        number = torch.arange(self.k.shape[2], device=self.k.device)
+        return scores.masked_fill(number > self.reach[:, None, rows, None], float("-inf"))
+
+
+def mean_products(q: Tensor, k: Tensor) -> Tensor:
+    """float32 [B, H, rows, keys] of q [B, H, rows, D] and k [B, Hkv, keys, D]; what is not finite is 0."""
+    group = q.shape[1] // k.shape[1]
+    return (q.unflatten(1, (-1, group)) @ k[:, :, None].mT).flatten(1, 2).nan_to_num(0.0)
 
 
 @dataclass(frozen=True)
 class PooledBlocks:
-    """Estimator: queries and keys mean-pooled over blocks (MInference, block-sparse heads)."""
+    """Estimator: queries and keys mean-pooled over blocks (MInference, block-sparse heads).
+
+    Attributes:
+        block_size: tokens. near: how many nearest keys of every query `Pooled.near` covers.
+        values: the prominence of values is estimated as well.
+    """
 
     block_size: int
+    near: int = NEAR
+    values: bool = False
 
     def scored(self, view: View) -> float:
         """Query-key products for one head and prompt: of every block of queries with every block of keys before it."""
@@ -159,30 +196,41 @@ class PooledBlocks:
 
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> Pooled:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `Pooled`."""
-        layout, size = view.layout, view.block_size(self.block_size)
-        tail = slice(layout.length - view.queries, None)
-
-        def build() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            in_rows = layout.of(view.scope.query)[:, tail]
-            row_block = np.where(in_rows, layout.coordinate(view.scope.query)[:, tail] // size, -1)
-            key_block = np.where(layout.of(view.scope.key), layout.coordinate(view.scope.key) // size, -1)
-            stand = np.where(in_rows, layout.coordinate(view.scope.key)[:, tail] // size, -1)
-            reach = np.full((len(stand), -(-view.rows // size) + 1), -1)
-            for b in range(len(stand)):
-                np.maximum.at(reach[b], row_block[b], stand[b])
-            return row_block, key_block, np.ascontiguousarray(reach[:, :-1])
-
-        row_block, key_block, reach = layout._once(("pooled", view.scope, view.queries, size), build)
-        pooled_q = _pool(q, row_block, reach.shape[1], size) * scale
-        return Pooled(pooled_q, _pool(k, key_block, -(-view.size // size), size), _on(reach, q.device))
+        size = view.block_size(self.block_size)
+        row_block, key_block, reach = blocks_of(view, size)
+        return Pooled(
+            block_means(q, row_block, reach.shape[1], size) * scale,
+            block_means(k, key_block, -(-view.size // size), size),
+            array_constant(reach, q.device),
+            NearBlocks.of(view, size, self.near, q.device),
+            block_prominence(view, size) if self.values else None,
+        )
 
 
-def _pool(x: Tensor, block: np.ndarray, blocks: int, size: int) -> Tensor:
+def blocks_of(view: View, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Host data: the block of each query, int [B, M], and of each key, int [B, N] (-1: out of scope), and the last key
+    block that the queries of each block stand at, int [B, query blocks] (-1: none)."""
+    layout, take = view.layout, view.queries.take
+
+    def build() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        in_rows = take(layout.of(view.scope.query))
+        row_block = np.where(in_rows, take(layout.coordinate(view.scope.query)) // size, -1)
+        key_block = np.where(layout.of(view.scope.key), layout.coordinate(view.scope.key) // size, -1)
+        key_reached = np.where(in_rows, take(layout.coordinate(view.scope.key)) // size, -1)
+        reach = np.full((len(row_block), -(-view.rows // size) + 1), -1)
+        for b in range(len(row_block)):
+            np.maximum.at(reach[b], row_block[b], key_reached[b])
+        return row_block, key_block, np.ascontiguousarray(reach[:, :-1])
+
+    return layout.once(("pooled", view.scope, view.queries, size), build)
+
+
+def block_means(x: Tensor, block: np.ndarray, blocks: int, size: int) -> Tensor:
     """Means of x [B, H, T, D] over tokens of equal ``block`` [B, T] (-1: none) -> float32 [B, H, blocks, D]."""
     tokens = x.shape[2]
     if tokens == blocks * size and len(block) == 1 and (block[0] == np.arange(tokens) // size).all():
         return x.unflatten(2, (blocks, size)).mean(3, dtype=torch.float32)
-    index = _on(block, x.device).long().expand(len(x), -1)
+    index = array_constant(block, x.device).long().expand(len(x), -1)
     index = torch.where(index < 0, blocks, index)
     total = x.new_zeros((x.shape[0], x.shape[1], blocks + 1, x.shape[3]), dtype=torch.float32)
     total.scatter_add_(2, index[:, None, :, None].expand(x.shape), x.float().nan_to_num(0.0))
@@ -214,16 +262,15 @@ class _Last:
         return int(np.where(inside.any(axis=1), self.stand.max(axis=1) - least, 0).max(initial=0))
 
 
-def _last(view: View, last_q: int) -> _Last:
-    layout, scope, m = view.layout, view.scope, view.queries
-    last_q = min(last_q, max(1, m))
+def _last(view: View, last_q: int, queries: QueryTokens) -> _Last:
+    layout, scope = view.layout, view.scope
+    last_q = min(last_q, max(1, queries.count))
 
     def build() -> _Last:
-        tail = slice(layout.length - m, None)
-        rows = _last_true(layout.of(scope.query)[:, tail], max(16, 1 << (last_q - 1).bit_length()), last_q)
+        rows = _last_true(queries.take(layout.of(scope.query)), max(16, 1 << (last_q - 1).bit_length()), last_q)
         at = np.maximum(rows, 0)
-        limit = np.where(rows >= 0, np.take_along_axis(layout.position[:, tail], at, axis=1), -1)
-        stand = np.where(rows >= 0, np.take_along_axis(layout.coordinate(scope.key)[:, tail], at, axis=1), -1)
+        limit = np.where(rows >= 0, np.take_along_axis(queries.take(layout.position), at, axis=1), -1)
+        stand = np.where(rows >= 0, np.take_along_axis(queries.take(layout.coordinate(scope.key)), at, axis=1), -1)
         keys = None
         if scope.key is not None or layout.padded:
             keys = np.full((layout.batch_size, view.size), -1, np.int64)
@@ -232,7 +279,7 @@ def _last(view: View, last_q: int) -> _Last:
                 keys[b, : len(found)] = found
         return _Last(rows, limit, stand, layout.position, keys)
 
-    return layout._once(("last queries", scope, m, last_q), build)
+    return layout.once(("last queries", scope, queries, last_q), build)
 
 
 def _last_true(mask: np.ndarray, width: int, n: int) -> np.ndarray:
@@ -244,26 +291,14 @@ def _last_true(mask: np.ndarray, width: int, n: int) -> np.ndarray:
     return out
 
 
-_held: dict[tuple[int, torch.device], tuple[weakref.ref, Tensor]] = {}
-
-
-def _on(array: np.ndarray, device: torch.device) -> Tensor:
-    """An int32 copy of a host array on a device, made once in the array's life."""
-    key = (id(array), device)
-    if key not in _held or _held[key][0]() is not array:
-        tensor = torch.tensor(array, dtype=torch.int32, device=device)
-        _held[key] = (weakref.ref(array, lambda _: _held.pop(key, None)), tensor)
-    return _held[key][1]
-
-
 def _ramp(n: int, device: torch.device) -> Tensor:
     """int64 [n], from 0 on; kept."""
-    return kept(("ramp", n), device, lambda where: torch.arange(n, device=where))
+    return device_constant(("ramp", n), device, lambda on: torch.arange(n, device=on))
 
 
 def first_of(n: int, count: int, device: torch.device) -> Tensor:
     """bool [n], true for the first ``count``; kept."""
-    return kept(("first of", n, count), device, lambda where: torch.arange(n, device=where) < count)
+    return device_constant(("first of", n, count), device, lambda on: torch.arange(n, device=on) < count)
 
 
 def combed(mass: Tensor, stride: int, first: int, last: int) -> Tensor:

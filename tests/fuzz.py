@@ -51,7 +51,7 @@ from mask_builders import (
 from mmflex import Pattern, Plan, Segment, TokenLayout, plot
 from mmflex.ir.pattern import from_json
 from mmflex.ir.shown import shown
-from mmflex.snapshot import snapshot
+from mmflex.plot.snapshot import snapshot
 from mmflex.tuning.config import Config, load_config, load_minference_config, save_config
 
 DECLARED = (ValueError, TypeError, NotImplementedError)

@@ -26,8 +26,11 @@ from mask_builders import (
     Boundary2D,
     Dense,
     Dilated,
+    FlashPrefill,
     FlexPrefill,
     Grid,
+    Prism,
+    ProxyAttn,
     QBoundary,
     Strided,
     StridedFixed,
@@ -36,7 +39,9 @@ from mask_builders import (
     XAttention,
 )
 from mmflex.compiler.constants import GENERIC, Constants, shipped
-from mmflex.compiler.plan import build
+from mmflex.compiler.launches import DenseLaunch
+from mmflex.compiler.lower import lower
+from mmflex.ir.queries import QueryTokens
 from mmflex.runtime.attention import Plan
 from mmflex.runtime.backends import BACKENDS
 
@@ -57,6 +62,12 @@ SPECS: dict[str, Any] = {
     "block top-k, other blocks": BlockTopK(3, 40),
     "flex prefill": FlexPrefill(0.9, 0.2, 64, 96, 5, 32, 16, 16),
     "x attention": XAttention(8, 0.8, 5, 16),
+    "x attention, own block": XAttention(8, 0.8, 5, 16, near=1),
+    "block top-k, own block": BlockTopK(4, 16, near=1),
+    "falling top-k": BlockTopK(12, 16, near=20, decay=0.4),
+    "prism": Prism(0.8, 5, 16, near=20),
+    "flash prefill": FlashPrefill(0.2, 5, 0.5, 20, 16, 20, 16),
+    "proxy attn": ProxyAttn(0.8, 6, 32, block_size=16, near=20),
     "grid": GRID,
     "grid rows": Grid(37, rows=True, local=40, sink=16, last_q=16),
     "grid slash": Grid(37, columns=False, slash=True, local=40, sink=16, last_q=16),
@@ -129,7 +140,8 @@ def planned(
     k = torch.randn(layout.batch_size, KV_HEADS, layout.length, DIM, generator=generator)
     k[:, :, ::37] *= 2  # some keys that queries like
     patterns = (spec,) * HEADS if isinstance(spec, mmflex.Pattern) else tuple(spec)
-    program = build(patterns, layout, queries, KV_HEADS, tile, constants=constants, **can)
+    tokens = QueryTokens.last(queries, layout.length)
+    program = lower(patterns, layout, tokens, KV_HEADS, tile, constants=constants, **can)
     return Plan(program, BACKENDS["reference"], DIM**-0.5, q, k)
 
 
@@ -141,15 +153,15 @@ def described(plan: mmflex.Plan) -> list[dict[str, Any]]:
             "launch": launch.label,
             "heads": list(launch.heads.heads),
             "width": launch.width,
-            "section": launch.section,
-            "capacity": launch.capacity,
+            "section": getattr(launch, "section", 0),
+            "capacity": getattr(launch, "capacity", 0),
             "slots": [launch.row_slots, launch.key_slots],
             "cost": float(f"{launch.cost:.4g}"),
         }
-        if launch.kind != "dense":
-            ready = plan.state.ready[number]
-            facts["partial blocks"] = ready.mask_mod.comparison or "looked up"
-            facts["lists"] = _hash(ready.lists)
+        if not isinstance(launch, DenseLaunch):
+            prepared = plan.state.prepared[number]
+            facts["partial blocks"] = prepared.mask_mod.comparison or "looked up"
+            facts["lists"] = _hash(prepared.lists)
         out.append(facts)
     return out
 

@@ -15,18 +15,20 @@ import mmflex
 from mask_builders import AShape, Dense, Grid, VerticalSlash
 from mmflex import TokenLayout
 from mmflex.compiler.constants import GENERIC
-from mmflex.compiler.expected import moved, work
-from mmflex.compiler.plan import BESIDE, build
-from mmflex.compiler.predict import attend_ms, predict
-from mmflex.runtime import backends, reference, steps
-from mmflex.runtime.beside import Beside
+from mmflex.compiler.launches import SIDE_STREAM_KEYS
+from mmflex.compiler.lower import lower
+from mmflex.compiler.prices import attend_ms, predict
+from mmflex.ir.queries import QueryTokens
+from mmflex.runtime import backends, reference
+from mmflex.runtime.launches import execution
+from mmflex.runtime.streams import SideStream
 
 TILE = 16
 
 
 def planned(
     spec: mmflex.Pattern, queries: int, keys: int, memory: str = "heads"
-) -> tuple[mmflex.Plan, tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[mmflex.Plan, tuple[Tensor, ...]]:
     """A plan with tiles of 16, and q, k, v in the slots of its only launch."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, n, 32) for heads, n in ((6, queries), (2, keys), (2, keys)))
@@ -34,7 +36,15 @@ def planned(
         q = q.transpose(1, 2).contiguous().transpose(1, 2)
     plan = mmflex.plan(q, k, spec, layout=TokenLayout.text(keys), backend="reference", block_size=TILE)
     assert len(plan.program.launches) == 1
-    return plan, (steps.queries(plan.state, 0, q), *steps.keys(plan.state, 0, k, v))
+    return plan, in_slots(plan, q, k, v)
+
+
+def in_slots(plan: mmflex.Plan, q: Tensor, k: Tensor, v: Tensor, any_length: bool = False) -> tuple[Tensor, ...]:
+    """q, k and v in the slots of a plan's only launch."""
+    (launch,), prepared = plan.program.launches, plan.state.prepared[0]
+    run = execution(launch)
+    keys = run.keys(plan.state, launch, prepared, k, v, any_length)
+    return run.queries(plan.state, launch, prepared, q, any_length), *keys
 
 
 @pytest.mark.parametrize("memory", ["heads", "tokens"])
@@ -47,7 +57,7 @@ def test_strips_are_the_same_attention(
     """A prompt's queries in strips, as a batch over the same keys: same masks, lists and rows, and no copies."""
     monkeypatch.setattr(backends, "STRIP", strip)
     plan, (q, k, v) = planned(spec, queries, keys, memory)
-    ready = plan.state.ready[0]
+    ready = plan.state.prepared[0]
     assert ready.mask_mod.by_slot
     whole, lse = reference.attend(q, k, v, ready.mask_mod, ready.lists, TILE, plan.scale)
     dealt = backends._in_strips(q, k, v, ready.mask_mod, ready.lists, TILE)
@@ -63,7 +73,7 @@ def test_strips_are_the_same_attention(
 def test_lists_of_what_is_given_end_where_it_ends() -> None:
     """185 tokens fill 12 tiles of 16; a launch of 13 with lists as wide names none of the last."""
     count, index = torch.arange(13).expand(1, 2, -1), torch.zeros(1, 2, 13, 13)
-    lists = (count, index, count, index)
+    lists = backends.BlockLists(count, index, count, index)
     assert backends._cut(lists, 13, 13) is lists
     assert [tuple(t.shape) for t in backends._cut(lists, 12, 12)] == [(1, 2, 12), (1, 2, 12, 12)] * 2
     assert [tuple(t.shape) for t in backends._cut(lists, 12, 40)] == [(1, 2, 12), (1, 2, 12, 13)] * 2
@@ -81,7 +91,7 @@ def test_masks_read_nothing_where_limits_are_slots(queries: int, keys: int) -> N
     """From the first query on; the dense mask says what it must be."""
     q, k, v = (torch.randn(1, heads, n, 32) for heads, n in ((2, queries), (1, keys), (1, keys)))
     plan = mmflex.plan(q, k, AShape(20, 50), backend="reference", block_size=TILE)
-    mask_mod = plan.state.ready[0].mask_mod
+    mask_mod = plan.state.prepared[0].mask_mod
     assert mask_mod.comparison == ("row >= key" if keys - queries < TILE else "row >= limit[key]")
     assert len(mask_mod.captures) == 2 * (keys - queries >= TILE)
     expected, _ = reference.softmax_attention(q.double(), k.double(), v.double(), plan.dense_mask(), 32**-0.5)
@@ -94,7 +104,7 @@ def test_padding_and_gathered_columns_need_limits() -> None:
     padded = mmflex.plan(q, k, AShape(20, 50), layout=TokenLayout.batch(layouts, side="left"), backend="reference")
     mixed = mmflex.plan(q[:1], k[:1], [AShape(20, 50), VerticalSlash(5, 20)], backend="reference")
     for plan in (padded, mixed):
-        assert plan.state.ready[0].mask_mod.comparison == "row >= limit[key]"
+        assert plan.state.prepared[0].mask_mod.comparison == "row >= limit[key]"
 
 
 def test_kernels_made_in_too_many_ways_are_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,22 +129,22 @@ def test_kernels_made_in_too_many_ways_are_begun_anew(monkeypatch: pytest.Monkey
     assert len(set(made)) == 2
 
 
-def test_work_beside_is_done_off_a_gpu_too() -> None:
-    with Beside(torch.device("cpu")) as aside:
+def test_a_side_stream_is_no_stream_off_a_gpu() -> None:
+    with SideStream(torch.device("cpu")) as aside:
         assert aside.run(lambda: [1, 2])() == [1, 2]
 
 
 @pytest.mark.parametrize(("backend", "tokens", "runs"), [
-    ("triton", BESIDE // 2, False), ("triton", BESIDE, True), ("cpu", BESIDE, False),
+    ("triton", SIDE_STREAM_KEYS // 2, False), ("triton", SIDE_STREAM_KEYS, True), ("cpu", SIDE_STREAM_KEYS, False),
 ])  # fmt: skip
-def test_few_rows_are_priced_beside_the_rest(backend: str, tokens: int, runs: bool) -> None:
+def test_few_rows_are_priced_as_overlapping_with_the_rest(backend: str, tokens: int, runs: bool) -> None:
     """On a GPU and from some length on: their longest tile counts no more than what else is done meanwhile."""
     q, k = torch.zeros(1, 2, tokens, 16), torch.zeros(1, 1, tokens, 16)
     spec = Grid(256, columns=True, rows=True)
     program = mmflex.plan(q, k, spec, layout=TokenLayout.text(tokens), backend="reference").program
     prices = replace(program.constants, backend=backend)
     one, wide = (predict(program, replace(prices, lanes=lanes)) for lanes in (1, 10_000))
-    assert one.launches[1].kind == "rows"
+    assert one.launches[1].kind == "gathered rows"
     assert (wide.launches[1].attend_ms == one.launches[1].attend_ms) == runs
     assert one.attend_ms == pytest.approx(sum(launch.attend_ms for launch in one.launches))
     alone = attend_ms(wide.launches[1].work, replace(prices, lanes=10_000))
@@ -151,10 +161,10 @@ def test_what_need_not_fill_tiles_is_not_copied(queries: int, padded: bool) -> N
     plan = mmflex.plan(q, k, AShape(20, 50), layout=layout, backend="reference", block_size=TILE)
     (launch,) = plan.program.launches
     for given in (False, True):
-        rows, (keys, values) = steps.queries(plan.state, 0, q, given), steps.keys(plan.state, 0, k, v, given)
+        rows, keys, values = in_slots(plan, q, k, v, given)
         assert (rows is q) == (given and not padded and queries == n)
         assert (keys is k) == (values is v) == (given and not padded)
-        assert (moved(launch, plan.layout, 4, given) == 0) == (rows is q and keys is k)
+        assert (launch.moved_tiles(plan.layout, 4, given) == 0) == (rows is q and keys is k)
 
 
 def test_what_is_priced_is_what_backends_can_do() -> None:
@@ -170,7 +180,7 @@ def test_a_compiled_kernel_takes_tokens_as_they_stand(monkeypatch: pytest.Monkey
         torch.manual_seed(0)
         q, k, v = torch.randn(1, 2, 4150, 16), torch.randn(1, 1, 4150, 16), torch.randn(1, 1, 4150, 16)
         plan = mmflex.plan(q, k, [Grid(300, columns=False, rows=True, phase=7, local=300), Dense()], backend="cpu")
-        assert [launch.kind for launch in plan.program.launches] == ["main", "dense", "rows"]
+        assert [launch.name for launch in plan.program.launches] == ["blocks", "dense", "gathered rows"]
         assert plan.program.launches[0].row_slots == 34 * 128
         with unittest.mock.patch.object(backends, "_kernel", wraps=backends._kernel) as made:
             found = plan.attend(q, k, v)
@@ -186,8 +196,9 @@ def test_a_compiled_kernel_takes_tokens_as_they_stand(monkeypatch: pytest.Monkey
 def test_dense_heads_of_a_whole_launch_are_not_copied(backend: str, tokens: int) -> None:
     """Whatever the length: a spec must not win against copies that dense attention never makes."""
     layout = TokenLayout.text(tokens)
-    program = build((Dense(),) * 4, layout, tokens, 2, 128, lse=True, full_width=False)
+    queries = QueryTokens.last(tokens, tokens)
+    program = lower((Dense(),) * 4, layout, queries, 2, 128, lse=True, full_width=False)
     assert predict(program, replace(program.constants, backend=backend)).moving_ms == 0
-    some = build((Dense(), AShape(20, 50)) * 2, layout, tokens, 2, 128, lse=True, full_width=False)
-    launch = next(launch for launch in some.launches if launch.kind == "dense")
-    assert work(launch, layout, 4).copies
+    some = lower((Dense(), AShape(20, 50)) * 2, layout, queries, 2, 128, lse=True, full_width=False)
+    launch = next(launch for launch in some.launches if launch.name == "dense")
+    assert launch.expected_work(layout, 4).copies

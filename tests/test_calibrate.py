@@ -32,8 +32,11 @@ from mask_builders import (
 from mmflex.cli import app
 from mmflex.compiler import constants as store
 from mmflex.compiler.constants import COSTS, GENERIC, Constants, constants_for
-from mmflex.compiler.plan import BESIDE, Program, build
-from mmflex.compiler.predict import MARGIN, attend_ms, expected_work, moving_ms, predict, times
+from mmflex.compiler.launches import SIDE_STREAM_KEYS
+from mmflex.compiler.lower import lower
+from mmflex.compiler.prices import MARGIN, attend_ms, expected_work, moving_ms, predict
+from mmflex.compiler.program import Program
+from mmflex.ir.queries import QueryTokens
 from mmflex.tuning.calibrate import ATTEND, Settings, attend_features, blank, calibrate, fit, least_squares
 from mmflex.tuning.cases import Case, Sample, fit_cases
 from mmflex.tuning.cost import counted, program_of
@@ -61,7 +64,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def program(spec: mmflex.Pattern, tokens: int, constants: Constants = GENERIC, heads: int = 4) -> Program:
     layout = mmflex.TokenLayout.text(tokens)
-    return build([spec] * heads, layout, tokens, 2, 128, lse=True, full_width=False, constants=constants)
+    queries = QueryTokens.last(tokens, layout.length)
+    return lower([spec] * heads, layout, queries, 2, 128, lse=True, full_width=False, constants=constants)
 
 
 def random_plan(spec: mmflex.Pattern, layout: mmflex.TokenLayout, tile: int = 128, batch: int = 1) -> mmflex.Plan:
@@ -115,7 +119,7 @@ def test_fit_recovers_a_device(backend: str) -> None:
         made = program(case.spec, case.tokens, planted)
         done = expected_work(made, 1)
         guess = predict(made, planted)
-        host = planted.host + planted.host_estimate * ("estimate" in {op for op, _ in made.graph.nodes})
+        host = planted.host + planted.host_estimate * bool(made.estimates)
         host += planted.host_launch * len(made.launches)
         attend = guess.attend_ms + guess.moving_ms
         samples.append(Sample(case, made, done, done, attend, guess.planning_ms, 1e3 * host, 0.0, host))
@@ -219,7 +223,8 @@ def test_expected_blocks_are_those_of_the_measured_runs() -> None:
     for row in rows:
         n = row["tokens"]
         layout = mmflex.TokenLayout.text(n)
-        made = build([SPECS[row["pattern"]]] * HEADS, layout, n, KV_HEADS, 128, lse=True, full_width=False)
+        spec, queries = [SPECS[row["pattern"]]] * HEADS, QueryTokens.last(n, n)
+        made = lower(spec, layout, queries, KV_HEADS, 128, lse=True, full_width=False)
         blocks = sum(w.full + w.partial for w in expected_work(made, 1).values())
         assert blocks == pytest.approx(row["full"] + row["partial"], rel=0.2), (n, row["pattern"])
 
@@ -257,7 +262,7 @@ def test_a_launch_in_milliseconds() -> None:
 
 
 @pytest.mark.parametrize("backend", ["flash", "triton", "cpu"])
-@pytest.mark.parametrize("tokens", [4096, BESIDE])
+@pytest.mark.parametrize("tokens", [4096, SIDE_STREAM_KEYS])
 def test_what_is_fitted_is_what_is_predicted(backend: str, tokens: int) -> None:
     """One model of attending, forwards and backwards: with few rows too, which run beside the rest of long prompts."""
     c = replace(PLANTED, backend=backend, looked_full=PLANTED.full)
@@ -278,7 +283,7 @@ def test_predictions_grow_with_blocks_tokens_and_prompts() -> None:
     made = program(VerticalSlash(200, 512), 8192, PLANTED)
     one, four = (predict(made, batch=batch) for batch in (1, 4))
     assert one.attend_ms < four.attend_ms < 4 * one.attend_ms
-    assert times(expected_work(made, 1)[0], 4) == expected_work(made, 4)[0]
+    assert expected_work(made, 1)[0].times(4) == expected_work(made, 4)[0]
 
 
 def test_the_host_counts_only_where_nothing_hides_it() -> None:
@@ -299,7 +304,7 @@ def test_program_of_needs_no_tensors() -> None:
     layout = mmflex.TokenLayout.text(4096)
     made = program_of(VerticalSlash(100, 256), layout, 4, 2, backend="reference", head_dim=64)
     assert predict_any(made).total_ms > 0
-    assert [launch.kind for launch in program_of(AShape(), mmflex.TokenLayout.text(64), 4, 2).launches] == ["main"]
+    assert [launch.name for launch in program_of(AShape(), mmflex.TokenLayout.text(64), 4, 2).launches] == ["blocks"]
     with pytest.raises(ValueError, match="3 patterns for 4 query"):
         program_of([AShape()] * 3, layout, 4, 2)
     with pytest.raises(TypeError, match="plan"):
@@ -325,12 +330,12 @@ def test_the_break_even_follows_the_constants() -> None:
     }.items():
         store.keep([record])
         plan = mmflex.plan(q, k, AShape(128, 128))
-        kinds[name] = plan.program.launches[0].kind
+        kinds[name] = plan.program.launches[0].name
         assert ("ms" in plan.note and "dense" in plan.note) == (kinds[name] == "dense")
         assert plan.program.constants.source == "measured"
     assert 0 < MARGIN < 0.2
     assert kinds == {
-        "sparse is cheap": "main",
+        "sparse is cheap": "blocks",
         "dense is cheap": "dense",
         "planning is dear": "dense",
         "by a little": "dense",
@@ -344,13 +349,12 @@ def test_orders_follow_the_constants() -> None:
     spec = [QBoundary({"text": AShape(64, 256), "image": AShape(128, 512)})] * 4
     labels = set()
     for moved in (0.0, 1.0):
-        made = build(
-            spec, layout, layout.length, 2, 128, lse=True, full_width=False, constants=replace(GENERIC, moved=moved)
-        )  # fmt: skip
-        chosen, *rest = made.groups[0].weighed
+        queries, prices = QueryTokens.last(layout.length, layout.length), replace(GENERIC, moved=moved)
+        made = lower(spec, layout, queries, 2, 128, lse=True, full_width=False, constants=prices)
+        chosen, *rest = made.groups[0].alternatives
         assert rest
-        assert all(chosen[1] <= price for _, price in rest)
-        labels.add(chosen[0].split(" queries")[0])
+        assert all(chosen.cost <= way.cost for way in rest)
+        labels.add(chosen.label.split(" queries")[0])
     assert labels == {"natural", "modality-major"}
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 import mmflex
-import mmflex.runtime.attention as runtime
 from mask_builders import AShape, Dense, VerticalSlash
 from mmflex import TokenLayout
 from mmflex.compiler import constants
 from mmflex.plot.recorded import recorded
-from mmflex.runtime import backends, steps
+from mmflex.runtime import backends, calls
+from mmflex.runtime.launches import BlockExecution
 
 
 def make(heads: int = 4, kv_heads: int = 2, n: int = 96, dim: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,7 +28,7 @@ def make(heads: int = 4, kv_heads: int = 2, n: int = 96, dim: int = 16) -> tuple
 
 @pytest.fixture
 def checked() -> Iterator[unittest.mock.Mock]:
-    with unittest.mock.patch.object(runtime, "_check", wraps=runtime._check) as check:
+    with unittest.mock.patch.object(calls, "check", wraps=calls.check) as check:
         yield check
 
 
@@ -97,7 +97,7 @@ def test_new_constants_decide_anew() -> None:
 def test_lists_that_follow_from_the_layout_are_made_once(spec: mmflex.Pattern) -> None:
     q, k, v = make(n=512)
     layout = TokenLayout.from_segments([("text", 512)])
-    with unittest.mock.patch.object(steps, "gather_and_list", wraps=steps.gather_and_list) as made:
+    with unittest.mock.patch.object(BlockExecution, "list", autospec=True, side_effect=BlockExecution.list) as made:
         first = mmflex.attention(q, k, v, spec, layout=layout, backend="reference")
         assert torch.equal(mmflex.attention(q, k, v, spec, layout=layout, backend="reference"), first)
         other = mmflex.attention(q * 2, k, v, spec, layout=layout, backend="reference")
@@ -154,7 +154,7 @@ def test_a_copy_has_a_serial_of_its_own() -> None:
 
 
 def test_calls_kept_for_a_layout_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "CALLS", 4)
+    monkeypatch.setattr(calls, "CALLS", 4)
     q, k, v = make()
     layout = TokenLayout.from_segments([("text", 96)])
     for i in range(20):

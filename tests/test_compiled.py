@@ -22,8 +22,11 @@ from mask_builders import (
     Boundary2D,
     Dense,
     Dilated,
+    FlashPrefill,
     FlexPrefill,
     Grid,
+    Prism,
+    ProxyAttn,
     QBoundary,
     Strided,
     StridedFixed,
@@ -31,7 +34,7 @@ from mask_builders import (
     VerticalSlash,
     XAttention,
 )
-from mmflex.compiler import plan as compiler
+from mmflex.compiler.lower import Lowering
 
 N, HEADS, KV_HEADS, DIM = 750, 4, 2, 32
 MOST_KERNELS = 13
@@ -47,6 +50,7 @@ def prompt() -> mmflex.TokenLayout:
 
 
 LAYOUT = prompt()
+MODALITY_MAJOR = Lowering("modality-major", "modality-major")
 PADDED = mmflex.TokenLayout.batch([prompt()[:690], prompt()[20:]], side="left", length=N)
 
 
@@ -68,22 +72,18 @@ def tensors(
 def check(
     spec: object,
     layout: mmflex.TokenLayout = LAYOUT,
-    lowering: int | None = None,
+    lowering: Lowering | None = None,
     scale: float | None = None,
     **options: object,
 ) -> mmflex.Plan:
     """Mask and output of one call on the compiled kernel against the oracle, head by head.
 
     Args:
-        lowering: take this one of the ways to compute the spec, not the cheapest.
+        lowering: which of the ways to compute the spec to take, not the cheapest.
     """
     patterns = (spec,) * HEADS if isinstance(spec, mmflex.Pattern) else tuple(spec)  # type: ignore[arg-type]
     q, k, v = tensors(**options)  # type: ignore[arg-type]
-    with pytest.MonkeyPatch.context() as patch:
-        if lowering is not None:
-            layout, every = prompt(), compiler._lowerings
-            patch.setattr(compiler, "_lowerings", lambda *args: [every(*args)[lowering]])
-        plan = mmflex.plan(q, k, patterns, layout=layout, scale=scale, backend="cpu")
+    plan = mmflex.plan(q, k, patterns, layout=layout, scale=scale, backend="cpu", lowering=lowering, v=v)
     mask = oracle.token_mask(plan, patterns)
     assert (plan.dense_mask().numpy() == mask).all()
     out = plan.attend(q, k, v)
@@ -93,7 +93,7 @@ def check(
         error = oracle.error(out[:, h], wanted[:, h])
         assert error <= (2e-6 if q.dtype == torch.float32 else 4e-3), f"head {h}, {patterns[h]}: {error}"
     assert (out[torch.as_tensor(~mask.any(-1))] == 0).all()
-    RAN.extend((str(spec), x.kind, x.rows.label, x.keys.label) for x in plan.program.launches)
+    RAN.extend((str(spec), x.name, x.rows.label, x.keys.label) for x in plan.program.launches)
     return plan
 
 
@@ -109,6 +109,8 @@ ONE_COMPARISON = [
     [BlockTopK(2), LINES, BlockTopK(1), LINES],
     [BlockTopK(3, 256), LINES, BlockTopK(1, 384), VerticalSlash(77, 129)],
     [FlexPrefill(0.9, 0.1, 100, 256, 2, 0), XAttention(8, 0.8, 2), FlexPrefill(0.7, 0.0, 64, 256), XAttention(16, 0.5)],
+    [LINES, Prism(0.8, 2), LINES, FlashPrefill(0.2, 2, 0.3, near=200)],
+    [ProxyAttn(0.8, 2, 128), LINES, BlockTopK(3, near=1, decay=0.5, values=0.2), LINES],
     [Grid(30, local=64, sink=32), A, Grid(7, phase=3, local=1, sink=1), A],
     [A, Grid("frame", local=64, sink=32, last_q=16), BlockTopK(2), Grid("frame", phase=5, local=0, sink=0)],
     [
@@ -150,7 +152,7 @@ ROWS = [
 def test_gathered_rows(pattern: mmflex.Pattern) -> None:
     """Rows of a grid see everything: gathered into slots of their own, they replace rows of the output."""
     plan = check([pattern, A, pattern, BlockTopK(2)])
-    assert [x.kind for x in plan.program.launches] == ["main", "rows"]
+    assert [x.name for x in plan.program.launches] == ["blocks", "gathered rows"]
 
 
 BY_MODALITY = [
@@ -165,7 +167,7 @@ BY_MODALITY = [
 @pytest.mark.parametrize("spec", BY_MODALITY)
 def test_queries_by_modality(spec: list[mmflex.Pattern]) -> None:
     """Q-boundary: the queries of a modality are a launch of their own."""
-    plan = check(spec, lowering=-1)
+    plan = check(spec, lowering=MODALITY_MAJOR)
     assert {x.rows.label for x in plan.program.launches} == {"text queries", "video queries"}
 
 
@@ -180,7 +182,7 @@ BY_PAIR = [
 def test_queries_and_keys_by_modality(patterns: tuple[mmflex.Pattern, ...]) -> None:
     """2D-boundary: modality-major keys as well, lines in ranks within the modality."""
     pairs = (("text", "text"), ("video", "video"), ("text", "video"), ("video", "text"))
-    plan = check(Boundary2D(dict(zip(pairs, patterns, strict=True))), lowering=-1)
+    plan = check(Boundary2D(dict(zip(pairs, patterns, strict=True))), lowering=MODALITY_MAJOR)
     assert {x.keys.label for x in plan.program.launches} == {"modality-major"}
 
 
@@ -201,7 +203,7 @@ def test_dilated_windows_and_small_blocks_are_looked_up(spec: tuple[int, int, in
 def test_grid_diagonals_are_looked_up(stride: int) -> None:
     """The kernel has no log-sum-exp: diagonals of a grid go into the main launch, with the columns of the others."""
     plan = check(Grid(stride, slash=True, local=64, sink=32))
-    assert [x.kind for x in plan.program.launches] == ["main"]
+    assert [x.name for x in plan.program.launches] == ["blocks"]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -231,12 +233,12 @@ def test_kernels_are_shared_and_every_order_ran() -> None:
     assert counters["stats"]["unique_graphs"] <= MOST_KERNELS
     kinds = {(kind, rows, keys) for _, kind, rows, keys in RAN}
     for wanted in (
-        ("main", "natural", "natural"),
-        ("rows", "natural", "natural"),
+        ("blocks", "natural", "natural"),
+        ("gathered rows", "natural", "natural"),
         ("dense", "natural", "natural"),
-        ("main", "text queries", "natural"),
-        ("main", "video queries", "natural"),
-        ("main", "text queries", "modality-major"),
-        ("main", "video queries", "modality-major"),
+        ("blocks", "text queries", "natural"),
+        ("blocks", "video queries", "natural"),
+        ("blocks", "text queries", "modality-major"),
+        ("blocks", "video queries", "modality-major"),
     ):
         assert wanted in kinds, wanted

@@ -32,8 +32,11 @@ from mask_builders import (
     Boundary2D,
     Dense,
     Dilated,
+    FlashPrefill,
     FlexPrefill,
     Grid,
+    Prism,
+    ProxyAttn,
     QBoundary,
     Strided,
     StridedFixed,
@@ -41,7 +44,7 @@ from mask_builders import (
     VerticalSlash,
     XAttention,
 )
-from mmflex.compiler import plan as compiler
+from mmflex.compiler.lower import Lowering
 from mmflex.runtime import backends
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
@@ -113,8 +116,12 @@ def layouts(draw: st.DrawFn, batch: int, longest: int) -> mmflex.TokenLayout:
 # ---- patterns ----
 
 
+NEAR = st.sampled_from([1, 1, 0, 20, 100])
+"""Nearest keys that are forced: 100 are most of so short prompts."""
+
+
 def adaptive(tile: int, last: int) -> st.SearchStrategy:
-    """Patterns that keep a share of the mass."""
+    """Patterns that keep a share of the mass, or what is heavy beside the heaviest."""
     share, budget = st.sampled_from([0.3, 0.7, 0.9, 0.95, 1.0]), st.sampled_from([1, 20, 64, 5000])
     runs = [(4, tile), (8, tile), (tile, 2 * tile), (1, tile // 2)]
     flex = st.builds(
@@ -127,14 +134,47 @@ def adaptive(tile: int, last: int) -> st.SearchStrategy:
         minimum=st.sampled_from([0, 10, tile, 5000]),
         block_size=st.sampled_from([tile, tile, 2 * tile, tile // 2]),
         last_q=st.just(last),
+        near=NEAR,
     )
     crossed = st.builds(
-        lambda run, share, blocks: XAttention(run[0], share, blocks, run[1]),
+        lambda run, share, blocks, near: XAttention(run[0], share, blocks, run[1], near),
         st.sampled_from(runs),
         share,
         st.integers(1, 6),
+        NEAR,
     )
-    return st.one_of(flex, crossed)
+    blocks, size = st.integers(1, 6), st.sampled_from([tile, tile, 2 * tile, tile // 2, 7])
+    bands = st.builds(
+        Prism,
+        threshold=share,
+        blocks=blocks,
+        block_size=size,
+        rotary_dim=st.sampled_from([None, 4, 10, 16]),
+        pairs=st.sampled_from(["halves", "interleaved"]),
+        near=NEAR,
+    )
+    cut = st.builds(
+        FlashPrefill,
+        alpha=st.sampled_from([0.01, 0.3, 0.9]),
+        blocks=blocks,
+        rescue=st.sampled_from([0.0, 0.0, 0.2, 0.9]),
+        near=NEAR,
+        sink=st.sampled_from([0, 1, 30]),
+        last=st.sampled_from([0, 1, 20]),
+        block_size=size,
+    )
+    proxy = st.builds(
+        ProxyAttn,
+        gamma=share,
+        blocks=blocks,
+        minimum=st.sampled_from([0, 10, tile, 5000]),
+        stride=st.sampled_from([1, 4, 4, 5]),
+        kv_heads=st.sampled_from([1, 1, 2, 3]),
+        last_q=st.just(last),
+        block_size=size,
+        near=NEAR,
+    )
+    return st.one_of(flex, crossed, bands, cut, proxy)
 
 
 @st.composite
@@ -153,8 +193,15 @@ def leaves(draw: st.DrawFn, layout: mmflex.TokenLayout, tile: int, key: int | No
             st.just(Dense()),
             st.builds(AShape, size, size),
             st.builds(TriShape, size, size, size),
-            st.builds(VerticalSlash, size, size, st.just(last)),
-            st.builds(BlockTopK, st.integers(1, 6), st.sampled_from([tile, tile, 2 * tile, tile // 2, 7])),
+            st.builds(VerticalSlash, size, size, st.just(last), NEAR),
+            st.builds(
+                BlockTopK,
+                st.integers(1, 6),
+                st.sampled_from([tile, tile, 2 * tile, tile // 2, 7]),
+                NEAR,
+                st.sampled_from([1.0, 0.7, 0.3]),
+                st.sampled_from([0.0, 0.0, 0.5]),
+            ),
             adaptive(tile, last),
             st.builds(
                 Grid,
@@ -235,29 +282,26 @@ class Case(dict):
         return f"{self['layout']} {[str(p) for p in self['spec']]} {shapes}"
 
 
+ORDERS = [
+    Lowering(queries, keys, gather_rows=True, residue_launches=True)
+    for queries in ("natural", "modality-major")
+    for keys in ("natural", "modality-major")
+]
+
+
 @contextmanager
-def lowered(how: str | int) -> Iterator[None]:
+def lowered(how: str | int) -> Iterator[Lowering | None]:
     """Which of the ways to compute an expression is taken.
 
     "chosen": the cheapest, as the cost model has it. "without lse": in one launch, with lists of full width, as for the
-    CPU kernel. A number: that one of the alternatives, with launches for free, so that rows are gathered and residue
-    classes get a launch of their own at any length. All of them must be exact, not only those that win.
+    CPU kernel. A number: that one of the orders, where rows are gathered and residue classes get a launch of their own
+    at any length. All of them must be exact, not only those that win.
     """
     with pytest.MonkeyPatch.context() as patch:
         if how == "without lse":
             plain = replace(backends.BACKENDS["reference"], lse=False, full_width=True)
             patch.setattr(backends, "resolve", lambda *_: plain)
-        elif isinstance(how, int):
-            every = compiler._lowerings
-
-            def one(*args: object) -> list:
-                options = every(*args)
-                return [options[how % len(options)]]
-
-            patch.setattr(compiler, "_lowerings", one)
-            patch.setattr(compiler, "_class_cost", lambda *_: 0.0)
-            patch.setattr(compiler, "INLINE_TILES", 0)
-        yield
+        yield ORDERS[how] if isinstance(how, int) else None
 
 
 # ---- the proof ----
@@ -280,8 +324,11 @@ def prove(case: Case) -> mmflex.Plan:
     """All that the module's docstring promises, for one case."""
     q, k, v = tensors(case)
     spec, layout = case["spec"], case["layout"]
-    with lowered(case["lowering"]):
-        plan = mmflex.plan(q, k, spec, layout=layout, scale=case["scale"], backend="reference", block_size=case["tile"])
+    with lowered(case["lowering"]) as lowering:
+        plan = mmflex.plan(
+            q, k, spec, layout=layout, scale=case["scale"], backend="reference", block_size=case["tile"],
+            lowering=lowering, v=v,
+        )  # fmt: skip
     mask = oracle.token_mask(plan, spec)
     found = plan.dense_mask().numpy()
     assert found.shape == mask.shape
@@ -289,7 +336,7 @@ def prove(case: Case) -> mmflex.Plan:
     assert not len(wrong), f"dense_mask differs in {len(wrong)} pairs, first {wrong[0]}: {found[tuple(wrong[0])]}"
 
     prove_lists(plan, mask)
-    oracle.check_selection(plan, q, k)
+    oracle.check_selection(plan, q, k, v)
 
     out, lse = plan._attend(q, k, v, True)
     wanted, sums = oracle.softmax(q, k, v, mask, case["scale"])
@@ -313,9 +360,9 @@ def prove_lists(plan: mmflex.Plan, mask: np.ndarray) -> None:
     count = np.zeros(mask.shape, np.int64)
     replaced: dict[tuple[int, int], np.ndarray] = {}
     for launch in plan.program.launches:
-        SEEN[f"{launch.kind}, {launch.rows.label} x {launch.keys.label}, compare={launch.compare}"] += 1
-        SEEN["sections"] += launch.section > 0
-        if launch.kind == "dense":
+        SEEN[f"{launch.name}, {launch.rows.label} x {launch.keys.label}, compare={launch.compares}"] += 1
+        SEEN["sections"] += getattr(launch, "section", 0) > 0
+        if launch.name == "dense":
             for h in launch.heads.heads:
                 if h >= 0:
                     for b in range(len(count)):
@@ -339,7 +386,7 @@ def prove_lists(plan: mmflex.Plan, mask: np.ndarray) -> None:
             )
         SEEN["loose"] += loose
         SEEN["listed"] += listed
-        if cover.kind == "rows":
+        if cover.kind == "gathered rows":
             rows = np.unique(cover.rows[cover.rows >= 0])
             real = cover.rows[cover.rows >= 0]
             assert len(rows) == len(real), "a row is gathered twice"
@@ -393,6 +440,6 @@ def test_few_blocks_are_listed_in_vain() -> None:
     print(f"{SEEN['cases']} cases, {SEEN['loose']} of {SEEN['listed']} listed blocks ({share:.1%}) compute nothing")
     assert share <= 0.10
     kinds = {name.split(",")[0] for name in SEEN if "compare" in name}
-    assert kinds == {"main", "rows", "classes", "dense"}, "every kind of launch was proved"
+    assert kinds == {"blocks", "gathered rows", "residue-major", "dense"}, "every kind of launch was proved"
     assert any("modality-major" in name for name in SEEN), "modality-major keys were proved"
     assert SEEN["sections"] > 30

@@ -39,6 +39,7 @@ from mask_builders import (
     estimate,
 )
 from mmflex import TokenLayout
+from mmflex.ir import atoms
 from mmflex.ir import expr as x
 from mmflex.ir.pattern import find, from_json
 from mmflex.runtime import backends
@@ -106,7 +107,7 @@ MASKS: dict[str, tuple[Callable[[mmflex.Tokens], Any], type[Exception], list[str
     "no condition": (lambda t: t.q + t.k, TypeError, ["k + q"]),
     "text": (lambda t: "q > k", TypeError, ["'q > k'"]),
     "a tensor": (lambda t: torch.ones(3), TypeError, ["tensor"]),
-    "a set by hand": (lambda t: x.Member(t.k, sympy.Symbol("s"), 3), ValueError, ["'s'", "t.columns"]),
+    "a set by hand": (lambda t: atoms.Member(t.k, sympy.Symbol("s"), 3), ValueError, ["'s'", "t.columns"]),
     "a number by hand": (lambda t: x.Number("n") > t.k, ValueError, ["'n'", "t.number"]),
     "a number that may be 0": (lambda t: sympy.Eq(x.mod(t.k, t.number("s")), 0), ValueError, ["'s'", "at_least=1"]),
     "name with a mark": (lambda t: t.columns("a@b", 3), ValueError, ["'a@b'"]),
@@ -115,9 +116,9 @@ MASKS: dict[str, tuple[Callable[[mmflex.Tokens], Any], type[Exception], list[str
     "blocks of nothing": (lambda t: t.blocks("b", 3, 0), ValueError, ["0"]),
     "one name for two sets": (lambda t: t.columns("a", 3) | t.diagonals("a", 3), ValueError, ["'a'", "of its own"]),
     "one name for tables of two sizes": (lambda t: t.blocks("a", 3, 8) | t.blocks("a", 3, 16), ValueError, ["'a'"]),
-    "past a set": (lambda t: x.Member(t.k * 3, t._name("s"), 3), ValueError, ["3*k", "0 to 96"]),
+    "past a set": (lambda t: atoms.Member(t.k * 3, t._name("s"), 3), ValueError, ["3*k", "0 to 96"]),
     "past a table": (
-        lambda t: x.Listed(t.q, x.Tile(t.k, 4), t._name("s"), 3).subs(x.q, t.q + 9),
+        lambda t: atoms.Listed(t.q, x.Tile(t.k, 4), t._name("s"), 3).subs(x.q, t.q + 9),
         ValueError,
         ["q + 9"],
     ),

@@ -20,8 +20,11 @@ from mask_builders import (
     Boundary2D,
     Dense,
     Dilated,
+    FlashPrefill,
     FlexPrefill,
     Grid,
+    Prism,
+    ProxyAttn,
     QBoundary,
     Strided,
     StridedFixed,
@@ -39,6 +42,10 @@ EVERY = [
     BlockTopK(3, 16),
     FlexPrefill(0.8, 0.2, 20, 40, 3, 16, 16, 16),
     XAttention(4, 0.8, 3, 16),
+    BlockTopK(3, 16, near=0, decay=0.5),
+    Prism(0.8, 3, 16, near=1),
+    FlashPrefill(0.2, 3, 0.5, 20, 16, 5, 16),
+    ProxyAttn(0.8, 3, 16, 4, 1, 16, 16, 1),
     Grid(20, rows=True, slash=True, local=16, sink=16, last_q=16),
     Grid("search", slash=True, local=16, sink=16, last_q=16, shortest=8, longest=40),
     StridedFixed(20, 3),
@@ -195,11 +202,11 @@ def test_nan_selects_as_if_it_had_no_attention() -> None:
     """A NaN key is not chosen as a column, and the choice among the others does not change."""
     q, k, _ = make(m=200)
     plain = mmflex.plan(q, k, VerticalSlash(60, 32, 16), backend="reference", block_size=16)
-    columns = next(t for name, t in plain.state.found.items() if name.startswith("columns"))
+    columns = next(t for name, t in plain.selections.items() if name.startswith("columns"))
     unchosen = int((~columns.any(1)[0]).nonzero()[0])
     k[:, :, unchosen] = float("nan")
     after = mmflex.plan(q, k, VerticalSlash(60, 32, 16), backend="reference", block_size=16)
-    now = next(t for name, t in after.state.found.items() if name.startswith("columns"))
+    now = next(t for name, t in after.selections.items() if name.startswith("columns"))
     assert not now[..., unchosen].any()
     assert (now == columns).float().mean() > 0.95
 
@@ -310,7 +317,7 @@ def test_below_break_even_auto_runs_dense_attention(spec: mmflex.Pattern) -> Non
     q, k, v = make(m=layout.length)
     plan = mmflex.plan(q, k, spec, layout=layout)
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    assert [launch.kind for launch in plan.program.launches] == ["dense"]
+    assert [launch.name for launch in plan.program.launches] == ["dense"]
     assert spec == Dense() or "dense" in plan.note
     assert plan.note in plan.explain()
     assert torch.allclose(plan.attend(q, k, v), wanted, atol=1e-6)

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmflex.runtime.graphs import _Replay
-from mmflex.runtime.kernels.memory import kept, result, using, writing_to
+from mmflex.runtime.device import constants_used, device_constant, estimate_result, writing_to
+from mmflex.runtime.replay import _Replay
 
 CASES = Path(__file__).with_name("kernel_cases.py")
 
@@ -38,13 +38,13 @@ def test_results_are_written_where_they_are_offered_while_shapes_agree() -> None
     first, second, third = (torch.empty(shape) for shape in ((2, 3), (2, 3), (2,)))
     cpu = torch.device("cpu")
     with writing_to([first, second, third]):
-        assert result((2, 3), cpu) is first
-        assert result((2, 3), cpu) is second
-        assert result((3,), cpu).shape == (3,)  # something else: the rest may belong to another estimate
-        assert result((2,), cpu) is not third
+        assert estimate_result((2, 3), cpu) is first
+        assert estimate_result((2, 3), cpu) is second
+        assert estimate_result((3,), cpu).shape == (3,)  # something else: the rest may belong to another estimate
+        assert estimate_result((2,), cpu) is not third
     with writing_to([first.int()]):
-        assert result((2, 3), cpu).dtype == torch.float32
-    assert result((2, 3), cpu) is not first
+        assert estimate_result((2, 3), cpu).dtype == torch.float32
+    assert estimate_result((2, 3), cpu) is not first
 
 
 def test_constants_are_kept_and_told_to_who_has_to_hold_them() -> None:
@@ -54,10 +54,10 @@ def test_constants_are_kept_and_told_to_who_has_to_hold_them() -> None:
         made.append(1)
         return torch.zeros(3, device=device)
 
-    first = kept("test", cpu, make)
-    with using() as used:
-        assert kept("test", cpu, make) is first
-    assert kept("test", cpu, make) is first
+    first = device_constant("test", cpu, make)
+    with constants_used() as used:
+        assert device_constant("test", cpu, make) is first
+    assert device_constant("test", cpu, make) is first
     assert len(made) == 1
     assert len(used) == 1
     assert used[0] is first
@@ -77,6 +77,6 @@ def test_a_graph_gets_what_was_estimated_wherever_it_was_written() -> None:
         expected = [t.clone() for t in estimate]
         seen: list[torch.Tensor] = []
         graph = SimpleNamespace(replay=lambda inputs=inputs, seen=seen: seen.extend(t.clone() for t in inputs))
-        state = SimpleNamespace(estimates={"one": (estimate, {})}, found=None, ready=None)
+        state = SimpleNamespace(estimates={"one": (estimate, {})}, selections=None, prepared=None)
         assert _Replay(graph, inputs, {}, {}, []).run(state)
         assert all(map(torch.equal, seen, expected))

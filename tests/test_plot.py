@@ -31,10 +31,14 @@ from mask_builders import (  # noqa: E402
     QBoundary,
     VerticalSlash,
 )
-from mmflex import plot, raster  # noqa: E402
-from mmflex.plot import bands, style  # noqa: E402
-from mmflex.runtime.attention import Plan  # noqa: E402
-from mmflex.snapshot import snapshot  # noqa: E402
+from mmflex import plot  # noqa: E402
+from mmflex.plot import (  # noqa: E402
+    bands,
+    raster,
+    style,
+)
+from mmflex.plot.snapshot import snapshot  # noqa: E402
+from mmflex.runtime.plan import Plan  # noqa: E402
 from mmflex.tuning.config import Config  # noqa: E402
 
 VIDEO = mmflex.TokenLayout.from_segments(
@@ -71,7 +75,7 @@ def plan() -> Plan:
 def every_launch(plan: Plan, head: int) -> list[tuple[int, int]]:
     """(number, place of the head) of its launches with lists, read from the program."""
     found = [(n, launch.heads.heads.index(head)) for n, launch in enumerate(plan.program.launches)
-             if launch.kind != "dense" and head in launch.heads.heads]  # fmt: skip
+             if launch.name != "dense" and head in launch.heads.heads]  # fmt: skip
     assert found or SPEC[head] == Dense()
     return found
 
@@ -99,7 +103,7 @@ def test_drawn_blocks_are_the_plans_blocks(plan: Plan, head: int, size: int) -> 
     tile = plan.program.tile
     full = partial = 0
     for number, place in every_launch(plan, head):
-        lists = plan.state.ready[number].lists
+        lists = plan.state.prepared[number].lists
         few, whole = int(lists[0][0, place].sum()), int(lists[2][0, place].sum())
         sections = [r for r in raster.launch_raster(plan, head, number, pixels=size) if r is not None]
         assert sum(r.partial.sum() for r in sections) == few * tile**2
@@ -129,7 +133,7 @@ def test_the_block_picture_is_exact_where_nothing_moves() -> None:
     layout = mmflex.TokenLayout.text(512)
     plan = make_plan(layout, [AShape(64, 64)] * 2)
     found = raster.mask_raster(plan, 0, pixels=512)
-    lists = plan.state.ready[0].lists
+    lists = plan.state.prepared[0].lists
     table = torch.zeros(16, 16)
     for row in range(16):
         table[row, lists[1][0, 0, row, : lists[0][0, 0, row]].long()] = 1
@@ -193,6 +197,7 @@ def draw_each(plan: Plan, **options: Any) -> dict[str, Any]:
         "plot_masks": lambda: plot.plot_masks(plan, [0, 1], **options),
         "plot_orders": lambda: plot.plot_orders(plan, 1, **options),
         "plot_estimate": lambda: plot.plot_estimate(plan, 0, **options),
+        "plot_graph": lambda: plot.plot_graph(plan, **options),
         "plot_heads": lambda: plot.plot_heads(plan, **options),
         "plot_config": lambda: plot.plot_config(config, **options),
         "plot_importance": lambda: plot.plot_importance(WEIGHTS, VIDEO, {"questions": [890, 900]}, **options),
@@ -306,7 +311,7 @@ def test_the_selected_phase_is_the_highest_bar(plan: Plan) -> None:
     ((phase,), (mass,)) = axes[2].lines[0].get_data()
     bars = axes[2].collections[0].get_paths()[0].vertices
     assert mass == pytest.approx(bars[:, 1].max())
-    (chosen,) = (value for name, value in plan.state.found.items() if name.startswith("phase@Grid(rows"))
+    (chosen,) = (value for name, value in plan.selections.items() if name.startswith("phase@Grid(rows"))
     assert phase == int(chosen[0, 0])
 
 

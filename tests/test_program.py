@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import oracle
@@ -24,10 +22,7 @@ from mask_builders import (
     TriShape,
     VerticalSlash,
 )
-from mmflex.compiler import plan as compiler
-
-ROOT = Path(mmflex.__file__).resolve().parent
-LAYERS = ["ir", "compiler", "runtime", "tuning", "integrations", "evaluation", "cli"]
+from mmflex.compiler import lower as compiler
 
 
 def make(heads: int, kv_heads: int, m: int, n: int | None = None, dim: int = 16, seed: int = 0, batch: int = 1):
@@ -48,7 +43,7 @@ def mixed_layout() -> mmflex.TokenLayout:
 
 
 def steps_of(plan: mmflex.Plan) -> Counter[str]:
-    return Counter(op for op, _ in plan.program.graph.nodes)
+    return Counter(step.op for step in plan.program.graph.order)
 
 
 def test_heads_with_the_same_estimate_share_it() -> None:
@@ -118,11 +113,11 @@ def test_heads_share_launches() -> None:
     q, k, _ = make(8, 4, 600)
     spec = [AShape(16, 64), VerticalSlash(32, 64), BlockTopK(4, 16), TriShape(16, 32, 16)] * 2
     plan = mmflex.plan(q, k, spec, backend="reference", block_size=16)
-    assert [launch.kind for launch in plan.program.launches] == ["main"]
-    assert plan.program.launches[0].compare
+    assert [launch.name for launch in plan.program.launches] == ["blocks"]
+    assert plan.program.launches[0].compares
     spec[5] = Dense()
     plan = mmflex.plan(q, k, spec, backend="reference", block_size=16)
-    assert [launch.kind for launch in plan.program.launches] == ["main", "dense"]
+    assert [launch.name for launch in plan.program.launches] == ["blocks", "dense"]
 
 
 def test_the_graph_is_acyclic_and_ordered() -> None:
@@ -138,10 +133,12 @@ def test_the_graph_is_acyclic_and_ordered() -> None:
         QBoundary({"text": AShape(1, 1)}),
     ]
     program = mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=16).program
-    assert nx.is_directed_acyclic_graph(program.graph)
-    order = program.steps("plan") + program.steps("attend")
-    assert sorted(map(str, order)) == sorted(map(str, program.graph.nodes))
-    assert all(order.index(a) < order.index(b) for a, b in program.graph.edges)
+    graph = program.graph.graph
+    assert nx.is_directed_acyclic_graph(graph)
+    order = program.graph.order
+    assert sorted(map(str, order)) == sorted(map(str, graph.nodes))
+    assert all(order.index(a) < order.index(b) for a, b in graph.edges)
+    assert sorted(map(str, program.graph.planning + program.graph.attending)) == sorted(map(str, order))
 
 
 # ---- caching ----
@@ -158,9 +155,9 @@ def test_a_second_call_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("built again")
 
-    for name in ("build", "_lowerings", "_merge"):
+    for name in ("lower", "_ways", "_joined"):
         monkeypatch.setattr(compiler, name, refuse)
-    monkeypatch.setattr("mmflex.runtime.attention.build", refuse)
+    monkeypatch.setattr("mmflex.runtime.calls.lower", refuse)
     second = mmflex.plan(*make(4, 2, layout.length, seed=1)[:2], list(spec), layout=layout, backend="reference")
     mmflex.attention(q, k, v, tuple(spec), layout=layout, backend="reference")
     assert second.program is first.program
@@ -224,7 +221,7 @@ def test_widths_hold_for_any_input(shape: str, m: int) -> None:
         elif shape == "equal":
             k = k[:, :, :1].expand_as(k).contiguous()
         plan = mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=tile)
-        for number, ready in plan.state.ready.items():
+        for number, ready in plan.state.prepared.items():
             launch = plan.program.launches[number]
             assert ready.lists[1].shape[-1] == ready.lists[3].shape[-1] == launch.width
             assert max(int(ready.lists[0].max()), int(ready.lists[2].max())) <= launch.width
@@ -289,63 +286,6 @@ def test_planning_holds_nothing_of_n_by_n(spec: mmflex.Pattern) -> None:
     assert largest.numel <= n * n // 32, f"{largest.numel / 2**20:.0f} MiB by {largest.where}"
 
 
-# ---- imports ----
-
-
-def imported(path: Path) -> set[str]:
-    """Absolute names of the modules that a file imports anywhere in it (not only at the top)."""
-    package = ["mmflex", *path.relative_to(ROOT).with_suffix("").parts[:-1]]
-    out: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            out |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            out |= {module} | {f"{module}.{alias.name}" for alias in node.names}
-    return out
-
-
-FILES = sorted(p for p in ROOT.rglob("*.py"))
-
-
-def layer(module: str) -> str | None:
-    parts = module.split(".")
-    return parts[1] if parts[0] == "mmflex" and len(parts) > 1 and parts[1] in LAYERS else None
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_one_way(path: Path) -> None:
-    """ir <- compiler <- runtime <- tuning <- integrations <- cli; each folder imports those to its left."""
-    own = path.relative_to(ROOT).with_suffix("").parts[0]
-    if own not in LAYERS:
-        return
-    for module in imported(path):
-        there = layer(module)
-        assert there is None or LAYERS.index(there) <= LAYERS.index(own), f"{path.name} imports {module}"
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_patterns_are_not_imported(path: Path) -> None:
-    """mmflex finds patterns by their entry points; only the command line and the demo name them."""
-    own = path.relative_to(ROOT).with_suffix("").parts[0]
-    if own in ("cli", "demo", "__main__"):
-        return
-    names = {m for m in imported(path) if m.split(".")[0] == "mask_builders"}
-    assert not names, f"{path.name} imports {names}"
-
-
-def test_patterns_need_no_search_and_no_models() -> None:
-    """mask_builders -> mmflex: patterns use what is below the tuning, nothing that is built on patterns."""
-    import mask_builders
-
-    folder = Path(mask_builders.__file__).parent
-    for path in sorted(folder.glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mmflex"):
-                assert layer(node.module) not in LAYERS[3:], f"{path.name} imports {node.module}"
-
-
 # ---- what a plan says ----
 
 
@@ -374,7 +314,7 @@ def test_block_masks_are_flex_attention_s() -> None:
     spec = [AShape(16, 16), QBoundary({"text": AShape(16, 32), "video": Strided(5)}), Dense(), VerticalSlash(30, 16)]
     plan = mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=16)
     masks = plan.block_masks
-    assert len(masks) == sum(launch.kind != "dense" for launch in plan.program.launches)
+    assert len(masks) == sum(launch.name != "dense" for launch in plan.program.launches)
     for label, mask in masks:
         assert isinstance(label, str)
         assert isinstance(mask, BlockMask)
@@ -440,7 +380,7 @@ def test_no_value_is_read_back_while_planning() -> None:
     mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=16).attend(q, k, v)
     with NoReadBack():
         plan = mmflex.plan(q, k, spec, layout=layout, backend="reference", block_size=16)
-    assert plan.program.steps("plan")
+    assert plan.program.graph.planning
 
 
 def test_spec_order_does_not_matter() -> None:

@@ -139,7 +139,7 @@ def test_a_grid_of_columns_with_stride_and_phase_searched(stride: int, phase: in
     planted, pairs = grid(1100, stride, phase)
     spec = Grid("search", columns=True, local=32, sink=16, last_q=32, shortest=16, longest=200)
     kept, plan = recall(planted, spec, pairs)
-    found = {name.split("@")[0]: int(t[0, 0]) for name, t in plan.state.found.items()}
+    found = {name.split("@")[0]: int(t[0, 0]) for name, t in plan.selections.items()}
     assert found == {"stride": stride, "phase": phase}
     assert kept >= 0.99
     wrong = Grid(stride + 1, columns=True, local=32, sink=16, last_q=32)
@@ -150,7 +150,7 @@ def test_a_grid_of_columns_with_stride_and_phase_searched(stride: int, phase: in
 def test_a_grid_of_columns_with_the_phase_searched(phase: int) -> None:
     planted, pairs = grid(700, 30, phase)
     kept, plan = recall(planted, Grid(30, columns=True, local=32, sink=16, last_q=32), pairs)
-    assert [int(t[0, 0]) for name, t in plan.state.found.items() if name.startswith("phase")] == [phase]
+    assert [int(t[0, 0]) for name, t in plan.selections.items() if name.startswith("phase")] == [phase]
     assert kept >= 0.99
     assert recall(planted, Grid(30, columns=True, local=32, sink=16, phase=(phase + 3) % 30), pairs)[0] < 0.4
 
@@ -165,7 +165,7 @@ def test_a_grid_of_diagonals_with_the_stride_searched(stride: int) -> None:
     pairs = (place[:, None] - place) % stride == 0
     spec = Grid("search", columns=False, slash=True, local=16, sink=16, last_q=64, shortest=16, longest=200)
     kept, plan = recall(planted, spec, pairs)
-    assert [int(t[0, 0]) for name, t in plan.state.found.items() if name.startswith("stride")] == [stride]
+    assert [int(t[0, 0]) for name, t in plan.selections.items() if name.startswith("stride")] == [stride]
     assert kept >= 0.99
     wrong = Grid(stride + 1, columns=False, slash=True, local=16, sink=16)
     assert recall(planted, wrong, pairs)[0] < 0.5
@@ -230,7 +230,7 @@ def test_boundary_2d_finds_a_grid_in_ranks_across_timestamps() -> None:
     )
     kept, plan = recall(planted, boundary, pairs, VIDEO)
     assert kept >= 0.99
-    assert [int(t[0, 0]) for name, t in plan.state.found.items() if name.startswith("phase")] == [phase]
+    assert [int(t[0, 0]) for name, t in plan.selections.items() if name.startswith("phase")] == [phase]
     for flat in (lines, QBoundary({"video": lines, "text": columns})):
         assert recall(planted, flat, pairs & np.isin(np.arange(n), video)[:, None], VIDEO)[0] < 0.7
     assert recall(planted, columns, pairs, VIDEO)[0] < 0.7
@@ -249,8 +249,8 @@ def test_block_top_k_finds_blocks_of_shared_content() -> None:
         rows, keys = np.arange(block * size, (block + 1) * size), np.arange(target * size, (target + 1) * size)
         planted.link(rows, keys, 20.0)
         pairs |= outer(rows, keys, n)
-    assert recall(planted, BlockTopK(3, size), pairs)[0] >= 0.99
-    assert recall(planted, BlockTopK(2, size), pairs)[0] < 0.05, "two blocks are the forced first and own"
+    assert recall(planted, BlockTopK(3, size, near=1), pairs)[0] >= 0.99
+    assert recall(planted, BlockTopK(2, size, near=1), pairs)[0] < 0.05, "two blocks are the forced first and own"
 
 
 @pytest.mark.parametrize("queries", [None, 64, 5])
@@ -263,8 +263,8 @@ def test_selection_is_the_docstrings(queries: int | None) -> None:
     spec = [
         VerticalSlash(64, 200, last_q=16),
         QBoundary({"text": VerticalSlash(50, 150), "video": Grid("frame", local=32, sink=16, last_q=16)}),
-        BlockTopK(4, 16) | Grid(28, rows=True, local=16, sink=16),
-        Boundary2D({("video", "video"): BlockTopK(3, 16), ("text", "video"): VerticalSlash(40, 48, last_q=8)}),
+        BlockTopK(4, 16, near=20) | Grid(28, rows=True, local=16, sink=16),
+        Boundary2D({("video", "video"): BlockTopK(3, 16), ("text", "video"): VerticalSlash(40, 48, 8, near=0)}),
     ]
     plan = mmflex.plan(q[:, :, n - m :], k, spec, layout=VIDEO, backend="reference", block_size=16)
     assert oracle.check_selection(plan, q[:, :, n - m :], k) >= 10
@@ -277,7 +277,7 @@ def test_a_stride_search_prefers_the_true_stride_to_its_divisors_and_multiples()
         planted, _ = grid(900, stride, 3)
         spec = Grid("search", columns=True, local=16, sink=16, last_q=32, shortest=6, longest=300)
         plan = mmflex.plan(planted.q, planted.k, spec, backend="reference", block_size=TILE)
-        assert [int(t[0, 0]) for name, t in plan.state.found.items() if name.startswith("stride")] == [stride]
+        assert [int(t[0, 0]) for name, t in plan.selections.items() if name.startswith("stride")] == [stride]
 
 
 def test_every_head_finds_its_own_stride() -> None:
@@ -287,5 +287,5 @@ def test_every_head_finds_its_own_stride() -> None:
     q, k = (torch.cat([getattr(p, side)[:, :1] for p in parts], 1) for side in "qk")
     spec = Grid("search", columns=True, local=16, sink=16, last_q=32, shortest=16, longest=200)
     plan = mmflex.plan(q, k, spec, backend="reference", block_size=TILE)
-    found = {name.split("@")[0]: t[0].tolist() for name, t in plan.state.found.items()}
+    found = {name.split("@")[0]: t[0].tolist() for name, t in plan.selections.items()}
     assert found == {"stride": list(strides), "phase": [0, 1, 2, 3]}

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 import mmflex
 from mask_builders import AShape, VerticalSlash
-from mmflex import plot, raster
+from mmflex import plot
 from mmflex.cli import app
-from mmflex.plot import files
-from mmflex.runtime.attention import Plan
-from mmflex.snapshot import snapshot
+from mmflex.plot import files, raster
+from mmflex.plot.snapshot import snapshot
+from mmflex.runtime.plan import Plan
 
 runner = CliRunner(env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
 

@@ -164,6 +164,6 @@ def _words(plan: mmflex.Plan) -> str:
     full, partial = _counts(plan)
     launches = [launch.label for launch in plan.program.launches]
     how = f"{len(launches)} launches ({', '.join(launches)})" if len(launches) > 1 else "one launch"
-    if plan.program.launches[0].kind == "dense":
+    if plan.program.launches[0].name == "dense":
         return f"{LAYOUT.length:,} tokens, PyTorch's own attention"
     return f"{full:,} full and {partial:,} partial blocks in {how}, {plan.density.total:.1%} of the causal pairs"

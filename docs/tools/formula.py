@@ -8,6 +8,7 @@ import sympy
 from sympy.printing.latex import LatexPrinter
 
 from mmflex.ir import expr as x
+from mmflex.ir.atoms import Listed, Member, Touches
 from mmflex.ir.layout import MODALITY_NAMES
 
 
@@ -58,7 +59,7 @@ def _sorted(args: tuple[sympy.Basic, ...]) -> list[sympy.Basic]:
 
     def rank(arg: sympy.Basic) -> tuple[Any, ...]:
         compound = isinstance(_inner(arg), _NESTED)
-        kind = bool(arg.atoms(x.Modality)), not arg.atoms(sympy.Mod), not arg.atoms(*x.SETS)
+        kind = bool(arg.atoms(x.Modality)), not arg.atoms(sympy.Mod), not arg.atoms(Member, Touches, Listed)
         both = len(arg.free_symbols & {x.q, x.k}) - 1 if not arg.atoms(x.Modality) else x.q not in arg.free_symbols
         return compound, not kind[0], not kind[1], not kind[2], both, str(arg)
 

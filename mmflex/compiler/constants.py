@@ -94,8 +94,8 @@ class Constants:
         return self.backend == "flash"
 
     @property
-    def beside(self) -> bool:
-        """Whether the device runs launches beside each other."""
+    def streams(self) -> bool:
+        """Whether the device overlaps launches on several streams."""
         return self.backend in ("flash", "triton")
 
     @property

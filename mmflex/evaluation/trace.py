@@ -12,17 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..compiler.predict import estimates
+from ..compiler.prices import estimates
 from ..integrations.masks import NAME
 from ..integrations.prefill import attention_forward
 from ..integrations.transformers import patched
 from ..ir.layout import TokenLayout
-from ..ir.pattern import Pattern, find
-from ..runtime.attention import Plan, plan
+from ..ir.pattern import Dense, Pattern
+from ..runtime.attention import plan
+from ..runtime.plan import Plan
 from ..tuning.config import Config, Spec, per_layer
 
 ROWS = 256
@@ -94,6 +94,11 @@ class Trace:
     densities: dict[Any, float] = field(default_factory=dict)
 
     @property
+    def depth(self) -> int:
+        """Attention layers of the model."""
+        return len(self.layers)
+
+    @property
     def layout(self) -> TokenLayout:
         return next(iter(self.layers.values())).layout
 
@@ -113,13 +118,13 @@ class Trace:
     def per_layer(self, spec: Spec | Config) -> dict[int, tuple[Pattern, ...]]:
         """A spec written out for these layers; ValueError where it is made for another model."""
         if isinstance(spec, Config):
-            return spec.for_model(len(self.layers), self.heads)
+            return spec.for_model(self.depth, self.heads)
         return per_layer(spec, sorted(self.layers), self.heads)
 
     def plan(self, layer: int, patterns: tuple[Pattern, ...]) -> Plan:
         """The plan of a layer on the backend of this trace."""
         seen = self.layers[layer]
-        return plan(seen.q, seen.k, patterns, layout=seen.layout, scale=seen.scale, backend=self.backend)
+        return plan(seen.q, seen.k, patterns, layout=seen.layout, scale=seen.scale, backend=self.backend, v=seen.v)
 
     def density(self, spec: Spec | Config) -> float:
         """Pairs in computed blocks over causal pairs, from the plans of all layers (kept, by pattern and layer)."""
@@ -166,19 +171,19 @@ def relative(found: Tensor, want: Tensor) -> Tensor:
 def estimated(made: Plan) -> float:
     """Products that a plan's estimates take, over those of dense attention (two for each causal pair: one with a key,
     one with a value), mean over heads. NaN where an estimator does not say."""
-    program, layout = made.program, made.layout
+    program = made.program
     products = sum(heads * (math.nan if each is None else each) for heads, each in estimates(program))
-    causal = float((np.arange(layout.length - program.queries, layout.length) + 1.0).sum())
+    causal = float((program.queries.numbers + 1.0).sum())
     return products / (2 * causal * program.heads)
 
 
 def allowed(made: Plan) -> float:
     """Allowed pairs of a plan over causal pairs, mean over heads; from `ROWS` drawn queries on longer prompts."""
     queries = made.program.queries
-    generator = torch.Generator().manual_seed(queries)
-    rows = torch.randperm(queries, generator=generator)[:ROWS].sort().values.tolist()
+    generator = torch.Generator().manual_seed(queries.count)
+    rows = torch.randperm(queries.count, generator=generator)[:ROWS].sort().values.tolist()
     mask = made.dense_mask(rows)
-    causal = float((torch.tensor(rows) + made.layout.length - queries + 1).sum()) * mask.shape[0]
+    causal = float((queries.numbers[rows] + 1.0).sum()) * mask.shape[0]
     return float(mask.sum(dtype=torch.float64)) / (causal * mask.shape[1])
 
 
@@ -195,7 +200,7 @@ def capture(model: Any, inputs: Mapping[str, Tensor], backend: str) -> Trace:
         layers[seen.layer] = seen
 
     last = torch.full((1, 1), inputs["input_ids"].shape[1] - 1, device=inputs["input_ids"].device)
-    with patched(model, find("Dense")(), backend="dense"), watched(keep):
+    with patched(model, Dense(), backend="dense"), watched(keep):
         logits_at(model, inputs, last)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no attention layer that reads {last.item() + 1} tokens at once")

@@ -4,7 +4,8 @@ refused. The rules are the table in `integrations.transformers`."""
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,8 +16,24 @@ from .masks import MaskDescription, causal_description, dense_function, previous
 from .prompts import LayoutUnknown
 from .window import SlidingWindow
 
-if TYPE_CHECKING:
-    from .transformers import Patch
+
+class PatchedModel(Protocol):
+    """What the attention function asks of a patch (`transformers.Patch`): its documentation is there."""
+
+    root: nn.Module
+    owner: Any
+    config: Any
+    modules: list[nn.Module]
+    spec: dict[int, tuple[Any, ...]]
+    backend: str
+    previous: str
+    number: int
+    called: bool
+    prompt: Any
+    observer: Callable[..., None] | None
+
+    def notice(self, reason: str, kind: str = "") -> None: ...
+
 
 DECODE_QUERIES = 64
 """On a cache, fewer new tokens than this are decoding (assisted decoding checks a few at a time): there is nothing to
@@ -26,7 +43,7 @@ save, and patterns are estimated from this many queries."""
 SMALL_WINDOWED = 4096
 """Up to this many keys a sliding-window layer stays with the previous attention: its mask tensor is small."""
 
-live: weakref.WeakValueDictionary[int, Patch] = weakref.WeakValueDictionary()
+live: weakref.WeakValueDictionary[int, PatchedModel] = weakref.WeakValueDictionary()
 """The patches in place, by number: what a compiled graph can hold on to."""
 
 
@@ -134,7 +151,7 @@ def _why_dense(
 
 
 def _accelerate(
-    patch: Patch,
+    patch: PatchedModel,
     layer: int,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -155,7 +172,7 @@ def _accelerate(
 
 
 def _run(
-    patch: Patch,
+    patch: PatchedModel,
     layer: int,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -244,7 +261,7 @@ def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
     return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
-def _tensor_parallel_rank(patch: Patch, heads: int, patterns: int) -> int | None:
+def _tensor_parallel_rank(patch: PatchedModel, heads: int, patterns: int) -> int | None:
     if heads == patterns:
         return None
     mesh = getattr(patch.owner, "_device_mesh", None) or getattr(patch.root, "_device_mesh", None)

@@ -34,6 +34,7 @@ from torch import nn
 from mmflex.runtime.backends import BACKENDS
 from mmflex.tuning.config import Config, Spec, per_layer
 
+from .fallback import DenseFallback
 from .long_prefill import RowChunks, chunk_rows
 from .masks import (
     NAME,
@@ -45,12 +46,9 @@ from .masks import (
 )
 from .prefill import attention_forward, live
 from .prompts import Prompt, token_layout
+from .vision import VisionPatch
 
 __all__ = ["DenseFallback", "patch", "patched", "token_layout", "unpatch"]
-
-
-class DenseFallback(UserWarning):
-    """A layer ran the model's previous attention although its spec asked for less; the message says why."""
 
 
 # ---- patching ------------------------------------------------------------------------------------------------------
@@ -59,7 +57,15 @@ class DenseFallback(UserWarning):
 class Patch:
     """What `patch` did to one model, and what its attention function needs to know."""
 
-    def __init__(self, root: nn.Module, spec: Spec | Config, backend: str, mlp_chunk: int | None) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        spec: Spec | Config,
+        backend: str,
+        mlp_chunk: int | None,
+        vision: bool,
+        fuse: bool | None,
+    ) -> None:
         self.root, self.backend = root, backend
         self.config, self.owner, self.text_model, modules = _language_model(root)
         self.spec = _spec_for(spec, modules, int(self.config.num_attention_heads), int(self.config.num_hidden_layers))
@@ -69,6 +75,7 @@ class Patch:
         slots = [_Slot(self, module, self.previous) for module in modules]
         self.noticed: set[str] = set()
         self.called = False
+        self.vision: VisionPatch | None = None
         self.observer: Callable[..., None] | None = None  # sees q, k and v of every layer (`capture`)
         # from here on the model is changed
         self.chunks: list[RowChunks] = chunk_rows(self.text_model, mlp_chunk)
@@ -81,15 +88,18 @@ class Patch:
         for module, slot in zip(modules, slots, strict=True):
             vars(module)["_mmflex"] = slot
         _register()
-        self.owner.set_attn_implementation({"": NAME})
+        _select(self.owner, self.config, NAME)
         if self.config._attn_implementation != NAME:
             self.remove()
             raise NotImplementedError(
                 f"{type(self.owner).__name__} does not take another attention (set_attn_implementation had no effect): "
-                "its code does not go through transformers' AttentionInterface, so call mmflex.attention in it"
+                f"its code does not go through AttentionInterface; {_ELSE}, or call mmflex.attention in it"
             )
+        self.vision = VisionPatch(root, fuse=fuse) if vision else None
 
     def remove(self) -> None:
+        if self.vision is not None:
+            self.vision.remove()
         self.prompt.remove()
         self.handle.remove()
         for chunks in self.chunks:
@@ -97,7 +107,7 @@ class Patch:
         for module in self.modules:
             module.__dict__.pop("_mmflex", None)
         if forget_previous(self.config):
-            self.owner.set_attn_implementation({"": self.previous})
+            _select(self.owner, self.config, self.previous)
 
     @torch.compiler.disable
     def notice(self, reason: str, kind: str = "") -> None:
@@ -126,7 +136,7 @@ class Patch:
         if not self.called and self.prompt.queries > 1:
             raise RuntimeError(
                 f"{type(self.text_model).__name__} ran without calling mmflex: its attention does not go through "
-                "transformers' AttentionInterface; unpatch it and call mmflex.attention in its code"
+                f"transformers' AttentionInterface; unpatch it, and {_ELSE}, or call mmflex.attention in its code"
             )
 
     # The patch of a copied or unpickled model is its own.
@@ -144,12 +154,19 @@ class _Slot:
 
 
 def patch(
-    model: nn.Module, spec_or_config: Spec | Config, *, backend: str = "auto", mlp_chunk: int | None = None
+    model: nn.Module,
+    spec_or_config: Spec | Config,
+    *,
+    backend: str = "auto",
+    mlp_chunk: int | None = None,
+    vision: bool = True,
+    fuse: bool | None = None,
 ) -> nn.Module:
     """Make a transformers model prefill through `mmflex.attention`.
 
-    Only the language model changes; a vision tower, decode steps, weights and ``config.json`` stay as they are. The
-    table at the top of this module says which masks are honoured, which run dense with a notice, which are refused.
+    The table at the top of this module says which masks of the language model are honoured, which run dense with a
+    notice, which are refused. A vision tower of a family in `integrations.vision.TOWERS` computes what it computed
+    before, faster. Decode steps, weights and ``config.json`` stay as they are.
 
     Args:
         model: a causal language model or a vision-language model, or a module that holds one (also from
@@ -159,6 +176,10 @@ def patch(
         backend: as in `mmflex.attention`.
         mlp_chunk: tokens at a time in MLPs and norms, so that very long prompts fit; None chunks by 32768 above 65536
             tokens, 0 never. Exact to rounding.
+        vision: also the vision tower, where its family is known: attention in one call a layer, frames in chunks so
+            that long videos fit. False leaves it alone.
+        fuse: compile the vision tower's layers, all of them at once; None does so on CUDA for 16384 patches or more
+            in one call, True always, False never. Exact to rounding.
 
     Returns:
         The model itself.
@@ -174,7 +195,7 @@ def patch(
         raise ValueError(f"unknown backend {backend!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
     if any("_mmflex_patch" in module.__dict__ for module in root.modules()):
         raise ValueError(f"{type(root).__name__} is already patched: call mmflex.unpatch(model) first")
-    root.__dict__["_mmflex_patch"] = Patch(root, spec_or_config, backend, mlp_chunk)
+    root.__dict__["_mmflex_patch"] = Patch(root, spec_or_config, backend, mlp_chunk, vision, fuse)
     return model
 
 
@@ -189,10 +210,16 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def patched(
-    model: nn.Module, spec_or_config: Spec | Config, *, backend: str = "auto", mlp_chunk: int | None = None
+    model: nn.Module,
+    spec_or_config: Spec | Config,
+    *,
+    backend: str = "auto",
+    mlp_chunk: int | None = None,
+    vision: bool = True,
+    fuse: bool | None = None,
 ) -> Iterator[nn.Module]:
     """`patch` for the length of a ``with`` block; arguments and errors as there."""
-    patch(model, spec_or_config, backend=backend, mlp_chunk=mlp_chunk)
+    patch(model, spec_or_config, backend=backend, mlp_chunk=mlp_chunk, vision=vision, fuse=fuse)
     try:
         yield model
     finally:
@@ -205,9 +232,13 @@ def _language_model(root: nn.Module) -> tuple[Any, Any, nn.Module, list[nn.Modul
     The config is found from the attention modules: those of text know their ``layer_idx``, those of vision do not.
     """
     try:
+        import transformers
         from transformers import PreTrainedModel
     except ImportError as error:
-        raise ImportError("mmflex.patch needs transformers 5.17 or newer: pip install 'transformers>=5.17'") from error
+        raise ImportError(f"mmflex.patch needs transformers 5.17 or newer, and there are none: {_ELSE}") from error
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2] if part.isdecimal())
+    if version < (5, 17):
+        raise ImportError(f"mmflex.patch needs transformers 5.17 or newer, got {transformers.__version__}: {_ELSE}")
 
     models = [m for m in root.modules() if isinstance(m, PreTrainedModel)]
     groups: dict[int, list[nn.Module]] = {}
@@ -222,7 +253,7 @@ def _language_model(root: nn.Module) -> tuple[Any, Any, nn.Module, list[nn.Modul
         choices = {wanted: choices[wanted]} if wanted in choices else choices
     if len(choices) != 1:
         names = sorted({type(owners[0]).__name__ for owners in choices.values()})
-        way_out = "patch the one that reads the prompt" if names else "pass one, such as LlamaForCausalLM"
+        way_out = "patch the one that reads the prompt" if names else f"pass one, such as LlamaForCausalLM; {_ELSE}"
         raise TypeError(
             f"{type(root).__name__} holds {len(choices)} transformers language models ({', '.join(names)}): {way_out}"
         )
@@ -250,6 +281,23 @@ def _refuse_at_patch(root: nn.Module, config: Any, modules: list[nn.Module]) -> 
 
 
 _NO_SCORES = "(mmflex changes which pairs are attended to, not their scores): run this model unpatched"
+
+
+_ELSE = "for a model of other code that calls scaled_dot_product_attention there is mmflex.intercept(model, spec)"
+
+
+def _select(owner: Any, config: Any, implementation: str) -> None:
+    """Select an attention for the language model alone.
+
+    transformers hands it on to every model inside that no ``sub_configs`` names, such as the vision tower that
+    LLaVA-NeXT builds within its language model: those get back what they had.
+    """
+    inside = {id(m.config): m.config for m in owner.modules() if hasattr(type(m), "set_attn_implementation")}
+    others = [(c, c._attn_implementation) for c in inside.values() if c is not config]
+    owner.set_attn_implementation({"": implementation})
+    for other, before in others:
+        if other._attn_implementation != before:
+            other._attn_implementation_internal = before
 
 
 def _register() -> None:

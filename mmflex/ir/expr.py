@@ -4,13 +4,13 @@ One expression is the whole truth about a head's mask. The compiler derives from
 the dense oracle, the predicted cost and the text that `explain()` prints, so that they cannot disagree.
 
 Leaves: the symbols ``q`` and ``k`` (positions), attributes of either (`Rank`, `Modality`, `Frame`, `Cell`, `SegmentOf`,
-`FirstTile`, `LastTile`), integers, and what selection finds for a head: `Number` and the sets of `Member`, `Touches`
-and `Listed`. Causality and padding are not written: every expression is meant under ``q >= k``.
+`FirstTile`, `LastTile`), integers, and what selection finds for a head: `Number` and the sets of `mmflex.ir.atoms`.
+Causality and padding are not written: every expression is meant under ``q >= k``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,7 @@ import sympy
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean, BooleanFunction
 
-from .layout import MODALITY_NAMES
+from .segments import MODALITY_NAMES
 
 q, k = sympy.symbols("q k", integer=True, nonnegative=True)
 
@@ -160,67 +160,28 @@ class Number(sympy.Symbol):
         return rf"\mathrm{{{short(self.name)}}}"
 
 
-class Member(BooleanFunction):
-    """``Member(x, name, n)``: x is in the head's set ``name`` of at most n elements (a bitmap over x)."""
+class SetTest(BooleanFunction):
+    """A test of tokens against a set that selection fills for every head: ``(coordinates ..., name, n)``, at most n
+    members. The tests there are stand in `mmflex.ir.atoms`."""
 
-    def _sympystr(self, printer: Any) -> str:
-        return f"({printer._print(self.args[0])} in {self.args[1]})"
+    @property
+    def coordinates(self) -> tuple[sympy.Expr, ...]:
+        """What is looked up in the set."""
+        return self.args[:-2]  # type: ignore[return-value]
 
-    def _latex(self, printer: Any) -> str:
-        return rf"{printer._print(self.args[0])} \in \mathrm{{{short(str(self.args[1]))}}}"
+    @property
+    def set_name(self) -> str:
+        return str(self.args[-2])
 
-
-class Touches(BooleanFunction):
-    """``Touches(first, last, key, name, n)``: one of ``first - key ... last - key`` is in the head's set ``name`` of at
-    most n block diagonals. ``first == last`` for tiles of the same coordinate."""
-
-    def _sympystr(self, printer: Any) -> str:
-        first, last, key, name, _ = self.args
-        if first == last:
-            return f"({printer._print(first - key)} in {name})"
-        return f"({printer._print(first - key)} .. {printer._print(last - key)} meets {name})"
-
-    def _latex(self, printer: Any) -> str:
-        first, last, key, name, _ = self.args
-        chosen = rf"\mathrm{{{short(str(name))}}}"
-        if first == last:
-            return rf"{printer._print(first - key)} \in {chosen}"
-        distances = rf"{printer._print(first - key)}, \ldots, {printer._print(last - key)}"
-        return rf"\left\{{{distances}\right\}} \cap {chosen} \neq \emptyset"
-
-
-class Listed(BooleanFunction):
-    """``Listed(a, b, name, n)``: the head's block table ``name`` names key tile b for query tile a (at most n each)."""
-
-    def _sympystr(self, printer: Any) -> str:
-        a, b, name, _ = self.args
-        return f"(({printer._print(a)}, {printer._print(b)}) in {name})"
-
-    def _latex(self, printer: Any) -> str:
-        a, b, name, _ = self.args
-        return rf"({printer._print(a)}, {printer._print(b)}) \in \mathrm{{{short(str(name))}}}"
-
-
-SETS = (Member, Touches, Listed)
+    @property
+    def size(self) -> int:
+        """At most how many members the set has (of a table: in a row)."""
+        return int(self.args[-1])
 
 
 def short(name: str) -> str:
     """A set's name without the pattern that it belongs to."""
     return name.split("@")[0].split("[")[0]
-
-
-def set_name(atom: Boolean) -> str:
-    """The set that a `Member`, `Touches` or `Listed` reads."""
-    return str(atom.args[-2])
-
-
-def atoms(expr: Boolean) -> Iterator[Boolean]:
-    """The atoms (relations and set tests) of an expression."""
-    if isinstance(expr, (Relational, *SETS)):
-        yield expr
-    elif isinstance(expr, (sympy.And, sympy.Or, sympy.Not)):
-        for arg in expr.args:
-            yield from atoms(arg)
 
 
 @lru_cache(maxsize=4096)
@@ -232,7 +193,7 @@ def sides(expr: sympy.Basic) -> frozenset[sympy.Symbol]:
 @lru_cache(maxsize=4096)
 def selected(expr: sympy.Basic) -> bool:
     """Whether an expression reads anything that selection finds (else it follows from the layout alone)."""
-    return isinstance(expr, (Number, *SETS)) or any(map(selected, expr.args))
+    return isinstance(expr, (Number, SetTest)) or any(map(selected, expr.args))
 
 
 any_of, all_of = lru_cache(maxsize=4096)(sympy.Or), lru_cache(maxsize=4096)(sympy.And)
@@ -293,7 +254,7 @@ def _split(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr] | None:
     return of_q, of_k
 
 
-_OPERATORS = {
+OPERATOR = {
     sympy.Eq: "==",
     sympy.Ne: "!=",
     sympy.StrictLessThan: "<",
@@ -301,7 +262,6 @@ _OPERATORS = {
     sympy.StrictGreaterThan: ">",
     sympy.GreaterThan: ">=",
 }
-OPERATOR = _OPERATORS
 """Relation class -> Python operator."""
 
 
@@ -311,7 +271,7 @@ def source(expr: sympy.Basic, leaf: Callable[[sympy.Basic], str]) -> str:
     def write(e: sympy.Basic) -> str:
         if e in (sympy.true, sympy.false):
             return str(bool(e))
-        if isinstance(e, (sympy.Integer, *SETS)) or is_leaf(e):
+        if isinstance(e, (sympy.Integer, SetTest)) or is_leaf(e):
             return leaf(e)
         if isinstance(e, sympy.Add):
             return "(" + " + ".join(write(a) for a in e.args) + ")"
@@ -322,7 +282,7 @@ def source(expr: sympy.Basic, leaf: Callable[[sympy.Basic], str]) -> str:
         if isinstance(e, Tile):
             return f"({write(e.args[0])} // {int(e.args[1])})"
         if isinstance(e, Relational):
-            return f"({write(e.lhs)} {_OPERATORS[e.func]} {write(e.rhs)})"
+            return f"({write(e.lhs)} {OPERATOR[e.func]} {write(e.rhs)})"
         if isinstance(e, sympy.And):
             return "(" + " & ".join(write(a) for a in e.args) + ")"
         if isinstance(e, sympy.Or):

@@ -7,10 +7,7 @@ A layout lives on the host (int32 arrays, a few MB at one million tokens). Every
 from __future__ import annotations
 
 import hashlib
-import itertools
-import operator
-import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -18,141 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from .identity import alive, new_serial
+from .memo import Memo
+from .segments import LONGEST_PROMPT, MODALITIES, MODALITY_NAMES, Segment, check_length, count_of, modality_id
 from .shown import shown
 
-MODALITIES = {"text": 0, "image": 1, "video": 2, "audio": 3}
-"""Modality names and their ids, as transformers uses them in ``mm_token_type_ids``."""
+__all__ = [
+    "LONGEST_PROMPT", "MODALITIES", "MODALITY_NAMES", "Segment", "TokenLayout", "layouts_alive", "modality_id",
+]  # fmt: skip
+"""What layouts are made of is imported from here, wherever it is defined."""
 
-MODALITY_NAMES = {number: name for name, number in MODALITIES.items()}
-
-LONGEST_PROMPT = 1 << 28
-"""Tokens of a prompt, at most: positions, and small multiples of them, are int32 in the kernels."""
+MEMO = 4096
+"""Entries kept with a layout."""
 
 _FIELDS = ("position", "modality", "segment", "frame", "cell")
-
-
-_serial = itertools.count()
-_alive: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
-
-
-def enlist(thing: Any) -> str:
-    """A name for an object of ours, by which `listed` finds it while it lives."""
-    name = f"mmflex-{next(_serial)}"
-    _alive[name] = thing
-    return name
-
-
-def listed(name: str) -> Any:
-    """The object that `enlist` named."""
-    return _alive[name]
-
-
-def modality_id(modality: str | int) -> int:
-    """The id of a modality given by name or id; ValueError names the known ones."""
-    if isinstance(modality, str) and modality in MODALITIES:
-        return MODALITIES[modality]
-    if isinstance(modality, int) and not isinstance(modality, bool) and modality in MODALITY_NAMES:
-        return modality
-    raise ValueError(
-        f"unknown modality {shown(modality)}: use one of {sorted(MODALITIES)} or an id of {sorted(MODALITY_NAMES)}"
-    )
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One piece of a prompt, in prompt order.
-
-    Args:
-        modality: "text", "image", "video" or "audio".
-        frames, height, width: tokens (after any spatial merge). Text and audio use ``width`` alone.
-        newline: where a model adds one separator token: None, "row", "frame" or "video" (once at the end). A
-            separator belongs to the segment; those of rows and frames have a cell of their own in every frame.
-        timestamps: text tokens in front of every frame, one number or one per frame (Qwen3-VL, GLM-4.1V). They are
-            text, so the frames become separate runs of one segment.
-
-    Raises:
-        ValueError: sizes that are no numbers of tokens, or newlines and timestamps where there are no frames.
-    """
-
-    modality: str
-    frames: int = 1
-    height: int = 1
-    width: int = 1
-    newline: str | None = None
-    timestamps: int | tuple[int, ...] = 0
-
-    def __post_init__(self) -> None:
-        kind = modality_id(self.modality)
-        for name in ("frames", "height", "width"):
-            object.__setattr__(self, name, _count(getattr(self, name), f"a segment's {name}"))
-        if self.newline not in (None, "row", "frame", "video"):
-            raise ValueError(f"newline is None, 'row', 'frame' or 'video', got {shown(self.newline)}")
-        each = isinstance(self.timestamps, Sequence)
-        if each and len(self.timestamps) != self.frames:  # type: ignore[arg-type]
-            raise ValueError(
-                f"timestamps names {len(self.timestamps)} lengths for {self.frames} frames: "  # type: ignore[arg-type]
-                "give one number or one per frame"
-            )
-        stamps = tuple(_count(n, "a timestamp") for n in (self.timestamps if each else (self.timestamps,)))  # type: ignore[union-attr]
-        object.__setattr__(self, "timestamps", stamps if each else stamps[0])
-        if kind in (MODALITIES["text"], MODALITIES["audio"]) and (self.newline is not None or any(stamps)):
-            raise ValueError(
-                f"newline={self.newline!r} and timestamps={shown(self.timestamps)} belong to the frames of images and "
-                f"videos, and {MODALITY_NAMES[kind]} has none: leave them out"
-            )
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens it is, separators and timestamps included."""
-        stamps = self.timestamps * self.frames if isinstance(self.timestamps, int) else sum(self.timestamps)
-        separators = {"row": self.height * self.frames, "frame": self.frames, "video": 1}.get(self.newline or "", 0)
-        return self.frames * self.height * self.width + separators + stamps
-
-    @classmethod
-    def of(cls, item: Segment | Sequence[Any]) -> Segment:
-        """A Segment from ``(modality, size)`` or ``(modality, size, options)``; size is n, (h, w) or (t, h, w)."""
-        if isinstance(item, Segment):
-            return item
-        if isinstance(item, str) or not isinstance(item, Sequence) or len(item) not in (2, 3):
-            raise ValueError(
-                f"a segment is (modality, size) or (modality, size, options), got {shown(item)}: give a list of those; "
-                'the size of a video is a tuple too, ("video", (8, 16, 16))'
-            )
-        modality, size, *rest = item
-        options = rest[0] if rest else {}
-        if not isinstance(options, Mapping) or set(options) - {"newline", "timestamps"}:
-            raise ValueError(
-                f'the third item of a segment is {shown(options)}: use {{"newline": "row", "frame" or "video"}} and '
-                '{"timestamps": number}'
-            )
-        try:
-            each = size if isinstance(size, Sequence) else (size,)
-            sizes: tuple[Any, ...] = tuple(map(operator.index, each))
-        except TypeError:
-            raise ValueError(f"a segment's size is in whole tokens, got {shown(size)}") from None
-        if len(sizes) > 3 or not sizes:
-            raise ValueError(f"a segment's size is n, (height, width) or (frames, height, width), got {shown(size)}")
-        names = ("frames", "height", "width")[3 - len(sizes) :]
-        return cls(modality, **dict(zip(names, sizes, strict=True)), **options)
-
-    def columns(self, number: int) -> np.ndarray:
-        """Rows of (modality, segment, frame, cell), int32 [tokens, 4]."""
-        kind = modality_id(self.modality)
-        if kind in (MODALITIES["text"], MODALITIES["audio"]):
-            return np.tile(np.array([kind, number, -1, -1], np.int32), (self.frames * self.height * self.width, 1))
-        cells = self.height * (self.width + (self.newline == "row")) + (self.newline == "frame")
-        if not cells and not self.timestamps:  # any number of frames of nothing
-            return np.array([[kind, number, -1, -1]] * self.tokens, np.int32).reshape(-1, 4)
-        stamps = (self.timestamps,) * self.frames if isinstance(self.timestamps, int) else self.timestamps
-        parts = []
-        for frame, stamp in enumerate(stamps):
-            parts.append(np.tile(np.array([MODALITIES["text"], number, -1, -1], np.int32), (stamp, 1)))
-            block = np.empty((cells, 4), np.int32)
-            block[:, 0], block[:, 1], block[:, 2], block[:, 3] = kind, number, frame, np.arange(cells)
-            parts.append(block)
-        if self.newline == "video":
-            parts.append(np.array([[kind, number, -1, -1]], np.int32))
-        return np.concatenate(parts) if parts else np.empty((0, 4), np.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +49,7 @@ class TokenLayout:
     segment: np.ndarray
     frame: np.ndarray
     cell: np.ndarray
-    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    memo: Memo = field(default_factory=lambda: Memo(MEMO), init=False, repr=False, compare=False)
     serial: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -181,7 +57,7 @@ class TokenLayout:
         shape, position = arrays["modality"].shape, arrays["position"]
         if not shape[0]:
             raise ValueError(f"the layout has shape {shape}: a layout needs at least one prompt")
-        _check_length(shape[1])
+        check_length(shape[1])
         for name, array in arrays.items():
             if array.shape != shape:
                 raise ValueError(f"{name} has shape {array.shape} but modality {shape}: give one value per token")
@@ -196,7 +72,7 @@ class TokenLayout:
                 f"position[{row}, {token}] is {position[row, token]}: positions count the valid tokens of a prompt "
                 "from 0 on, and are -1 for padding"
             )
-        object.__setattr__(self, "serial", enlist(self))
+        object.__setattr__(self, "serial", new_serial(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold the arrays alone, not what was computed from them."""
@@ -219,7 +95,7 @@ class TokenLayout:
         for item in segments:
             given.append(Segment.of(item))
             total += given[-1].tokens
-            _check_length(total)
+            check_length(total)
         parts = [segment.columns(number) for number, segment in enumerate(given)]
         rows = np.concatenate(parts) if parts else np.empty((0, 4), np.int32)
         modality, segment, frame, cell = rows.T[:, None]
@@ -228,7 +104,7 @@ class TokenLayout:
     @classmethod
     def text(cls, n: int) -> TokenLayout:
         """``n`` tokens of text, one segment (cached)."""
-        return _text(_count(n, "the length of a layout"))
+        return _text(count_of(n, "the length of a layout"))
 
     @classmethod
     def from_modality_ids(
@@ -272,8 +148,8 @@ class TokenLayout:
         if not layouts:
             raise ValueError("an empty list of layouts: a batch needs at least one prompt")
         longest = max(layout.length for layout in layouts)
-        length = longest if length is None else _count(length, "the length of a layout")
-        _check_length(length)
+        length = longest if length is None else count_of(length, "the length of a layout")
+        check_length(length)
         if length < longest:
             raise ValueError(f"length is {length} but the longest prompt has {longest} tokens")
 
@@ -313,12 +189,12 @@ class TokenLayout:
 
     @property
     def padded(self) -> bool:
-        return self._once("padded", lambda: bool((self.position < 0).any()))
+        return self.once("padded", lambda: bool((self.position < 0).any()))
 
     @property
     def modalities(self) -> tuple[int, ...]:
         """Ids of the modalities that occur, ascending."""
-        return self._once("modalities", lambda: tuple(np.unique(self.modality[self.valid]).tolist()))
+        return self.once("modalities", lambda: tuple(np.unique(self.modality[self.valid]).tolist()))
 
     def of(self, modality: str | int | None) -> np.ndarray:
         """bool [B, N]: the valid tokens of a modality, by name or id (None: of all)."""
@@ -327,7 +203,7 @@ class TokenLayout:
 
     def most(self, modality: int | None) -> int:
         """Tokens of a modality (None: of any) in the prompt that has most of them; at least 1."""
-        return self._once(("most", modality), lambda: max(1, int(self.of(modality).sum(axis=1).max(initial=0))))
+        return self.once(("most", modality), lambda: max(1, int(self.of(modality).sum(axis=1).max(initial=0))))
 
     def coordinate(self, modality: str | int | None) -> np.ndarray:
         """int32 [B, N]: how many tokens of ``modality`` (None: of any) stand up to and including this one, less one.
@@ -335,7 +211,7 @@ class TokenLayout:
         For a token of that modality this is its rank; for any other it is the rank of the last such token before it
         (-1 before the first). So for a key k of the modality, ``coordinate(q) >= coordinate(k)`` is causality.
         """
-        return self._once(
+        return self.once(
             ("coordinate", modality), lambda: np.cumsum(self.of(modality), axis=1, dtype=np.int32) - np.int32(1)
         )
 
@@ -349,7 +225,7 @@ class TokenLayout:
                 rank = np.where(self.of(m), self.coordinate(m), rank)
             return rank
 
-        return self._once("rank", build)
+        return self.once("rank", build)
 
     def frame_stride(self, modality: str | int | None) -> int | None:
         """Tokens from one frame to the next (the commonest distance, in ``coordinate(modality)``); None without
@@ -365,7 +241,7 @@ class TokenLayout:
             values, counts = np.unique(np.concatenate(distances), return_counts=True)
             return int(values[counts.argmax()]) if len(values) else None
 
-        return self._once(("frame_stride", modality), build)
+        return self.once(("frame_stride", modality), build)
 
     @property
     def fingerprint(self) -> str:
@@ -377,15 +253,23 @@ class TokenLayout:
                 digest.update(getattr(self, name).tobytes())
             return digest.hexdigest()
 
-        return self._once("fingerprint", build)
+        return self.once("fingerprint", build)
 
-    def _once(self, key: Any, build: Any) -> Any:
-        if key not in self.memo:
+    def once(self, key: Any, build: Callable[[], Any]) -> Any:
+        """What ``build`` returns, kept with the layout: token orders, programs, whatever follows from it alone.
+        Arrays become read-only."""
+
+        def built() -> Any:
             value = build()
             if isinstance(value, np.ndarray):
                 value.setflags(write=False)
-            self.memo[key] = value
-        return self.memo[key]
+            return value
+
+        return self.memo.once(key, built)
+
+    def forget(self) -> None:
+        """Drop all that was kept."""
+        self.memo.clear()
 
     def summary(self) -> str:
         """One line a prompt: runs of modalities with their lengths."""
@@ -394,16 +278,11 @@ class TokenLayout:
             ids = np.where(self.valid[row], self.modality[row], -1)
             edges = np.flatnonzero(np.diff(ids)) + 1
             runs = [(MODALITY_NAMES.get(int(r[0]), "padding"), len(r)) for r in np.split(ids, edges) if len(r)]
-            shown = [f"{name} {n}" for name, n in runs[:6]]
+            parts = [f"{name} {n}" for name, n in runs[:6]]
             if len(runs) > 6:
-                shown.append(f"... {len(runs) - 6} more runs")
-            lines.append(" | ".join(shown) or "empty")
+                parts.append(f"... {len(runs) - 6} more runs")
+            lines.append(" | ".join(parts) or "empty")
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        from ..plot import layout_html
-
-        return layout_html(self)
 
     def __repr__(self) -> str:
         return f"TokenLayout([{self.batch_size}, {self.length}]: {'; '.join(self.summary().splitlines()[:2])})"
@@ -412,24 +291,6 @@ class TokenLayout:
 @lru_cache(maxsize=32)
 def _text(n: int) -> TokenLayout:
     return TokenLayout.from_segments([("text", n)])
-
-
-def _count(value: Any, what: str) -> int:
-    """A number of tokens."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{what} is in whole tokens, got {shown(value)}") from None
-    if number < 0:
-        raise ValueError(f"{what} is a number of tokens, got {shown(value)}: use 0 or more")
-    return number
-
-
-def _check_length(tokens: int) -> None:
-    if tokens > LONGEST_PROMPT:
-        raise ValueError(
-            f"a prompt of {shown(tokens)} tokens: {LONGEST_PROMPT} are the most that positions are good for"
-        )
 
 
 def _check_modalities(ids: np.ndarray) -> None:
@@ -453,3 +314,8 @@ def _array(value: Any, name: str) -> np.ndarray:
     if not -(1 << 31) <= least <= most < 1 << 31:
         raise ValueError(f"{name} holds {least if least < -(1 << 31) else most}: values have to fit into int32")
     return np.array(array, dtype=np.int32, order="C")
+
+
+def layouts_alive() -> list[TokenLayout]:
+    """All layouts that anybody holds."""
+    return alive(TokenLayout)

@@ -18,15 +18,21 @@ import torch
 from sympy.logic.boolalg import Boolean
 
 from . import expr as x
-from .layout import MODALITY_NAMES, TokenLayout, enlist, modality_id
+from .identity import new_serial
+from .layout import TokenLayout
+from .segments import modality_id
 from .shown import clipped, shown
-from .validate import check_mask, check_type
+from .tokens import Tokens, denoted
+from .view import EstimateFrom, Scope, View
+
+__all__ = [
+    "Dense", "Difference", "EstimateFrom", "Estimator", "Intersection", "Pattern", "Restricted", "Scope", "Tokens",
+    "Union", "View", "among", "check_counts", "check_flags", "check_nesting", "denoted", "find", "from_json", "union",
+]  # fmt: skip
+"""What patterns are written with is imported from here, wherever it is defined."""
 
 VERSION = 1
 """Version of the JSON form."""
-
-LARGEST_TABLE = 1 << 28
-"""Entries of a table of blocks for one head: blocks of 64 for a million tokens."""
 
 LONGEST_INTEGER = 1024
 """Bits of a budget: any more are beyond every prompt, and Python refuses to print thousands of digits."""
@@ -35,236 +41,20 @@ DEEPEST, MOST = 100, 1000
 """Levels of patterns within patterns, and patterns in all: hashes, texts and masks of compositions go through each."""
 
 
-@dataclass(frozen=True)
-class Scope:
-    """The tokens that a pattern is restricted to: a query modality and a key modality (None: all)."""
-
-    query: int | None = None
-    key: int | None = None
-
-    def __str__(self) -> str:
-        names = [MODALITY_NAMES.get(m, "") if m is not None else "" for m in (self.query, self.key)]
-        return "" if not any(names) else f"{names[0] or 'all'}>{names[1] or 'all'}"
-
-
-@dataclass(frozen=True, eq=False)
-class View:
-    """What selection knows of a prompt: its layout seen through a scope. All of it is host data.
-
-    Attributes:
-        layout: the layout of the N keys.
-        scope: whose queries and keys.
-        queries: M, the number of query tokens (the last M of the N).
-        tile: block size in tokens.
-    """
-
-    layout: TokenLayout
-    scope: Scope
-    queries: int
-    tile: int
-
-    @property
-    def size(self) -> int:
-        """Keys in scope (of the longest prompt of the batch): the length of per-key masses and bitmaps."""
-        return self.layout.most(self.scope.key)
-
-    @property
-    def tiles(self) -> int:
-        """Key tiles in scope."""
-        return -(-self.size // self.tile)
-
-    @property
-    def rows(self) -> int:
-        """Tokens of the query modality (of the longest prompt): queries are counted from the first of them."""
-        return self.layout.most(self.scope.query)
-
-    def block_size(self, n: int) -> int:
-        """Blocks of ``n`` tokens as `Tokens.blocks` counts them: no larger than the prompt (or a tile)."""
-        return min(n, max(self.layout.length, self.tile))
-
-    def counts(self, device: torch.device) -> torch.Tensor:
-        """int64 [B]: keys in scope of each prompt, on a device (copied there once)."""
-        return self.layout._once(
-            ("counts", self.scope.key, device),
-            lambda: torch.tensor(self.layout.of(self.scope.key).sum(axis=1), device=device),
-        )
-
-    @property
-    def frame_stride(self) -> int | None:
-        """Tokens from frame to frame in the key coordinate; None without frames."""
-        return self.layout.frame_stride(self.scope.key)
-
-
 class Estimator(Protocol):
     """Estimates once what several heads' patterns select from. Equal estimators are run once for all heads.
 
-    A method ``scored(view) -> float``, the query-key products that it takes for one head and prompt, is welcome: the
-    cost model prices them, and `mmflex eval` reports them beside what a pattern computes.
+    Optional, besides being called:
+
+    ``scored(view) -> float``: the query-key products that it takes for one head and prompt. The cost model prices
+    them, and `mmflex eval` reports them beside what a pattern computes.
+    ``values = True``: it reads `View.values`. A plan that is made without v is then an error.
+    ``whole_layer = True``: it is called with all heads of the layer, whichever of them have the pattern.
     """
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, view: View, scale: float) -> Any:
         """q [B, H, M, D], k [B, Hkv, N, D] -> whatever `Pattern.select` takes; leading dimensions [B, H]."""
         ...
-
-
-class Tokens:
-    """What a pattern builds its expression from: the tokens q and k as seen through a scope.
-
-    ``t.q`` and ``t.k`` are positions, or ranks within the key modality where the pattern is restricted to one;
-    ``t.row`` is q's place among the queries in scope. `sink`, `local`, `last` and the set tests round outwards to whole
-    tiles, which is what makes blocks full and costs nothing: the blocks are touched anyway. For token-exact masks
-    compare ``t.q`` and ``t.k`` yourself.
-    """
-
-    def __init__(self, layout: TokenLayout, tile: int, scope: Scope | None = None, leaves: dict | None = None) -> None:
-        self.layout, self.tile, self.scope = layout, tile, scope or Scope()
-        self.leaves: dict[str, tuple[Pattern, Scope]] = {} if leaves is None else leaves
-        self._leaf = ""
-
-    def restrict(self, query: int | None, key: int | None) -> Tokens:
-        """The same tokens through a narrower scope."""
-        scope = Scope(self.scope.query if query is None else query, self.scope.key if key is None else key)
-        return Tokens(self.layout, self.tile, scope, self.leaves)
-
-    def leaf(self, pattern: Pattern) -> Boolean:
-        """The expression of a pattern that selects for itself; equal patterns in equal scopes share their sets."""
-        t = Tokens(self.layout, self.tile, self.scope, self.leaves)
-        t._leaf = f"{pattern}" + (f"[{self.scope}]" if str(self.scope) else "")
-        self.leaves[t._leaf] = (pattern, self.scope)
-        try:
-            expr = pattern.mask(t)
-        except ZeroDivisionError as error:
-            raise ValueError(f"{clipped(pattern)}: its mask divides by zero ({error}): use 1 or more") from None
-        if isinstance(expr, bool):
-            raise TypeError(
-                f"{type(pattern).__name__}.mask returned {expr}: == and != compare the expressions themselves, write "
-                "sympy.Eq(a, b) and sympy.Ne(a, b) (sympy.true and sympy.false for everything and nothing)"
-            )
-        return x.tiled(check_type(expr, clipped(pattern)))
-
-    # ---- coordinates ----------------------------------------------------------------------------------------------
-
-    @property
-    def q(self) -> sympy.Expr:
-        """Where the query stands, counted in keys in scope."""
-        return x.q if self.scope.key is None else x.Rank(x.q, self.scope.key)
-
-    @property
-    def k(self) -> sympy.Expr:
-        """The key, counted in keys in scope."""
-        return x.k if self.scope.key is None else x.Rank(x.k, self.scope.key)
-
-    @property
-    def row(self) -> sympy.Expr:
-        """The query, counted in queries in scope."""
-        return x.q if self.scope.query is None else x.Rank(x.q, self.scope.query)
-
-    @property
-    def q_cell(self) -> sympy.Expr:
-        return x.Cell(x.q)
-
-    @property
-    def k_cell(self) -> sympy.Expr:
-        return x.Cell(x.k)
-
-    @property
-    def q_frame(self) -> sympy.Expr:
-        return x.Frame(x.q)
-
-    @property
-    def k_frame(self) -> sympy.Expr:
-        return x.Frame(x.k)
-
-    @property
-    def q_segment(self) -> sympy.Expr:
-        return x.SegmentOf(x.q)
-
-    @property
-    def k_segment(self) -> sympy.Expr:
-        return x.SegmentOf(x.k)
-
-    def _hull(self) -> tuple[sympy.Expr, sympy.Expr]:
-        """First and last key tile at which the queries of q's tile stand."""
-        if self.scope.query == self.scope.key:
-            return x.Tile(self.q, self.tile), x.Tile(self.q, self.tile)
-        rows, keys = (x.ALL if m is None else m for m in (self.scope.query, self.scope.key))
-        return x.FirstTile(x.q, rows, keys, self.tile), x.LastTile(x.q, rows, keys, self.tile)
-
-    # ---- parts, rounded outwards to tiles ---------------------------------------------------------------------------
-
-    def capped(self, n: int) -> int:
-        """``n``, at most the prompt's length: a larger budget selects no more, and need not fit the kernels' int32."""
-        return min(_whole(n, "a budget of tokens"), self.layout.length)
-
-    def residue(self, value: sympy.Expr, stride: int | sympy.Expr, phase: int | sympy.Expr = 0) -> Boolean:
-        """``value = phase (mod stride)`` of a position, a rank or a distance. Token-exact."""
-        if isinstance(stride, int) and isinstance(phase, int):
-            phase, reach = phase % stride, self.layout.length
-            if phase > reach:
-                return sympy.false
-            # Beyond twice the prompt's length a stride meets each residue at most once, whatever it is.
-            stride = min(stride, 2 * reach + 2)
-        return sympy.Eq(x.mod(value - phase, sympy.sympify(stride)), 0)
-
-    def sink(self, n: int) -> Boolean:
-        """The first n keys, and the rest of their last tile."""
-        return x.Tile(self.k, self.tile) < -(-self.capped(n) // self.tile)
-
-    def local(self, n: int) -> Boolean:
-        """The last n keys up to the query itself, and the rest of the tiles that hold them for a query of its tile."""
-        if n == 0:
-            return sympy.false
-        return self._hull()[0] - x.Tile(self.k, self.tile) <= -(-(self.capped(n) - 1) // self.tile)
-
-    def last(self, n: int) -> Boolean:
-        """The last n queries in scope, and the rest of the tiles that hold them."""
-        scope = x.ALL if self.scope.query is None else self.scope.query
-        return x.Behind(x.q, scope, self.tile) < self.capped(n)
-
-    def columns(self, name: str, at_most: int) -> Boolean:
-        """Keys that selection put into ``name``: a bool tensor [B, H, `View.size`]."""
-        return x.Member(self.k, self._name(name), self.capped(at_most))
-
-    def diagonals(self, name: str, at_most: int) -> Boolean:
-        """Block diagonals (tile of q less tile of k) in ``name``: a bool tensor [B, H, `View.tiles`]."""
-        first, last = self._hull()
-        return x.Touches(first, last, x.Tile(self.k, self.tile), self._name(name), self.capped(at_most))
-
-    def blocks(self, name: str, at_most: int, size: int | None = None) -> Boolean:
-        """Blocks of ``size`` (the tile) in the table ``name``, a bool tensor [B, H, query blocks, key blocks] counted
-        from the first query and key in scope; at most ``at_most`` key blocks for a query block."""
-        size = self.tile if size is None else min(_whole(size, "a block size", 1), max(self.layout.length, self.tile))
-        rows, keys = (-(-self.layout.most(m) // size) for m in (self.scope.query, self.scope.key))
-        if rows * keys > LARGEST_TABLE:
-            raise ValueError(
-                f"{self._leaf}: blocks of {size} make a table of {rows} x {keys} for each head, {LARGEST_TABLE} "
-                "entries are the most: use larger blocks"
-            )
-        return x.Listed(x.Tile(self.row, size), x.Tile(self.k, size), self._name(name), self.capped(at_most))
-
-    def number(self, name: str, at_least: int = 0) -> sympy.Expr:
-        """A selected integer per head, ``name``: an int tensor [B, H]."""
-        return x.Number(str(self._name(name)), min(_whole(at_least, "at_least"), max(1, self.layout.length)))
-
-    def _name(self, name: str) -> sympy.Symbol:
-        if not isinstance(name, str) or not name or set(name) & set("@["):
-            raise ValueError(f"{self._leaf}: a set or number is named {shown(name)}: use a word without '@' and '['")
-        return sympy.Symbol(f"{name}@{self._leaf}")
-
-
-def denoted(pattern: Pattern, t: Tokens) -> Boolean:
-    """The expression of a pattern, checked: see `mmflex.ir.validate`."""
-    return check_mask(pattern.denote(t), clipped(pattern), t.layout, t.tile, t.leaves)
-
-
-def _whole(value: Any, what: str, least: int = 0) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{what} is {shown(value)}: use a whole number") from None
-    if number < least:
-        raise ValueError(f"{what} is {shown(number)}: use {least} or more")
-    return number
 
 
 class _Signature:
@@ -282,6 +72,8 @@ class Pattern:
     known: ClassVar[dict[str, type[Pattern]]] = {}
     budgets: ClassVar[tuple[str, ...]] = ()
     """Integer fields that say how much is kept, in tokens or blocks: what `scaled` multiplies."""
+    least: ClassVar[Mapping[str, int]] = {}
+    """What `scaled` leaves of a budget at least, where it is no less to begin with: a neighbourhood stays one."""
     serial: str
     """Names this object among all patterns and layouts alive, for graphs of torch.compile to refer to."""
     __signature__: ClassVar[Any] = _Signature()
@@ -292,7 +84,7 @@ class Pattern:
                 f"{cls.__name__} is no frozen dataclass, as patterns are: put @dataclass(frozen=True) on it"
             )
         self = super().__new__(cls)
-        object.__setattr__(self, "serial", enlist(self))
+        object.__setattr__(self, "serial", new_serial(self))
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -334,12 +126,13 @@ class Pattern:
             raise ValueError(f"budgets are scaled by {shown(factor)}: use a finite number above 0")
         if factor == 1:
             return self
-        names = set(type(self).budgets)
+        names, least = set(type(self).budgets), type(self).least
         fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))  # type: ignore[arg-type]
-        return dataclasses.replace(
-            self,  # type: ignore[type-var]
-            **{name: _rounded(value, factor) if name in names else _scaled(value, factor) for name, value in fields},
-        )
+        scaled = {
+            name: _rounded(value, factor, least.get(name, 1)) if name in names else _scaled(value, factor)
+            for name, value in fields
+        }
+        return dataclasses.replace(self, **scaled)  # type: ignore[type-var]
 
     def on(self, query: str | int | None = None, key: str | int | None = None) -> Pattern:
         """This pattern for the queries and keys of a modality alone; its lines then run in ranks within it."""
@@ -365,6 +158,14 @@ class Pattern:
         return {"pattern": type(self).__name__, "version": VERSION, **fields}
 
     from_json: ClassVar[Any] = staticmethod(lambda data: from_json(data))
+
+
+@dataclass(frozen=True)
+class Dense(Pattern):
+    """Plain causal attention: all keys up to the query."""
+
+    def mask(self, t: Tokens) -> Boolean:
+        return sympy.true
 
 
 @dataclass(frozen=True)
@@ -524,12 +325,12 @@ def _scaled(value: Any, factor: float) -> Any:
     return tuple(_scaled(v, factor) for v in value) if isinstance(value, tuple) else value
 
 
-def _rounded(value: int, factor: float) -> int:
+def _rounded(value: int, factor: float, least: int) -> int:
     if not value:
         return value
     exact = Fraction(factor) if max(value, factor) >= 1 << 53 else factor  # products of floats may be infinite
     step = 1 << max(0, int(value * exact).bit_length() - 5)
-    return max(1, round(value * exact / step) * step)
+    return max(min(value, least), round(value * exact / step) * step)
 
 
 def _plain(value: Any) -> Any:

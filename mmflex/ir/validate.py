@@ -2,7 +2,7 @@
 without asking whether an index is one.
 
 `check_mask` goes through an expression once, with the least and greatest value that each part of it can take for the
-layout at hand. `set_shapes` says what selection has to return for it.
+layout at hand. `set_shape` says what selection has to return for it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import sympy
@@ -19,11 +19,10 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean, BooleanAtom
 
 from . import expr as x
-from .layout import MODALITY_NAMES, TokenLayout
+from .layout import TokenLayout
+from .segments import MODALITY_NAMES
 from .shown import shown
-
-if TYPE_CHECKING:
-    from .pattern import Pattern, Scope, View
+from .view import Scope, View
 
 INT32 = (1 << 31) - 1
 
@@ -60,7 +59,7 @@ class _Walk:
     named: str
     layout: TokenLayout
     tile: int
-    leaves: Mapping[str, tuple[Pattern, Scope]]
+    leaves: Mapping[str, tuple[Any, Scope]]
     kinds: dict[str, Any] = field(default_factory=dict)
 
     # ---- conditions --------------------------------------------------------------------------------------------------
@@ -73,7 +72,7 @@ class _Walk:
                 self.condition(arg)
         elif isinstance(e, Relational) and e.func in x.OPERATOR:
             self.relation(e)
-        elif isinstance(e, x.SETS):
+        elif isinstance(e, x.SetTest):
             self.set_test(e)
         elif isinstance(e, sympy.Symbol):
             raise TypeError(f"{self.named}: its mask is made of {shown(e)}, a name that stands for nothing here")
@@ -87,14 +86,13 @@ class _Walk:
         if apart is not None:  # the compiler moves terms from side to side
             self.value(apart[0]), self.value(apart[2])
 
-    def set_test(self, e: Boolean) -> None:
+    def set_test(self, e: x.SetTest) -> None:
         name, size = e.args[-2:]
         if not isinstance(name, sympy.Symbol) or not isinstance(size, sympy.Integer) or size < 0:
             raise TypeError(f"{self.named}: {shown(e)} is no set: use t.columns, t.diagonals or t.blocks")
-        scope = self.scope_of(x.set_name(e))
-        asked = _places(e, self.layout, scope, self.tile)
-        self.named_once(x.set_name(e), (type(e), asked))
-        for coordinate, places in zip(e.args[:-2], asked, strict=True):
+        asked = _places(e, self.layout, self.scope_of(e.set_name), self.tile)
+        self.named_once(e.set_name, (type(e), asked))
+        for coordinate, places in zip(e.coordinates, asked, strict=True):
             low, high = self.value(coordinate)
             if low < -1 or high > places:
                 raise ValueError(
@@ -216,7 +214,7 @@ class _Walk:
 
 
 def check_mask(
-    expr: Any, named: str, layout: TokenLayout, tile: int, leaves: Mapping[str, tuple[Pattern, Scope]]
+    expr: Any, named: str, layout: TokenLayout, tile: int, leaves: Mapping[str, tuple[Any, Scope]]
 ) -> Boolean:
     """The expression; TypeError, ValueError where it is none, too large to compile, or where its numbers may leave
     int32 with this layout.
@@ -276,21 +274,15 @@ def _range(values: np.ndarray) -> Interval:
 # ---- what selection returns ------------------------------------------------------------------------------------------
 
 
-def _places(test: sympy.Basic, layout: TokenLayout, scope: Scope, tile: int) -> tuple[int, ...]:
-    """How many places each coordinate of a set test has: keys, key tiles, or blocks of queries and of keys in scope."""
-    keys = layout.most(scope.key)
-    if isinstance(test, x.Member):
-        return (keys,)
-    if isinstance(test, x.Touches):
-        return (-(-keys // tile),) * 3
-    sizes = [int(e.args[1]) if isinstance(e, x.Tile) else 1 for e in test.args[:2]]
-    return -(-layout.most(scope.query) // sizes[0]), -(-keys // sizes[1])
+def _places(test: Any, layout: TokenLayout, scope: Scope, tile: int) -> tuple[int, ...]:
+    """How many places each coordinate of a set test has: see `mmflex.ir.atoms`."""
+    return test.places(layout.most(scope.query), layout.most(scope.key), tile)
 
 
 @lru_cache(maxsize=1024)
 def _reads(expr: sympy.Basic) -> Mapping[str, sympy.Basic]:
     """Name -> the set test or number of that name."""
-    tests = {x.set_name(test): test for test in expr.atoms(*x.SETS)}
+    tests = {test.set_name: test for test in expr.atoms(x.SetTest)}
     return tests | {str(number): number for number in expr.atoms(x.Number)}
 
 
@@ -303,5 +295,5 @@ def set_shape(read: sympy.Basic, view: View) -> tuple[int, ...]:
     """The shape of what a set test or number reads, without [B, H]."""
     if isinstance(read, x.Number):
         return ()
-    places = _places(read, view.layout, view.scope, view.tile)
-    return places[:1] if isinstance(read, x.Touches) else places
+    assert isinstance(read, x.SetTest)
+    return read.table_shape(_places(read, view.layout, view.scope, view.tile))  # type: ignore[attr-defined]

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from ..ir.pattern import Pattern
-from ..snapshot import snapshot
+from .snapshot import snapshot
 from .style import FULL, INK, LATER, PARTIAL, SKIPPED, bar_colour, canvas, plain, rgb, short, styled, swatch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..runtime.attention import Plan
+    from ..runtime.plan import Plan
 
 
 @styled
@@ -54,7 +54,7 @@ def plot_estimate(plan: Plan, head: int, batch: int = 0, *, ax: Axes | None = No
         result, places = _estimate(live, leaf)
         found = {
             key.split("@", 1)[0]: table[batch, leaf.heads.index(head)].cpu()
-            for key, table in live.state.found.items()
+            for key, table in live.selections.items()
             if key.split("@", 1)[1] == name
         }
         where = f", {str(leaf.scope).replace('>', ' queries on ')} keys" if str(leaf.scope) else ""

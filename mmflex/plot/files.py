@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..ir.layout import LONGEST_PROMPT, TokenLayout
+from ..ir.queries import QueryTokens
 from ..ir.shown import clipped, shown
-from ..snapshot import KINDS, LaunchInfo, Lists, SlotTokens, Snapshot, snapshot
 from .archive import read_arrays
 from .masks import TOKEN_LEVEL
+from .snapshot import KINDS, LaunchInfo, Lists, SlotTokens, Snapshot, snapshot
 
 if TYPE_CHECKING:
-    from ..runtime.attention import Plan
+    from ..runtime.plan import Plan
 
 SCHEMA = "mmflex.plan"
 VERSION = 1
@@ -57,6 +58,7 @@ def save_plan(plan: Plan | Snapshot, path: str | os.PathLike[str]) -> None:
         "tile": snap.tile,
         "backend": snap.backend,
         "note": snap.note,
+        "query_runs": [list(run) for run in snap.query_tokens.runs],
         "patterns": list(snap.patterns),
         "families": list(snap.families),
         "launches": [_launch_meta(launch) for launch in snap.launches],
@@ -185,6 +187,8 @@ def _snapshot(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> Snapshot:
         None if launch.kind == "dense" else _Launch.of(arrays, number, launch, (batch, m, n), tile)
         for number, launch in enumerate(launches)
     ]
+    listed = meta.get("query_runs", [[n - m, n]] if m else [])
+    runs = QueryTokens(tuple(_integers(run, "query runs", 0, n) for run in listed))  # type: ignore[misc]
     return Snapshot(
         q,
         k,
@@ -192,6 +196,7 @@ def _snapshot(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> Snapshot:
         meta["backend"],
         meta["note"],
         TokenLayout.from_modality_ids(ids, valid=arrays["valid"], **fields),
+        QueryTokens.of(runs, m, n),
         tuple(meta["patterns"]),
         tuple(meta["families"]),
         density,
@@ -205,7 +210,7 @@ def _launch_info(data: dict[str, Any], number: int, heads: int, tile: int) -> La
     info = LaunchInfo(**data | {"heads": _integers(own, "heads", -1, heads - 1), "section_slot": slots})
     real = [head for head in info.heads if head >= 0]
     _texts([info.kind, info.label, info.rows, info.keys], f"launch {number}")
-    if info.kind not in KINDS or type(info.natural) is not bool or len(set(real)) < len(real):
+    if info.kind not in KINDS.values() or type(info.natural) is not bool or len(set(real)) < len(real):
         raise ValueError(f"launch {number}: kind {shown(info.kind)}, natural {shown(info.natural)}, heads {shown(own)}")
     _integers(list(slots), "heads with a section", 0, heads - 1)
     _integers(list(slots.values()), "sections", 0, len(own) - 1)

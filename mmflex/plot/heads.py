@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..snapshot import Snapshot, family, snapshot
+from .snapshot import Snapshot, family, snapshot
 from .style import FAMILIES, canvas, frameless, ink, look, size_in_points, styled, swatch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..runtime.attention import Plan
+    from ..runtime.plan import Plan
     from ..tuning.config import Config
 
 _HATCH = "////"

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import raster
 from ..ir.layout import MODALITY_NAMES, TokenLayout
-from ..snapshot import Snapshot, snapshot
+from . import raster
 from .bands import coarse_runs, modality_ids, runs
 from .masks import tones
+from .snapshot import Snapshot, snapshot
 from .style import FULL, MODALITY_COLOURS, PARTIAL, SKIPPED, rgb
 
 if TYPE_CHECKING:
-    from ..runtime.attention import Plan
+    from ..runtime.plan import Plan
 
 PICTURES = 6
 """Heads shown, one of each pattern."""
@@ -104,7 +104,7 @@ def _thumbnail(snap: Snapshot, head: int) -> str:
     picture = np.zeros((height + _BAND, width + _BAND, 4))
     picture[_BAND:, :width] = opaque
     picture[: _BAND - 1, :width] = _colours(ids, width)
-    picture[_BAND:, width + 1 :] = _colours(ids[snap.length - snap.queries :], height)[:, None]
+    picture[_BAND:, width + 1 :] = _colours(snap.query_tokens.take(ids), height)[:, None]
     file = io.BytesIO()
     plain: Any = {"Software": None}  # the same picture is the same file, whatever version drew it
     imsave(file, picture, format="png", metadata=plain)

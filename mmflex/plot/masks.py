@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import raster
-from ..raster import Raster
-from ..snapshot import Snapshot, snapshot
+from . import raster
 from .bands import bands, modality_swatches
+from .raster import Raster
+from .snapshot import Snapshot, snapshot
 from .style import FULL, INK, LATER, PARTIAL, SKIPPED, canvas, limits, rgb, size_in_points, styled, swatch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..runtime.attention import Plan
+    from ..runtime.plan import Plan
 
 TOKEN_LEVEL = 1 << 20
 """Up to this many pairs of a query and a key ``level="auto"`` draws tokens."""
@@ -55,6 +55,7 @@ def plot_mask(
     snap = snapshot(plan)
     snap.check(head, batch)
     m, n, row = snap.queries, snap.length, batch % snap.layout.batch_size
+    first = snap.query_tokens.first
     if level == "auto":
         level = "token" if m * n <= TOKEN_LEVEL else "block"
     own = ax is None
@@ -65,10 +66,12 @@ def plot_mask(
         picture, names = token_picture(snap, head, batch), TOKEN_TONES
     else:
         picture, names = tones(raster.mask_raster(snap, head, batch, pixels_of(ax))), BLOCK_TONES
-    ax.imshow(picture, extent=(0, n, n, n - m), aspect="equal" if m == n else "auto", interpolation="antialiased")
-    limits(ax, range(n), range(n - m, n))
+    ax.imshow(
+        picture, extent=(0, n, first + m, first), aspect="equal" if m == n else "auto", interpolation="antialiased"
+    )
+    limits(ax, range(n), range(first, first + m))
     ax.set(xlabel="key (token)", ylabel="query (token)")
-    framed = bands(ax, snap.layout, row, n - m)
+    framed = bands(ax, snap.layout, row, first)
     width, height = size_in_points(ax)
     title = mask_title(snap, head, batch, int(width / 5.1)) if title is None else title
     ax.set_title(title, loc="left", pad=0.04 * height + (17 if framed else 5), fontsize=9.5)

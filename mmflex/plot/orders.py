@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import raster
-from ..raster import Raster
-from ..snapshot import LaunchInfo, Snapshot, snapshot
+from . import raster
 from .bands import WIDTH, modality_ids, strip
 from .masks import mask_title, pixels_of, plot_mask, tones
+from .raster import Raster
+from .snapshot import LaunchInfo, Snapshot, snapshot
 from .style import canvas, limits, size_in_points, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..runtime.attention import Plan
+    from ..runtime.plan import Plan
 
 GAP = 0.24
 """Between panels, in widths of a panel."""
@@ -56,7 +56,8 @@ def _launch_panel(ax: Axes, snap: Snapshot, head: int, number: int, place: int, 
     main, own = raster.launch_raster(snap, head, number, batch, pixels_of(ax))
     slots = snap.reader.tokens(number, place, batch)
     modality = np.append(modality_ids(snap.layout, batch % snap.layout.batch_size), -2)  # the last: an empty slot
-    of_rows = modality[np.where(slots.rows >= 0, slots.rows + snap.length - snap.queries, -1)]
+    numbers = np.append(snap.query_tokens.numbers, -1)
+    of_rows = modality[np.where(slots.rows >= 0, numbers[slots.rows], -1)]
     ax.axis("off")
     parts: list[tuple[Raster, int, np.ndarray, str]] = [
         (main, launch.main_slots, modality[slots.keys], _key_label(launch))

@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .. import raster
 from ..ir.layout import TokenLayout
 from ..ir.pattern import Pattern
-from ..snapshot import family
+from . import raster
+from .snapshot import family
 from .style import FAMILIES, canvas, plain, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..runtime.attention import Plan
+    from ..runtime.plan import Plan
 
 
 def attention_recall(q: torch.Tensor, k: torch.Tensor, plan: Plan, rows: int = 256) -> np.ndarray:
     """float [B, Hq]: the share of softmax attention that a plan keeps, over evenly spaced queries (and the last)."""
-    m, n = q.shape[2], k.shape[2]
+    m = q.shape[2]
     at = torch.linspace(0, m - 1, min(rows, m)).round().long().unique()
     kept = raster.allowed_rows(plan, at)
     position = torch.tensor(plan.layout.position)
-    own = position[:, n - m :][:, at]
+    own = position[:, torch.as_tensor(plan.program.queries.numbers[at.numpy()]).long()]
     causal = (own[:, None, :, None] >= position[:, None, None]) & (position >= 0)[:, None, None]
     group = q.shape[1] // k.shape[1]
     out = np.zeros((q.shape[0], q.shape[1]))
@@ -47,6 +47,7 @@ def plot_recall(
     layout: TokenLayout | None = None,
     scale: float | None = None,
     rows: int = 256,
+    v: torch.Tensor | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """Recall against density of several patterns on the same q ``[B, Hq, M, D]`` and k ``[B, Hkv, N, D]``.
@@ -55,6 +56,7 @@ def plot_recall(
         patterns: ``{"vertical-slash": [VerticalSlash(100, 512), VerticalSlash(1000, 2048)], ...}``, a curve for each;
             or a list of patterns, a curve for each family.
         rows: queries at which recall is measured, evenly spaced.
+        v: for patterns that select by values as well.
     """
     from ..runtime.attention import plan as make_plan
 
@@ -72,7 +74,7 @@ def plot_recall(
     for i, (name, found) in enumerate(curves.items()):
         points = []
         for pattern in found:
-            made = make_plan(q, k, pattern, layout=layout, scale=scale, backend="reference")
+            made = make_plan(q, k, pattern, layout=layout, scale=scale, backend="reference", v=v)
             points.append((made.density.total, float(attention_recall(q, k, made, rows).mean())))
         points.sort()
         lowest = min(lowest, points[0][0])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..runtime.calls import observed
 
 if TYPE_CHECKING:
-    from ..runtime.attention import Plan
+    from ..runtime.plan import Plan
 
 
 @contextmanager
@@ -21,18 +23,6 @@ def recorded() -> Iterator[list[Plan]]:
             model(**inputs)
         mmflex.plot.plot_heads(plans)
     """
-    from ..runtime import attention as runtime
-
     plans: list[Plan] = []
-    make = runtime._planned
-
-    def planned(*args: Any, **kwargs: Any) -> Plan:
-        # kept for longer than one call: its tensors must not be those of a graph that the next layer replays
-        plans.append(make(*args, **kwargs | {"once": False}))
-        return plans[-1]
-
-    runtime._planned = planned
-    try:
+    with observed(plans.append):
         yield plans
-    finally:
-        runtime._planned = make

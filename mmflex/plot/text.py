@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import raster
-from ..snapshot import Snapshot, snapshot
+from . import raster
+from .snapshot import Snapshot, snapshot
 
 if TYPE_CHECKING:
-    from ..runtime.attention import Plan
+    from ..runtime.plan import Plan
 
 UNICODE = "█▒░· "
 """Mostly in full blocks, computed, lines, skipped, after the query."""

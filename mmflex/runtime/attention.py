@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..compiler import constants
-from ..compiler.constants import Constants
-from ..compiler.plan import Program, build
-from ..compiler.predict import MARGIN, least_ms, predict
-from ..ir.layout import TokenLayout, listed
-from ..ir.pattern import Pattern, Tokens, denoted, find
+from ..compiler.lower import Lowering
+from ..ir.identity import by_serial
+from ..ir.layout import TokenLayout
+from ..ir.pattern import EstimateFrom, Pattern
+from ..ir.queries import Positions, QueryTokens
 from ..ir.shown import shown
-from . import backends, graphs
-from .backends import Backend
-from .inputs import Spec, check_block_size, check_hash, check_scale, without_autocast
-from .inputs import check as _check
+from .caches import bounded
+from .calls import PRICED, TILE, Request, planned
+from .inputs import Spec, check_block_size
 from .plan import NO_BACKWARD, ForwardOnly, HeadDensity, Plan, outside_graphs, wants_gradient
 
-TILE = 128
-"""Block size: what Hopper's kernels take, and FlexAttention's default."""
-
-__all__ = ["TILE", "HeadDensity", "Plan", "Spec", "_check", "attention", "plan"]
+__all__ = ["TILE", "HeadDensity", "Plan", "Spec", "attention", "plan"]
 
 
 def attention(
@@ -37,11 +32,14 @@ def attention(
     scale: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
+    query_start: int | None = None,
+    query_positions: Positions = None,
+    estimate_from: tuple[Tensor, Positions] | None = None,
 ) -> Any:
     """Causal attention under a sparse mask: a drop-in for causal ``scaled_dot_product_attention`` in prefill.
 
     Args:
-        q: ``[B, Hq, M, D]``, float32, bfloat16 or float16; the M queries are the last M of the N positions.
+        q: ``[B, Hq, M, D]``, float32, bfloat16 or float16; by default the M queries are the last M of the N tokens.
         k, v: ``[B, Hkv, N, D]``, same dtype and device; Hq is a multiple of Hkv. D from 16 to 256.
         spec: one pattern for all heads, or a sequence of Hq patterns.
         layout: what the N tokens are (and which are padding); text without padding if None.
@@ -49,6 +47,11 @@ def attention(
         backend: "auto", "flash", "triton", "cpu", "dense" or "reference". Only "auto" may run a spec dense: where the
             cost model predicts that planning and sparse blocks take longer (`plan(...).explain()` says so).
         return_lse: also return the log-sum-exp of the scores, float32 ``[B, Hq, M]``, -inf for padding.
+        query_start: the token number of the first query, where the queries are not the last M tokens.
+        query_positions: the token number of every query, ascending, where they are not consecutive.
+        estimate_from: queries that patterns select by, instead of the last ones of q: ``(q [B, Hq, L, D], their token
+            numbers)``. A chunk of a prompt that is given the prompt's own last queries selects what the whole prompt
+            would. Patterns that score every query block (block top-k and its like) go by q all the same.
 
     Inside ``torch.compile`` (``fullgraph=True`` included) it is one opaque op; build patterns and layouts outside the
     compiled function, it recompiles for other ones.
@@ -63,9 +66,11 @@ def attention(
     if v is None:
         raise TypeError("v is None: give a tensor [batch, heads, tokens, head_dim]; mmflex.plan takes q and k alone")
     if torch.compiler.is_compiling():
-        found = _compiled(q, k, v, spec, layout, scale, backend, return_lse)
-        return found if return_lse else found[0]
-    plan_ = _planned(q, k, spec, layout, scale, backend, return_lse, v)
+        where = query_start if query_positions is None else query_positions
+        result = _compiled(q, k, v, spec, layout, scale, backend, return_lse, where, estimate_from)
+        return result if return_lse else result[0]
+    request = Request(scale, backend, return_lse, _positions(query_start, query_positions))
+    plan_ = planned(q, k, v, spec, layout, request, _estimate_from(estimate_from, k))
     if wants_gradient(q, k, v):
         out, lse = ForwardOnly.apply(q, k, v, plan_, return_lse)
     elif plan_.dense_alone:
@@ -86,22 +91,84 @@ def plan(
     scale: float | None = None,
     backend: str = "auto",
     block_size: int = TILE,
+    query_start: int | None = None,
+    query_positions: Positions = None,
+    estimate_from: tuple[Tensor, Positions] | None = None,
+    lowering: Lowering | None = None,
+    v: Tensor | None = None,
 ) -> Plan:
-    """What `attention` decides before it looks at v: estimates, selections, orders and block lists.
+    """What `attention` decides before it computes anything: estimates, selections, orders and block lists.
 
-    Args: as `attention`; ``block_size``: tokens per block (other than 128 for experiments on the reference backend).
+    Args: as `attention`, and
+
+        v: for patterns that select by values as well (`BlockTopK` with ``values``); others do not look at it.
+        block_size: tokens per block (other than 128 for experiments on the reference backend).
+        lowering: which of the exact ways to compute the spec to take, whatever the cost model prefers: for tests.
     """
-    return _planned(q, k, spec, layout, scale, backend, False, None, check_block_size(block_size), once=False)
+    where = _positions(query_start, query_positions)
+    lowering = PRICED if lowering is None else lowering
+    request = Request(scale, backend, False, where, check_block_size(block_size), lowering)
+    return planned(q, k, v, spec, layout, request, _estimate_from(estimate_from, k), once=False)
 
 
-_requests: dict[tuple[str, ...], tuple[Spec, TokenLayout | None]] = {}
+def _positions(start: int | None, positions: Positions) -> int | QueryTokens | None:
+    """Where queries are, as something hashable. Their number is checked with the tensors."""
+    if start is not None and positions is not None:
+        raise ValueError(f"query_start is {shown(start)} and query_positions are given too: give one of the two")
+    if start is not None and (not isinstance(start, (int, np.integer)) or isinstance(start, bool)):
+        raise TypeError(f"query_start is {shown(start)}: give the token number of the first query")
+    where = start if positions is None else positions
+    if isinstance(where, np.integer):
+        return int(where)
+    if where is None or isinstance(where, QueryTokens) or (isinstance(where, int) and not isinstance(where, bool)):
+        return where
+    return QueryTokens.listed(where)  # type: ignore[arg-type]
+
+
+def _estimate_from(given: tuple[Tensor, Positions] | None, k: Tensor) -> EstimateFrom | None:
+    if given is None:
+        return None
+    if not isinstance(given, tuple) or len(given) != 2 or not isinstance(given[0], Tensor):
+        raise TypeError(f"estimate_from is {shown(given)}: give (queries [B, Hq, L, D], their token numbers)")
+    if given[0].is_nested or given[0].dim() != 4 or not isinstance(k, Tensor) or k.is_nested or k.dim() != 4:
+        raise ValueError(
+            "estimate_from and k hold tensors [batch, heads, tokens, head_dim]: one of them has another shape"
+        )
+    query, positions = given
+    return EstimateFrom(query, QueryTokens.of(positions, query.shape[2], k.shape[2]))
+
+
+# ---- inside torch.compile --------------------------------------------------------------------------------------------
+
+_requests = bounded(256)
+"""Serials of a layout and of patterns, and positions -> the objects: what a compiled graph, which holds only the names,
+asks for. Beyond that many they are found as long as somebody else holds them: who calls a compiled function does."""
 
 
 @torch.compiler.assume_constant_result
-def _request(layout: str, patterns: tuple[str, ...]) -> str:
-    """Keeps a spec and layout, given by their serials, for a compiled graph that holds only this name."""
-    _requests[(layout, *patterns)] = tuple(listed(p) for p in patterns), listed(layout) if layout else None
-    return "|".join((layout, *patterns))
+def _named(layout: str, patterns: tuple[str, ...], positions: Any) -> str:
+    """A name for a spec, a layout and positions."""
+    where = _positions(None, positions)
+    runs = (
+        "" if where is None else str(where) if isinstance(where, int) else ",".join(f"{a}-{b}" for a, b in where.runs)
+    )
+    name = "|".join((layout, runs, *patterns))
+    _requests.keep(name, _asked(name))
+    return name
+
+
+def _asked(name: str) -> tuple[Spec, TokenLayout | None, int | QueryTokens | None]:
+    """What a name stands for."""
+    kept = _requests.recall(name)
+    if kept is not None:
+        return kept
+    layout, runs, *patterns = name.split("|")
+    where: int | QueryTokens | None = None
+    if "-" in runs:
+        where = QueryTokens(tuple(tuple(map(int, run.split("-"))) for run in runs.split(",")))  # type: ignore[misc]
+    elif runs:
+        where = int(runs)
+    return tuple(by_serial(p) for p in patterns), by_serial(layout) if layout else None, where
 
 
 def _compiled(
@@ -113,27 +180,48 @@ def _compiled(
     scale: float | None,
     backend: str,
     lse: bool,
+    positions: Any,
+    estimate_from: tuple[Tensor, Positions] | None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` inside torch.compile: an opaque op: planning is Python and sympy, with kernels of its own."""
     patterns = [spec] * q.shape[1] if isinstance(spec, Pattern) else spec
-    request = _request("" if layout is None else layout.serial, tuple([p.serial for p in patterns]))
-    return _op(q, k, v, request, q.shape[3] ** -0.5 if scale is None else scale, backend, lse)
+    name = _named("" if layout is None else layout.serial, tuple([p.serial for p in patterns]), positions)
+    query, start = (None, 0) if estimate_from is None else estimate_from
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return _op(q, k, v, name, scale, backend, lse, query, start)
 
 
-# Plans keep tensors between calls, which must not lie in the memory of a graph captured around this op.
+# Plans keep tensors between calls, which must not be allocated from the pool of a graph captured around this op.
 @torch.library.custom_op("mmflex::attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _op(
-    q: Tensor, k: Tensor, v: Tensor, request: str, scale: float, backend: str, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    name: str,
+    scale: float,
+    backend: str,
+    return_lse: bool,
+    estimate_q: Tensor | None,
+    estimate_start: int,
 ) -> tuple[Tensor, Tensor]:
-    spec, layout = _requests[tuple(request.split("|"))]
-    plan_ = _planned(q, k, spec, layout, scale, backend, return_lse, v)
+    spec, layout, where = _asked(name)
+    given = None if estimate_q is None else _estimate_from((estimate_q, estimate_start), k)
+    plan_ = planned(q, k, v, spec, layout, Request(scale, backend, return_lse, where), given)
     out, lse = plan_._attend(q, k, v, return_lse)
     return out.contiguous(), q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 @_op.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, request: str, scale: float, backend: str, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    name: str,
+    scale: float,
+    backend: str,
+    return_lse: bool,
+    estimate_q: Tensor | None,
+    estimate_start: int,
 ) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     return out, q.new_empty(q.shape[:3] if return_lse else 0, dtype=torch.float32)
@@ -156,180 +244,7 @@ def _keep_shapes(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _refuse_backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
     refused = _no_backward(grad)
-    return *(refused.expand(shape) for shape in ctx.shapes), None, None, None, None
+    return *(refused.expand(shape) for shape in ctx.shapes), *[None] * 6
 
 
 _op.register_autograd(_refuse_backward, setup_context=_keep_shapes)
-
-
-# ---- what a call runs ------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class _Call:
-    """What was decided for a call, and its plan where that does not depend on the values of the input.
-
-    ``prices`` are those of ``generation``. ``held``: the plan and the stream where it was made, one tuple, so that a
-    thread on another stream does not read one of the two.
-    """
-
-    runs: Backend
-    prices: Constants
-    generation: int
-    program: Program
-    note: str
-    scale: float
-    held: tuple[Plan, int] | None = None
-
-
-CALLS = 512
-"""Calls kept for each layout."""
-
-
-def _pinned(
-    q: Tensor, k: Tensor, v: Tensor | None, spec: Any, layout: TokenLayout | None, rest: tuple[Any, ...]
-) -> tuple[Any, dict[Any, _Call]]:
-    """Everything that `_check` looks at and a program follows from, as a key, and the layout's calls by such keys. None
-    and no calls for what is out of the ordinary."""
-    try:
-        if not (isinstance(q, Tensor) and isinstance(k, Tensor) and (v is None or isinstance(v, Tensor))):
-            return None, {}
-        serials = spec.serial if isinstance(spec, Pattern) else (type(spec), *[p.serial for p in spec])
-        of_v = None if v is None else (v.shape, v.dtype, v.device, v.layout)
-        if layout is None:
-            layout = TokenLayout.text(k.shape[2])
-        of_k = k.shape, k.dtype, k.device, k.layout
-        key = (serials, q.shape, q.dtype, q.device, q.layout, of_k, of_v, *rest)
-        hash(key)
-        return key, layout.memo.setdefault("calls", {})
-    except (AttributeError, TypeError, IndexError, RuntimeError):  # `_check` says what is wrong
-        return None, {}
-
-
-def _planned(
-    q: Tensor,
-    k: Tensor,
-    spec: Spec,
-    layout: TokenLayout | None,
-    scale: float | None,
-    backend: str,
-    need_lse: bool,
-    v: Tensor | None,
-    tile: int = TILE,
-    once: bool = True,
-) -> Plan:
-    usual = scale is None or type(scale) is float
-    key, calls = _pinned(q, k, v, spec, layout, (scale, backend, need_lse, tile)) if usual else (None, {})
-    call = calls.get(key)
-    if call is None or not _holds(call, q):
-        alike = None  # the same of equal patterns, made anew
-        if key is not None:
-            alike = (spec if isinstance(spec, Pattern) else (type(spec), *spec), *key[1:])
-            for pattern in (spec,) if isinstance(spec, Pattern) else spec:
-                check_hash(pattern)
-        call = calls.get(alike)
-        if call is None or not _holds(call, q):
-            call = _decided(q, k, v, spec, layout, scale, backend, need_lse, tile)
-        for name in (key, alike) if key is not None else ():
-            if len(calls) >= CALLS:
-                calls.pop(next(iter(tuple(calls))), None)  # another thread may be at it too
-            calls[name] = call
-    held = call.held
-    if once and held is not None and (held[0].dense_alone or held[1] == graphs.stream(q.device)):
-        return held[0]
-    with torch.no_grad(), without_autocast(q.device):
-        plan_ = Plan(call.program, call.runs, call.scale, q, k, call.note, once)
-    if once and (plan_.dense_alone or graphs.fixed(plan_.state)):
-        call.held = plan_, graphs.stream(q.device)
-    return plan_
-
-
-def _holds(call: _Call, q: Tensor) -> bool:
-    """Whether the constants that a call was decided by are still those of the device."""
-    if q.is_cuda:
-        return call.generation == constants.generation
-    return call.prices is constants.constants_for(q.device, call.runs.name, q.dtype, q.shape[3])  # threads may change
-
-
-def _decided(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    spec: Spec,
-    layout: TokenLayout | None,
-    scale: float | None,
-    backend: str,
-    need_lse: bool,
-    tile: int,
-) -> _Call:
-    patterns = _check(q, k, v, spec, layout)
-    scale = check_scale(scale, q.shape[3])
-    if not isinstance(need_lse, bool):
-        raise TypeError(f"return_lse is {shown(need_lse)}: use True or False")
-    layout = TokenLayout.text(k.shape[2]) if layout is None else layout
-    if not isinstance(backend, str) or backend != "auto":
-        backends.why_not(backend, q.device, q.shape[3], q.dtype)  # its name, before it is a key
-    runs = backends.resolve(backend, q.device, q.shape[3], q.dtype)
-    if tile != TILE and runs.name in ("flash", "triton"):
-        raise ValueError(
-            f"block_size is {tile}: backend {runs.name!r} takes blocks of {TILE}; others are for backend='reference'"
-        )
-    if need_lse and not runs.lse:
-        raise ValueError(
-            f"return_lse: backend {runs.name!r} does not give it; use backend='reference' or a CUDA device"
-        )
-    generation = constants.generation
-    prices = constants.constants_for(q.device, runs.name, q.dtype, q.shape[3])
-    auto = max(1, q.shape[0]) if backend == "auto" else 0
-    if not q.shape[0]:  # no prompts, and no kernel takes so few
-        runs = backends.BACKENDS["dense"]
-    program, note = _program(patterns, layout, q.shape[2], k.shape[1], tile, runs, prices, auto)
-    return _Call(runs, prices, generation, program, note, scale)
-
-
-def _program(
-    patterns: tuple[Pattern, ...],
-    layout: TokenLayout,
-    m: int,
-    kv_heads: int,
-    tile: int,
-    runs: Backend,
-    prices: Constants,
-    auto: int,
-) -> tuple[Program, str]:
-    """The program of a spec, cached with the layout, and why it is dense if it is. ``auto``: it may be, where dense is
-    predicted to be faster for that many prompts."""
-    key = ("program", patterns, m, kv_heads, tile, runs.name, prices, auto)
-    if key not in layout.memo:
-        dense_spec = (find("Dense")(),) * len(patterns)
-        note = ""
-        if runs.name == "dense" or not m:
-            note = "dense: asked for" if m else "no queries"
-            patterns = dense_spec
-        how: Any = {"lse": runs.lse, "full_width": runs.full_width, "constants": prices}
-        dense = build(dense_spec, layout, m, kv_heads, tile, **how) if auto else None
-        dense_ms = predict(dense, batch=auto).total_ms if dense else 0.0
-        if dense and least_ms(prices) >= dense_ms:  # not worth building, but a spec must make sense
-            _check_spec(patterns, layout, tile)
-            program, note = dense, f"dense: predicted {dense_ms:.3g} ms, any spec takes {least_ms(prices):.3g} ms"
-        else:
-            program = build(patterns, layout, m, kv_heads, tile, **how)
-        if dense and not note and any(launch.kind != "dense" for launch in program.launches):
-            sparse_ms = predict(program, batch=auto).total_ms
-            if sparse_ms * (1 + MARGIN) >= dense_ms:
-                program, note = dense, f"dense: predicted {dense_ms:.3g} ms, the spec {sparse_ms:.3g} ms with planning"
-        layout.memo[key] = (program, note)
-    return layout.memo[key]
-
-
-_sensible: set[tuple[Any, ...]] = set()
-
-
-def _check_spec(patterns: tuple[Pattern, ...], layout: TokenLayout, tile: int) -> None:
-    """ValueError where a pattern makes no sense with a layout (frames, but no video). Layouts with the same modalities
-    and strides are asked once."""
-    like = (tile, layout.modalities, *(layout.frame_stride(m) for m in (None, *layout.modalities)))
-    for pattern in dict.fromkeys(patterns):
-        if (pattern, *like) not in _sensible:
-            denoted(pattern, Tokens(layout, tile))
-            _sensible.add((pattern, *like))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import sympy
 
-from ..compiler.plan import describe_modalities
+from ..compiler.launches import BlockLaunch, DenseLaunch, GatheredRows, ResidueLaunch
+from ..compiler.lower import modality_counts
+from ..compiler.program import Program
 from ..ir import expr as x
-from .attention import Plan
+from .state import PreparedLaunch
 
 
 def _heads(heads: tuple[int, ...]) -> str:
@@ -26,57 +31,63 @@ def readable(expr: sympy.Basic) -> str:
     return "everything" if expr == sympy.true else str(expr.xreplace(short)).replace("-k//", "- k//")
 
 
-def explain(plan: Plan) -> str:
-    program, density = plan.program, plan.density
-    (batch, heads, m, dim), (_, kv_heads, n, _) = plan.shape
+def explain(
+    program: Program,
+    prepared: Mapping[int, PreparedLaunch],
+    density: np.ndarray,
+    shape: tuple[tuple[int, ...], tuple[int, ...]],
+    backend: str,
+    note: str,
+) -> str:
+    """A plan in words: see `Plan.explain`. ``density`` float [B, Hq]; ``shape`` of q and of k."""
+    (batch, heads, m, dim), (_, kv_heads, n, _) = shape
+    total = float(density.mean()) if density.size else 0.0
     lines = [
         f"{batch} x {heads} query heads on {kv_heads} KV heads, {m} queries, {n} keys "
-        f"({describe_modalities(plan.layout)}), head dimension {dim}",
-        f"backend {plan.backend}, blocks of {program.tile}, density {density.total:.1%} of the causal pairs",
+        f"({modality_counts(program.layout)}), head dimension {dim}",
+        f"backend {backend}, blocks of {program.tile}, density {total:.1%} of the causal pairs",
     ]
-    if plan.note:
-        lines.append(plan.note)
+    if note:
+        lines.append(note)
     lines.append("")
     for group in program.groups:
-        share = density.heads[:, list(group.heads)].mean() if density.heads.size else 0.0
+        share = density[:, list(group.heads)].mean() if density.size else 0.0
         lines.append(f"heads {_heads(group.heads)}: {group.pattern}")
         lines.append(f"  mask     q >= k and {readable(group.expr)}")
         lines.append(f"  density  {share:.1%}")
-        for i, (label, price) in enumerate(group.weighed):
+        for i, way in enumerate(group.alternatives):
             mark = "chosen" if i == 0 else "instead of"
-            lines.append(f"  {mark:<10} {label}: {price:.0f} blocks")
+            lines.append(f"  {mark:<10} {way.label}: {way.cost:.0f} blocks")
         lines.append(f"  {'dense':<10} {program.dense_cost / program.heads * len(group.heads):.0f} blocks")
     lines.append("")
     for number, launch in enumerate(program.launches):
-        own = tuple(h for h in launch.heads.heads if h >= 0)
+        own = launch.heads.real
         lines.append(
             f"launch {number}: {launch.label}; heads {_heads(tuple(sorted(own)))}; predicted {launch.cost:.0f} blocks"
         )
-        if launch.kind == "dense":
+        if isinstance(launch, DenseLaunch):
             lines.append("  SDPA, causal")
             continue
-        ready = plan.state.ready[number]
-        partial, full = (int(c.sum()) for c in (ready.lists[0], ready.lists[2]))
+        ready = prepared[number]
+        partial, full = (int(c.sum()) for c in (ready.lists.partial_count, ready.lists.full_count))
         tiles = (launch.row_slots // program.tile) * (launch.key_slots // program.tile) * len(own) * batch
         lines.append(
             f"  {full} full, {partial} partial, {tiles - full - partial} empty blocks; lists of width {launch.width}"
         )
-        if launch.section:
+        if isinstance(launch, BlockLaunch) and launch.section:
             count = len(launch.section_slot)
             lines.append(
                 f"  columns gathered into {count} sections of {launch.section} keys ({launch.sections} per KV head)"
             )
-        if launch.kind == "rows":
+        if isinstance(launch, GatheredRows):
             lines.append(
                 f"  {launch.capacity} gathered rows a head see everything and replace those rows of the output"
             )
-            others = len(program.launches) > 1 and plan.state.device.type == "cuda"
-            if others and launch.beside(program.layout.length):
-                lines.append("  runs beside the other launches")
-        if launch.kind == "classes":
+        if isinstance(launch, ResidueLaunch):
             lines.append("  rows and keys by residue, then position; merged with the others by log-sum-exp")
-        if launch.compare:
+        if launch.compares:
             lines.append(f"  partial blocks: one comparison, {ready.mask_mod.comparison}")
         else:
             lines.append(f"  partial blocks: row >= limit[key], and looked up: {readable(launch.parts[0].mask)}")
+    lines += ["", "steps", *(f"  {line}" for line in program.graph.lines())]
     return "\n".join(lines)

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..ir.layout import TokenLayout
-from ..ir.pattern import Pattern
+from ..ir.pattern import EstimateFrom, Pattern
 from ..ir.shown import shown
 
 Spec = Pattern | Sequence[Pattern]
@@ -113,3 +114,41 @@ def check_block_size(tile: Any) -> int:
     if not 1 <= tile <= LARGEST_BLOCK:
         raise ValueError(f"block_size is {shown(tile)}: use 1 to {LARGEST_BLOCK} tokens, 128 except for experiments")
     return tile
+
+
+def check_estimate(given: EstimateFrom | None, q: Tensor) -> None:
+    """ValueError, TypeError for queries to estimate with that do not go with q."""
+    if given is None:
+        return
+    for what, own, other in (
+        ("dtype", given.q.dtype, q.dtype),
+        ("device", given.q.device, q.device),
+        ("batch size", given.q.shape[0], q.shape[0]),
+        ("heads", given.q.shape[1], q.shape[1]),
+        ("head dimension", given.q.shape[3], q.shape[3]),
+    ):
+        if own != other:
+            raise ValueError(f"estimate_from has {what} {own} but q {other}: they must agree")
+
+
+def check_planned(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, shape: tuple[Any, Any], device: torch.device
+) -> None:
+    """TypeError, ValueError for tensors that a plan was not made for: ``shape`` of q and k, ``device``."""
+    if v is None:
+        raise TypeError("v is None: give a tensor [batch, heads, tokens, head_dim]")
+    check(q, k, v, pattern, None)
+    if q.device != device:
+        raise TypeError(f"planned on {device}, q is on {q.device}: plan again, or move it with .to()")
+    if (tuple(q.shape), tuple(k.shape)) != shape:
+        raise ValueError(f"planned for q and k of shapes {shape}, got {tuple(q.shape)}, {tuple(k.shape)}: plan again")
+
+
+def check_numbers(given: Any, name: str, what: str, count: int) -> np.ndarray:
+    """int64 [R]: numbers of queries or heads, of which there are ``count``; TypeError, ValueError for anything else."""
+    numbers = np.asarray(given)
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise TypeError(f"{name} is {shown(given)}: give a list of numbers of {what}, such as range({min(count, 128)})")
+    if numbers.size and not 0 <= numbers.min() <= numbers.max() < count:
+        raise ValueError(f"{name} is {shown(given)}: the plan has the {what} 0 to {count - 1}")
+    return numbers.astype(np.int64)

@@ -14,9 +14,9 @@ from sympy.logic.boolalg import Boolean
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..compiler.blocks import Values, side_attribute
 from ..ir import expr as x
-from .kernels.memory import kept
+from .classify import Values, slot_attribute
+from .device import device_constant
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +37,15 @@ class MaskMod:
 
     def bind(self, *captures: Tensor) -> Callable[[Any, Any, Any, Any], Tensor]:
         """The mask_mod over given tensors."""
-        return _maker(self.source)(*captures)
+        return maker(self.source)(*captures)
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any) -> Tensor:
         return self.bind(*self.captures)(b, h, q, kv)
 
 
 @lru_cache(maxsize=256)
-def _maker(source: str) -> Callable[..., Callable[[Any, Any, Any, Any], Tensor]]:
+def maker(source: str) -> Callable[..., Callable[[Any, Any, Any, Any], Tensor]]:
+    """The function of captures that a source defines, which returns the mask_mod."""
     namespace: dict[str, Any] = {}
     exec(compile(source, "<mmflex mask_mod>", "exec"), namespace)  # our own source, from a sympy expression
     return namespace["make"]
@@ -70,12 +71,12 @@ def comparison(row: Tensor | None, limit: Tensor | None) -> MaskMod:
     """
     left, right, captures = "q", "kv", {}
     if row is not None:
-        left, captures["row"] = _at(row), row
+        left, captures["row"] = _query(row), row
     if limit is not None:
         batch, heads, slots = limit.shape
         one = batch == 1
         right = f"limit[first[{'h' if one else 'b, h'}] + kv]"
-        first = _first(batch, heads, slots, limit.device)
+        first = _first_limits(batch, heads, slots, limit.device)
         captures |= {"limit": limit.flatten(), "first": first[0] if one else first}
     text = f"row >= {'key' if limit is None else 'limit[key]'}"
     by_slot = row is None and (limit is None or limit.shape[0] == 1)
@@ -88,7 +89,7 @@ def in_strips(mask_mod: MaskMod, strip: int) -> MaskMod:
     return replace(mask_mod, source=mask_mod.source.replace("return q >=", f"return b * {strip} + q >="))
 
 
-def _first(batch: int, heads: int, slots: int, device: torch.device) -> Tensor:
+def _first_limits(batch: int, heads: int, slots: int, device: torch.device) -> Tensor:
     """int32 [B, H]: where each head's limits begin in a line of all."""
     end = batch * heads * slots
     if end >= 1 << 31:
@@ -96,13 +97,13 @@ def _first(batch: int, heads: int, slots: int, device: torch.device) -> Tensor:
             f"{batch} prompts x {heads} heads x {slots} key slots are more limits than 2^31 - 1: attend to fewer "
             "prompts at once"
         )
-    first = kept(
-        ("first slots", end, slots), device, lambda on: torch.arange(0, end, slots, dtype=torch.int32, device=on)
+    first = device_constant(
+        ("first limit", end, slots), device, lambda on: torch.arange(0, end, slots, dtype=torch.int32, device=on)
     )
     return first.view(batch, heads)
 
 
-def _at(row: Tensor) -> str:
+def _query(row: Tensor) -> str:
     return "row[b, q]" if row.dim() == 2 else "row[b, h, q]"
 
 
@@ -110,73 +111,85 @@ def looked_up(
     row: Tensor, limit: Tensor, expr: Boolean, values: Values, main_slots: int, key_slots: int, batch: int, heads: int
 ) -> MaskMod:
     """The comparison, and in the main section (the first ``main_slots`` slots) the expression as well."""
-    names, captures = ["row", "limit", "numbers"], [row, limit]
-    numbers: list[int] = [main_slots]
-    held: dict[Any, str] = {}
+    writer = _Writer(values, main_slots, key_slots, batch)
+    body = writer.source(expr)
+    full = f"({_query(row)} >= limit[b, h, kv]) & ((kv >= numbers[0, h]) | {body})"
+    numbers = device_constant(
+        ("numbers", tuple(writer.numbers), heads), values.device, lambda on: _rows_of(writer.numbers, heads, on)
+    )
+    names = ["row", "limit", "numbers", *writer.names]
+    return MaskMod(_write(names, full), (row, limit, numbers, *writer.captures))
 
-    def capture(key: Any, make: Callable[[], Tensor]) -> str:
-        if key not in held:
-            held[key] = f"t{len(held)}"
-            names.append(held[key])
-            captures.append(make().contiguous())
-        return held[key]
 
-    def side(leaf: sympy.Basic, token: str, slots: int) -> str:
+def _rows_of(numbers: list[int], heads: int, device: torch.device) -> Tensor:
+    """int32 [numbers, heads]: constants of a mask, as a table, since kernels are compiled for captured tensors alone.
+    Made without a copy from the host, which no graph may capture."""
+    return torch.stack([torch.full((heads,), number, dtype=torch.int32, device=device) for number in numbers])
+
+
+class _Writer:
+    """Source of an expression within a mask_mod, and the tensors that it captures (see `mmflex.ir.atoms`)."""
+
+    def __init__(self, values: Values, main_slots: int, key_slots: int, batch: int) -> None:
+        self.values, self.key_slots, self.batch = values, key_slots, batch
+        self.numbers = [main_slots]
+        self.names: list[str] = []
+        self.captures: list[Tensor] = []
+        self._name_of: dict[Any, str] = {}
+
+    def source(self, e: sympy.Basic) -> str:
+        return x.source(e, self._leaf)
+
+    def _leaf(self, leaf: sympy.Basic) -> str:
+        if isinstance(leaf, sympy.Integer):
+            self.numbers.append(int(leaf))
+            return f"numbers[{len(self.numbers) - 1}, h]"
+        if isinstance(leaf, x.SetTest):
+            return leaf.look_up(self)  # type: ignore[attr-defined]
+        if isinstance(leaf, x.Number):
+            return self._capture(leaf, lambda: self.values.selections[str(leaf)].int()) + "[b, h]"
+        if x.q in leaf.free_symbols:
+            return self._attribute(leaf, "q", self.values.rows.slots)
+        return self._attribute(leaf, "kv", self.key_slots)
+
+    def _attribute(self, leaf: sympy.Basic, token: str, slots: int) -> str:
+        values = self.values
         order, index = (values.rows, values.row_index) if token == "q" else (values.keys, values.key_index)
+        shared = index is None
 
         def make() -> Tensor:
-            value = side_attribute(leaf, values.layout, order, index, values.device)
-            value = pad(value, (0, slots - value.shape[-1])).expand(batch, -1, -1)
+            value = slot_attribute(leaf, values.layout, order, index, values.device)
+            value = pad(value, (0, slots - value.shape[-1])).expand(self.batch, -1, -1)
             return value[:, 0] if shared else value
 
-        shared = index is None
-        name = capture(leaf, make)
+        name = self._capture(leaf, make)
         return f"{name}[b, {token}]" if shared else f"{name}[b, h, {token}]"
 
-    def number(value: int) -> str:
-        numbers.append(value)
-        return f"numbers[{len(numbers) - 1}, h]"
+    def _capture(self, key: Any, make: Callable[[], Tensor]) -> str:
+        if key not in self._name_of:
+            self._name_of[key] = f"t{len(self._name_of)}"
+            self.names.append(self._name_of[key])
+            self.captures.append(make().contiguous())
+        return self._name_of[key]
 
-    def test(atom: Boolean) -> str:
-        name = x.set_name(atom)
-        if isinstance(atom, x.Member):
-            at = x.source(atom.args[0], write)
-            # Ranks may be -1 (before the first of a modality) or the size: tables start one early and end one late.
-            table = capture(("member", name), lambda: pad(values.found[name].int(), (1, 1)))
-            return f"({table}[b, h, {at} + 1] == 1)"
-        if isinstance(atom, x.Touches):
-            first, last, key = (x.source(a, write) for a in atom.args[:3])
-            top = values.found[name].shape[-1]
-            # below[j + top + 1]: members under j, for j from -top - 1 to top + 1, so that no index is negative.
-            below = capture(("below", name), lambda: _below(values.found[name], top + 1))
-            low, high = f"({first} - {key} + {top + 1})", f"({last} - {key} + {top + 2})"
-            return f"({below}[b, h, {high}] > {below}[b, h, {low}])"
-        a, b = (x.source(e, write) for e in atom.args[:2])
-        table = capture(("listed", name), lambda: pad(values.found[name].int(), (1, 1, 1, 1)))
-        return f"({table}[b, h, {a} + 1, {b} + 1] == 1)"
+    # What set tests ask.
 
-    def write(leaf: sympy.Basic) -> str:
-        if isinstance(leaf, sympy.Integer):
-            return number(int(leaf))
-        if isinstance(leaf, x.SETS):
-            return test(leaf)
-        if isinstance(leaf, x.Number):
-            return capture(leaf, lambda: values.found[str(leaf)].int()) + "[b, h]"
-        if x.q in leaf.free_symbols:
-            return side(leaf, "q", values.rows.slots)
-        return side(leaf, "kv", key_slots)
+    def bitmap(self, name: str) -> str:
+        """int32 [B, H, n + 2]: whether each number from -1 to n is a member."""
+        return self._capture(("member", name), lambda: pad(self.values.selections[name].int(), (1, 1)))
 
-    body = x.source(expr, write)
-    full = f"({_at(row)} >= limit[b, h, kv]) & ((kv >= numbers[0, h]) | {body})"
-    return MaskMod(_write(names, full), (row, limit, _table(tuple(numbers), heads, values.device), *captures[2:]))
+    def counts_below(self, name: str) -> tuple[str, int]:
+        """(int32 [B, H, ...], r): entry ``i`` is how many members are below ``i - r``, for every distance that can
+        occur, so that no index is negative."""
+        reach = self.values.selections[name].shape[-1] + 1
+        return self._capture(("below", name), lambda: _counts_below(self.values.selections[name], reach)), reach
+
+    def table(self, name: str) -> str:
+        """int32 [B, H, rows + 2, columns + 2]: whether each pair from -1 on is a member."""
+        return self._capture(("listed", name), lambda: pad(self.values.selections[name].int(), (1, 1, 1, 1)))
 
 
-@lru_cache(maxsize=256)
-def _table(numbers: tuple[int, ...], heads: int, device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32, device=device)[:, None].expand(-1, heads).contiguous()
-
-
-def _below(found: Tensor, reach: int) -> Tensor:
+def _counts_below(members: Tensor, reach: int) -> Tensor:
     """int32 [B, H, 2 reach + 2]: entry i is the number of members below ``i - reach``."""
-    count = pad(found.int().cumsum(-1), (reach + 1, 0))
+    count = pad(members.int().cumsum(-1), (reach + 1, 0))
     return pad(count, (0, 2 * reach + 2 - count.shape[-1]), mode="replicate").int()

@@ -13,11 +13,21 @@ import numpy as np
 import torch
 
 from ..compiler.constants import COSTS, Constants, device_name
-from ..compiler.expected import Work
-from ..compiler.plan import Program, build
-from ..compiler.predict import Prediction, expected_work, planning_steps, predict, runs_beside
+from ..compiler.launches import Work
+from ..compiler.lower import lower
+from ..compiler.prices import (
+    Prediction,
+    attend_terms,
+    expected_work,
+    moving_terms,
+    overlaps,
+    planning_terms,
+    predict,
+)
+from ..compiler.program import Program
 from ..ir.layout import TokenLayout
-from ..ir.pattern import find
+from ..ir.pattern import Dense
+from ..ir.queries import QueryTokens
 from ..runtime import backends
 from ..runtime.attention import attention
 from .cases import Sample, fit_cases, held_out_cases, inputs, measure, milliseconds
@@ -140,21 +150,12 @@ def attend_features(program: Program, works: Mapping[int, Work], before: Constan
         apart: launches with looked-up masks run on another kernel, whose full blocks have a price of their own.
     """
     out = dict.fromkeys(ATTEND, 0.0)
-    for number, done in works.items():
-        full, partial, tiles = done.full, done.partial, done.tiles
-        each = (before.looked_full, before.lookup) if done.looked_up else (before.full, before.partial)
-        alone = before.lanes * (done.longest * before.full + before.tile)
-        beside = runs_beside(program.launches[number], program.layout, before)
-        if not beside and alone > full * each[0] + partial * each[1] + tiles * before.tile:
-            out["full"] += before.lanes * done.longest
-            out["tile"] += before.lanes
-        else:
-            out["looked_full" if done.looked_up and apart else "full"] += full + partial
-            out["lookup" if done.looked_up else "partial"] += partial
-            out["tile"] += tiles
-        out["launch"] += 1
-        out["copy"] += done.copies
-        out["moved"] += done.moved
+    for number, work in works.items():
+        aside = overlaps(program.launches[number], program.layout, before)
+        for name, count in (attend_terms(work, before, overlaps=aside) | moving_terms(work)).items():
+            if name in ("partial", "lookup"):
+                out["looked_full" if name == "lookup" and apart else "full"] += count
+            out["full" if name == "looked_full" and not apart else name] += count
     return np.array([out[name] for name in ATTEND])
 
 
@@ -192,12 +193,12 @@ def fit_planning(samples: Sequence[Sample], start: Constants) -> Constants:
     """Constants of planning, and of the host beside a GPU."""
     timed = [s for s in samples if s.planning > 0]
     device = [s for s in timed if s.total > BUSY * s.host] or timed
-    rows = np.array([[planning_steps(s.program, 1)[name] for name in PLAN] for s in device])
+    rows = np.array([[planning_terms(s.program, 1)[name] for name in PLAN] for s in device])
     cost = dict(zip(PLAN, least_squares(rows, np.array([s.planning for s in device])), strict=True))
     busy = [s for s in samples if s.host > 0]
     host = np.zeros(3)
     if busy:
-        steps = [planning_steps(s.program, 1) for s in busy]
+        steps = [planning_terms(s.program, 1) for s in busy]
         host = least_squares(
             np.array([[1.0, s["estimate"], s["planned"]] for s in steps]), np.array([s.host for s in busy])
         )
@@ -299,8 +300,9 @@ def fit(samples: Sequence[Sample], dense: Sequence[tuple[int, float, float]], st
 def _dense(n: int, qkv: Any, backend: str, settings: Settings) -> tuple[int, float, float]:
     """(tokens, block pairs, milliseconds) of the dense attention that mmflex takes beside a backend."""
     q, k, v = qkv
-    layout, spec = TokenLayout.text(n), find("Dense")()
-    program = build((spec,) * settings.heads, layout, n, settings.kv_heads, 128, lse=True, full_width=False)
+    layout, spec = TokenLayout.text(n), Dense()
+    queries = QueryTokens.last(n, n)
+    program = lower((spec,) * settings.heads, layout, queries, settings.kv_heads, 128, lse=True, full_width=False)
     blocks = sum(work.dense for work in expected_work(program, 1).values())
     ms = milliseconds(lambda: attention(q, k, v, spec, layout=layout, backend=backend), q.device, settings.each)
     return n, blocks, ms

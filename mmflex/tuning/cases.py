@@ -13,9 +13,9 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
-from ..compiler.expected import Work
-from ..compiler.plan import Program
-from ..compiler.predict import expected_work
+from ..compiler.launches import Work
+from ..compiler.prices import expected_work
+from ..compiler.program import Program
 from ..ir.expr import Tile
 from ..ir.layout import TokenLayout
 from ..ir.pattern import Pattern, Tokens, find

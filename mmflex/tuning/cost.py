@@ -9,14 +9,17 @@ from typing import Any
 import torch
 
 from ..compiler.constants import Constants, constants_for
-from ..compiler.expected import Work
-from ..compiler.plan import Program, build
-from ..compiler.predict import Prediction, expected_work
-from ..compiler.predict import predict as _predict
+from ..compiler.launches import DenseLaunch, Work
+from ..compiler.lower import lower
+from ..compiler.prices import Prediction, expected_work
+from ..compiler.prices import predict as _predict
+from ..compiler.program import Program
 from ..ir.layout import TokenLayout
 from ..ir.pattern import Pattern
+from ..ir.queries import QueryTokens
 from ..runtime import backends
-from ..runtime.attention import TILE, Plan
+from ..runtime.calls import TILE
+from ..runtime.plan import Plan
 
 
 def predict(planned: Plan | Program, constants: Constants | None = None, batch: int = 1) -> Prediction:
@@ -42,12 +45,12 @@ def counted(plan: Plan) -> dict[int, Work]:
     """Launch number -> what it does over the whole batch, from the block lists."""
     out = expected_work(plan.program, plan.shape[0][0])
     for number, launch in enumerate(plan.program.launches):
-        if launch.kind != "dense":
-            out[number] = listed(out[number], plan.state.ready[number].lists)
+        if not isinstance(launch, DenseLaunch):
+            out[number] = listed(out[number], plan.state.prepared[number].lists)
     return out
 
 
-def listed(expected: Work, lists: backends.Lists) -> Work:
+def listed(expected: Work, lists: backends.BlockLists) -> Work:
     """The work of a launch with its blocks as they are listed, for what was expected."""
     partial, _, full, _ = lists
     longest = int((full + partial).max()) if partial.numel() else 0
@@ -79,4 +82,5 @@ def program_of(
     runs = backends.resolve(backend, torch.device(device), head_dim, dtype)
     how: Any = {"lse": runs.lse, "full_width": runs.full_width}
     how["constants"] = constants_for(device, runs.name, dtype, head_dim)
-    return build(patterns, layout, layout.length if queries is None else queries, kv_heads, TILE, **how)
+    tokens = QueryTokens.last(layout.length if queries is None else queries, layout.length)
+    return lower(patterns, layout, tokens, kv_heads, TILE, **how)

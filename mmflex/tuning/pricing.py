@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from ..compiler.constants import constants_for
-from ..compiler.plan import Program, build
-from ..compiler.predict import attend_ms, expected_work, moving_ms, runs_beside
+from ..compiler.launches import DenseLaunch
+from ..compiler.lower import lower
+from ..compiler.prices import attend_ms, expected_work, moving_ms, overlaps
+from ..compiler.program import Program
 from ..ir.layout import TokenLayout
-from ..ir.pattern import Pattern, find
-from ..runtime import backends, steps
+from ..ir.pattern import Dense, Pattern
+from ..ir.queries import QueryTokens
+from ..runtime import backends
 from ..runtime.kernels.lists import listed_eagerly
+from ..runtime.planning import prepare
+from ..runtime.state import PlanState
 from .cost import listed
 from .probe import Layer
 
@@ -32,26 +38,26 @@ class Price:
     density: np.ndarray
 
 
-def price(state: steps.State) -> Price:
+def price(state: PlanState) -> Price:
     """What each head costs, from the block lists of a plan's state (reads their lengths back)."""
     program, tile = state.program, state.program.tile
     constants, layout = program.constants, program.layout
     ms, pairs = np.zeros((2, program.heads))
-    causal = float((layout.position[0, layout.length - program.queries :] + 1.0).clip(min=0).sum())
+    causal = float((program.queries.take(layout.position[0]) + 1.0).clip(min=0).sum())
     expected = expected_work(program, 1)
     for number, launch in enumerate(program.launches):
         heads = np.array(launch.heads.heads)
         own = heads >= 0
-        if launch.kind == "dense":
-            tiles = -(-program.queries // tile)
+        if isinstance(launch, DenseLaunch):
+            tiles = -(-program.queries.count // tile)
             each, blocks = np.full(len(heads), causal), tiles * (tiles + 1) / 2
             work = replace(expected[number], dense=blocks * own.sum())
         else:
-            lists = state.ready[number].lists
+            lists = state.prepared[number].lists
             work = listed(expected[number], lists)
-            each = (lists[0] + lists[2])[0].sum(-1).cpu().numpy() * float(tile * tile)
-        beside = runs_beside(launch, layout, constants)
-        total = attend_ms(work, constants, tile, beside) + moving_ms(work, constants, tile)
+            each = (lists.partial_count + lists.full_count)[0].sum(-1).cpu().numpy() * float(tile * tile)
+        aside = overlaps(launch, layout, constants)
+        total = attend_ms(work, constants, tile, aside) + moving_ms(work, constants, tile)
         share = each[own] / each[own].sum() if each[own].any() else 1.0 / own.sum()
         ms[heads[own]] += total * share
         pairs[heads[own]] += each[own]
@@ -77,7 +83,7 @@ class Prices:
     def __post_init__(self) -> None:
         own = self.layer.layout  # programs stay with their layout: give those of candidates one of their own
         self._layout = TokenLayout(own.position, own.modality, own.segment, own.frame, own.cell)
-        self.dense = self.of(find("Dense")())
+        self.dense = self.of(Dense())
 
     def move_to(self, layer: Layer) -> None:
         """Price for another layer of the same model and prompt from here on."""
@@ -103,18 +109,17 @@ class Prices:
         layer, q = self.layer, self.layer.q
         runs = backends.resolve(self.backend, q.device, q.shape[3], q.dtype)
         constants = constants_for(q.device, runs.name, q.dtype, q.shape[3])
-        patterns, options = (pattern,) * layer.heads, {"lse": runs.lse, "full_width": runs.full_width}
-        return build(patterns, self._layout, q.shape[2], layer.kv_heads, layer.tile, constants=constants, **options)
+        queries = QueryTokens.last(q.shape[2], self._layout.length)
+        can: Any = {"lse": runs.lse, "full_width": runs.full_width, "constants": constants}
+        return lower((pattern,) * layer.heads, self._layout, queries, layer.kv_heads, layer.tile, **can)
 
-    def _listed(self, program: Program) -> steps.State:
+    def _listed(self, program: Program) -> PlanState:
         """Block lists, from the layer's own estimates and selections."""
-        state = steps.State(program, self.layer.q.device, 1)
+        state = PlanState(program, self.layer.q.device, 1)
         self.layer.select({name: (leaf.pattern, leaf.scope) for name, leaf in program.leaves.items()})
-        state.found = {
+        state.selections = {
             name: table for name, table in self.layer.found.items() if name.split("@", 1)[1] in program.leaves
         }
         with listed_eagerly():
-            for op, key in program.steps("plan"):
-                if op == "gather":
-                    steps.gather_and_list(state, key)
+            prepare(state)
         return state

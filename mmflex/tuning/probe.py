@@ -21,13 +21,15 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
-from ..compiler.blocks import Values
-from ..compiler.orders import Order
-from ..compiler.plan import names_of
-from ..ir import expr as x
+from ..compiler.orders import TokenOrder, given_order
+from ..compiler.terms import selected_names
+from ..ir.atoms import Member, Touches
 from ..ir.layout import TokenLayout
-from ..ir.pattern import Pattern, Scope, Tokens, View, denoted, find
-from ..runtime.attention import TILE, _check
+from ..ir.pattern import Dense, Pattern, Scope, Tokens, View, denoted
+from ..ir.queries import QueryTokens
+from ..runtime.calls import TILE
+from ..runtime.classify import Values
+from ..runtime.inputs import check
 from .rows import LAST_QUERIES, Group
 
 LONGEST = 1 << 15
@@ -63,7 +65,7 @@ class Layer:
 
     def __post_init__(self) -> None:
         try:
-            _check(self.q, self.k, self.v, find("Dense")(), self.layout)
+            check(self.q, self.k, self.v, Dense(), self.layout)
         except (ValueError, TypeError) as error:
             raise type(error)(f"layer {self.index}: {error}") from None
         batch, _, queries, dim = self.q.shape
@@ -89,7 +91,9 @@ class Layer:
         for name, (pattern, scope) in leaves.items():
             if name in self._selected:
                 continue
-            view = View(self.layout, scope, self.layout.length, self.tile)
+            n = self.layout.length
+            queries, group = QueryTokens.last(n, n), self.heads // self.kv_heads
+            view = View(self.layout, scope, queries, self.tile, group, values=self.v)
             estimator, result = pattern.estimator(), None
             if estimator is not None:
                 if (estimator, scope) not in self._estimates:
@@ -164,12 +168,12 @@ class Probe:
         weights = (scores - scores.amax(-1, keepdim=True)).exp_().to(half)
         del scores
         every = np.arange(layout.length, dtype=np.int32)
-        self._sides: dict[int | None, tuple[Tensor, Tensor, Order]] = {None: (weights, v, self._order(every))}
+        self._sides: dict[int | None, tuple[Tensor, Tensor, TokenOrder]] = {None: (weights, v, self._order(every))}
         for m in keys:
             own = np.flatnonzero(layout.of(m)[0]).astype(np.int32)
             at = torch.tensor(own, device=device).long()
             self._sides[m] = (weights.index_select(2, at), v.index_select(1, at), self._order(own))
-        self._rows = Order("tokens", group.rows[None].astype(np.int32), layout.length, 1)
+        self._rows = given_order(group.rows, layout.length)
         self.whole = {key: self._times(side[0], side[1]) for key, side in self._sides.items()}
         self.dense = self.whole[None].sums.float() / self.whole[None].mass[..., None]
         self._strata = torch.tensor(group.share, device=device)  # [strata, R]
@@ -178,10 +182,10 @@ class Probe:
             important = layer.importance[self.heads].index_select(1, rows).double()
             self._weights = (torch.tensor(group.tokens, device=device) * important)[None]
 
-    def _order(self, keys: np.ndarray) -> Order:
+    def _order(self, keys: np.ndarray) -> TokenOrder:
         """Keys by slot, kept with the layout (with it stay the values of attributes on the device)."""
         layout = self.layer.layout
-        return layout._once(("probe keys", keys.tobytes()), lambda: Order("tokens", keys[None], layout.length, 1))
+        return layout.once(("probe keys", keys.tobytes()), lambda: given_order(keys, layout.length))
 
     def _times(self, weights: Tensor, v: Tensor) -> Kept:
         sums = weights.unflatten(0, (-1, self._share)).flatten(1, 2) @ v
@@ -193,7 +197,7 @@ class Probe:
         weights, v, keys = self._sides[key]
         layer = self.layer
         layer.select(denoted.leaves)
-        found = {name: layer.found[name][:, self.heads] for name in names_of(denoted.expr)}
+        found = {name: layer.found[name][:, self.heads] for name in selected_names(denoted.expr)}
         values = _Sampled(layer.layout, self._rows, keys, found, layer.q.device, tile=layer.tile)
         mask = values.of(denoted.expr)[0]
         return self._times(weights * mask, v)
@@ -229,18 +233,17 @@ class _Sampled(Values):
 
     tile: int = TILE
 
-    def _test_tokens(self, atom: Boolean) -> Tensor:
-        if isinstance(atom, x.Member):
-            return super()._test_tokens(atom)
-        key = atom.args[2] if isinstance(atom, x.Touches) else atom.args[1]
+    def set_test(self, atom: Any) -> Tensor:
+        if isinstance(atom, Member):
+            return super().set_test(atom)
+        key = atom.args[2] if isinstance(atom, Touches) else atom.args[1]
         if not self._by_tile(key):
-            return super()._test_tokens(atom)
+            return super().set_test(atom)
         memo = self.keys.__dict__.setdefault("_coarse", {})
         if self.tile not in memo:
-            index = self.keys.index[:, :: self.tile]
-            memo[self.tile] = Order("tokens", index, self.keys.tokens, 1)
-        coarse = Values(self.layout, self.rows, memo[self.tile], self.found, self.device)
-        return coarse._test_tokens(atom).repeat_interleave(self.tile, -1)[..., : self.keys.slots]
+            memo[self.tile] = given_order(self.keys.index[0, :: self.tile], self.keys.tokens)
+        coarse = Values(self.layout, self.rows, memo[self.tile], self.selections, self.device)
+        return coarse.set_test(atom).repeat_interleave(self.tile, -1)[..., : self.keys.slots]
 
     def _by_tile(self, key: sympy.Expr) -> bool:
         """Whether an expression of the keys is constant on every tile of slots."""

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ir.pattern import Pattern, find
+from ..ir.pattern import Dense, Pattern, find
 from ..runtime import backends
 from . import candidates as table_
 from .budget import Budget, Option, knapsack, unreachable
@@ -184,7 +184,7 @@ class _Heads:
         self.by_query: list[_Table] = []
         self.by_pair: dict[tuple[int, int], _Table] = {}
         if several:
-            parts = (*(p for p in table if not table_.is_boundary(p)), find("Dense")())
+            parts = (*(p for p in table if not table_.is_boundary(p)), Dense())
             for i, a in enumerate(modalities):
                 own = tuple(p.on(query=a) for p in parts)
                 self.by_query.append(self._measured(parts, own, self.probes[i : i + 1]))
@@ -246,7 +246,7 @@ class _Heads:
         dense = self.search._prices.dense
         head = self.first + h
         price = float(dense.ms[head]), float(dense.density[head])
-        found.append(Option(find("Dense")(), "dense", *price, 0.0, 1.0, float(self.weight[h])))
+        found.append(Option(Dense(), "dense", *price, 0.0, 1.0, float(self.weight[h])))
         return tuple(found)
 
     def _at(self, h: int, level: float) -> Option | None:

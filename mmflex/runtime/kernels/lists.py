@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compiler.blocks import BlockSource, Extremes, classify, compact
+from ..classify import BlockTest, Extremes, classify, compact
 from . import use_triton
 
 try:
@@ -120,23 +120,26 @@ def _kernel(
         some_coarse={"True": "there", "False": "(number < 0)"}.get(some, some_coarse),
     )
     filename = f"<mmflex lists {hash(text):x}>"
-    # Triton reads a kernel's source through linecache, where generated code may stand.
+    # Triton reads a kernel's source through linecache, where generated code may stand, and keeps it.
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
     namespace: dict[str, Any] = {"tl": tl}
     exec(compile(text, filename, "exec"), namespace)  # our own source, from a sympy expression
-    return triton.jit(namespace["kernel"])
+    try:
+        return triton.jit(namespace["kernel"])
+    finally:
+        del linecache.cache[filename]
 
 
 def list_blocks(
-    source: BlockSource, ends: Extremes, table: Tensor, counts: Tensor, fits: Tensor, place: Tensor, shift: Tensor
+    test: BlockTest, ends: Extremes, table: Tensor, counts: Tensor, fits: Tensor, place: Tensor, shift: Tensor
 ) -> None:
     """Lists the partial and full tiles of h heads into ``table`` int32 [2, B, H, Q, W] and ``counts`` int32
     [2, B, H, Q], at heads ``place`` int32 [h]. Section tiles are numbered after the main ones, ``shift`` int32 [h]
     higher. Entries past a count keep what they hold; where a count passes W, ``fits`` int32 [1] becomes 0.
     """
     main, width = ends.low.shape[-1], table.shape[-1]
-    if not source.triton:
-        classes = classify(source, ends)
+    if not test.triton:
+        classes = classify(test, ends)
         for kind in (1, 2):
             count, index = compact(classes == kind, width)
             table[kind - 1][:, place.long()] = torch.where(index >= main, index + shift[:, None, None], index)
@@ -149,26 +152,30 @@ def list_blocks(
     block = min(_CHUNK, triton.next_power_of_2(max(main, 16)))
     chunks = triton.cdiv(main, block)
     names, values = [], []
-    for i, (name, t) in enumerate(source.names.items()):
+    for i, (name, t) in enumerate(test.bounds.items()):
         # A side of a single tile looks like a constant, and is one.
         side = "row" if t.shape[2] > 1 else "key" if t.shape[3] > 1 else "one"
         names.append((name, side, t.dtype == torch.bool))
-        for value in (t, _kept(t, block, low=i % 2 == 0)) if side == "key" else (t,):
+        for value in (t, _coarse_bounds(t, block, low=i % 2 == 0)) if side == "key" else (t,):
             step = value.shape[2] * value.shape[3]
             batch_step = step * value.shape[1] if value.shape[0] > 1 else 0
             values += [value.contiguous(), batch_step, step if value.shape[1] > 1 else 0]
     tables = []
-    for name, t in source.tables.items():
+    for name, t in test.tables.items():
         t = t.expand(batch, heads, *t.shape[2:]).contiguous()
         tables.append((name, t.dim() - 2))
         values += [t, *t.shape[2:]]
     low, high, row_low, row_high = (t.contiguous() for t in (ends.low, ends.high, ends.row_low, ends.row_high))
     tail_low, tail_high, tail = low, high, 0
-    if ends.tail_low is not None and ends.tail_high is not None:
-        tail_low, tail_high, tail = ends.tail_low.contiguous(), ends.tail_high.contiguous(), ends.tail_low.shape[-1]
+    if ends.gathered_low is not None and ends.gathered_high is not None:
+        tail_low, tail_high, tail = (
+            ends.gathered_low.contiguous(),
+            ends.gathered_high.contiguous(),
+            ends.gathered_low.shape[-1],
+        )
     row_h = rows if row_low.shape[1] > 1 else 0
     row_b = row_low.shape[1] * rows if row_low.shape[0] > 1 else 0
-    kernel = _kernel(source.some, source.every, tuple(names), tuple(tables))
+    kernel = _kernel(test.some, test.every, tuple(names), tuple(tables))
     kernel[(triton.cdiv(rows, _ROWS), batch * heads)](
         table, counts, fits, place, shift, row_low, row_high, low, high, _coarse(low, block, True), tail_low, tail_high,
         heads, table.shape[2], rows, main, tail, chunks, width, row_b, row_h, *values,
@@ -192,7 +199,7 @@ def _coarse(t: Tensor, chunk: int, low: bool) -> Tensor:
     return (t.amin(-1) if low else t.amax(-1)).contiguous()
 
 
-def _kept(t: Tensor, chunk: int, low: bool) -> Tensor:
+def _coarse_bounds(t: Tensor, chunk: int, low: bool) -> Tensor:
     """`_coarse` of bounds [B, H, 1, tiles], kept with them: those of the layout serve many plans."""
     held = t.__dict__.setdefault("_mmflex_coarse", {})
     if (chunk, low) not in held:
@@ -214,6 +221,6 @@ def listed_eagerly() -> Iterator[None]:
         _eager.reset(token)
 
 
-def dialect(t: Tensor) -> bool:
+def writes_triton(t: Tensor) -> bool:
     """Whether classifiers of launches on this device are to be written for Triton."""
     return triton is not None and use_triton(t) and not _eager.get()

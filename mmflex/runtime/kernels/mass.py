@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .memory import result
+from ..device import estimate_result
 
 try:
     import triton
@@ -284,9 +284,9 @@ def last_mass(
     chunks, tiles = triton.cdiv(n, _KEYS * _BLOCKS), triton.cdiv(size, tile)
     top = torch.empty((batch, heads, chunks, count), dtype=torch.float32, device=q.device)
     total, lse = torch.empty_like(top), torch.empty((batch, heads, count), dtype=torch.float32, device=q.device)
-    vertical = result((batch, heads, size), q.device)
-    diagonal = result((batch, heads, size), q.device).zero_() if distances else None
-    diagonals = result((batch, heads, tiles), q.device)
+    vertical = estimate_result((batch, heads, size), q.device)
+    diagonal = estimate_result((batch, heads, size), q.device).zero_() if distances else None
+    diagonals = estimate_result((batch, heads, tiles), q.device)
     strides = (*q.stride()[:3], rows.stride(0) if len(rows) > 1 else 0, *k.stride()[:3])
     numbers = (*strides, position.stride(0) if position.shape[0] > 1 else 0, scale * 1.4426950408889634, n)
     shape = {"L": count, "K": _KEYS, "D": max(16, triton.next_power_of_2(dim)), "DIM": dim, "BLOCKS": _BLOCKS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...compiler.orders import BIG
+from ...compiler.orders import NEVER
 from . import use_triton
 from .select import count_true, gathered
 
@@ -87,13 +87,13 @@ def fill_sections(
 
     Args:
         chosen: bool [B, h, n], of the n slots of the main section. position: int32 [B, n], of their tokens.
-        end: int32 [B, n], the position up to which the main section shows a key (`mmflex.compiler.until`): the section
+        end: int32 [B, n], the position up to which the main section shows a key (`Part.visible_until`): the section
             shows it from there on. None: the section shows it always, and the main section not at all.
         token: int64 [B, n], the token in each slot; None: its number.
         at_head, at_table: int32 [h], the head in ``limit``, the section in ``table``.
         limit: int32 [B, H, slots], from which position on a slot is shown; written for these heads' main section and
-            the places filled (the caller has put `BIG` elsewhere). Sections follow the main one, each as long as a row
-            of ``table``, ``at_table`` modulo their number apart.
+            the places filled (the caller has put `NEVER` elsewhere). Sections follow the main one, each as long as a
+            row of ``table``, ``at_table`` modulo their number apart.
         table: int64 [B, sections of all KV heads, capacity]: written where filled.
         fits: int32 [1], becomes 0 where more keys are chosen than the capacity.
 
@@ -129,10 +129,10 @@ def fill_sections(
     filled = torch.arange(capacity, device=chosen.device) < counts[..., None]
     own = position[:, None].expand(chosen.shape)
     shown = own if end is None else own.maximum(end[:, None])
-    own = torch.where(chosen, BIG, own) if end is None else own
+    own = torch.where(chosen, NEVER, own) if end is None else own
     limit[:, at_head.long(), :n] = own.int()
     tail = limit[..., n:].unflatten(-1, (sections, capacity))
-    tail[:, at_head.long(), at_table.long() % sections] = torch.where(filled, shown.gather(-1, index), BIG).int()
+    tail[:, at_head.long(), at_table.long() % sections] = torch.where(filled, shown.gather(-1, index), NEVER).int()
     found = index if token is None else token[:, None].expand(chosen.shape).gather(-1, index)
     table[:, at_table.long()] = torch.where(filled, found, -1)
     tiled = own.unflatten(-1, (-1, tile))

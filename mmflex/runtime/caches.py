@@ -1,0 +1,51 @@
+"""What outlives a call and belongs to no layout or program: bounded, in one place, and forgotten on request."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ..ir.layout import layouts_alive
+from ..ir.memo import Memo
+
+_memos: list[Memo] = []
+_others: list[Callable[[], None]] = []
+
+
+def bounded(size: int) -> Memo:
+    """A `Memo` that `clear_caches` empties: for the length of the process, of at most ``size`` entries."""
+    memo = Memo(size)
+    _memos.append(memo)
+    return memo
+
+
+def on_clear(forget: Callable[[], None]) -> Callable[[], None]:
+    """Decorator: have `clear_caches` call a function as well."""
+    _others.append(forget)
+    return forget
+
+
+def clear_caches() -> None:
+    """Forget everything that mmflex keeps between calls: programs, plans and captured graphs of all layouts, compiled
+    attention kernels, constants on devices, streams, and what was worked out about expressions.
+
+    Results do not change; the next calls take as long as first calls do. What Inductor, Triton and flash-attn-4 keep on
+    disk stays there. Not to be called while another thread or a compiled graph is in a call.
+    """
+    for memo in _memos:
+        memo.clear()
+    for forget in _others:
+        forget()
+    for layout in layouts_alive():
+        layout.forget()
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in ("mmflex", "mask_builders"):
+            for value in list(vars(module).values()):
+                _clear_function(value)
+
+
+def _clear_function(value: Any) -> None:
+    """Empties a function's `functools.lru_cache`."""
+    if callable(getattr(value, "cache_clear", None)):
+        value.cache_clear()

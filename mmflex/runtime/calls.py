@@ -1,0 +1,269 @@
+"""From a call's arguments to its plan: what was decided for an equal call before, or is decided now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compiler import constants
+from ..compiler.constants import Constants
+from ..compiler.launches import DenseLaunch
+from ..compiler.lower import Lowering, lower
+from ..compiler.prices import MARGIN, least_ms, predict
+from ..compiler.program import Program
+from ..ir.layout import TokenLayout
+from ..ir.memo import Memo
+from ..ir.pattern import Dense, EstimateFrom, Pattern, Tokens, denoted
+from ..ir.queries import QueryTokens
+from ..ir.shown import shown
+from . import backends, replay
+from .backends import Backend
+from .inputs import Spec, check, check_estimate, check_hash, check_scale, without_autocast
+from .plan import Plan
+
+PRICED = Lowering()
+"""What the cost model prefers."""
+
+TILE = 128
+"""Block size: what Hopper's kernels take, and FlexAttention's default."""
+
+CALLS = 512
+"""Calls kept for each layout."""
+PROGRAMS = 128
+"""Programs kept for each layout."""
+SENSIBLE = 512
+"""Patterns kept for each layout that are known to make sense with it."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a caller asks for beside tensors. Hashable: equal ones are decided alike.
+
+    Attributes:
+        scale: of the scores; None: ``1 / sqrt(D)``.
+        backend: a name, or "auto". lse: whether the log-sum-exp is asked for.
+        queries: where the queries are, as given (`QueryTokens.of`).
+        tile: block size in tokens. lowering: which exact way to compute the spec.
+    """
+
+    scale: float | None = None
+    backend: str = "auto"
+    lse: bool = False
+    queries: int | QueryTokens | None = None
+    tile: int = TILE
+    lowering: Lowering = PRICED
+
+
+@dataclass(eq=False)
+class _Call:
+    """What was decided for a call, and its plan where that does not depend on the values of the input.
+
+    ``prices`` are those of ``generation``. ``kept``: the plan and the stream where it was made, one tuple, so that a
+    thread on another stream does not read one of the two.
+    """
+
+    runs: Backend
+    prices: Constants
+    generation: int
+    program: Program
+    note: str
+    scale: float
+    kept: tuple[Plan, int] | None = None
+
+
+_observer: ContextVar[Callable[[Plan], None] | None] = ContextVar("mmflex observer of plans", default=None)
+
+
+@contextmanager
+def observed(observer: Callable[[Plan], None]) -> Iterator[None]:
+    """Hands every plan that is made in a ``with`` block to a function, which may keep it."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def planned(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    spec: Spec,
+    layout: TokenLayout | None,
+    request: Request,
+    estimate_from: EstimateFrom | None = None,
+    once: bool = True,
+) -> Plan:
+    """The plan of a call. ``once``: it attends before anything else is planned with its program."""
+    observer = _observer.get()
+    if observer is not None:  # what is kept for longer must not be of a graph that the next layer replays
+        token = _observer.set(None)
+        try:
+            plan = planned(q, k, v, spec, layout, request, estimate_from, once=False)
+        finally:
+            _observer.reset(token)
+        observer(plan)
+        return plan
+    call = _call(q, k, v, spec, layout, request)
+    check_estimate(estimate_from, q)
+    kept = call.kept
+    if once and kept is not None and (kept[0].dense_alone or kept[1] == replay.stream(q.device)):
+        return kept[0]
+    with torch.no_grad(), without_autocast(q.device):
+        plan = Plan(call.program, call.runs, call.scale, q, k, call.note, once, estimate_from, v)
+    if once and (plan.dense_alone or replay.follows_from_layout(plan.state)):
+        call.kept = plan, replay.stream(q.device)
+    return plan
+
+
+def decided(q: Tensor, k: Tensor, spec: Spec, layout: TokenLayout | None, request: Request) -> tuple[Program, str]:
+    """The program of a call, and why it is dense if the cost model decided so; nothing is estimated or computed.
+
+    Only shapes, dtypes and the device of q and k are looked at: k may be a view that holds nothing yet. Errors are
+    those of `attention`.
+    """
+    call = _call(q, k, None, spec, layout, request)
+    return call.program, call.note
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayout | None, request: Request) -> _Call:
+    """What was decided for an equal call, or is decided now."""
+    usual = request.scale is None or type(request.scale) is float
+    key, calls = _key(q, k, v, spec, layout, request) if usual else (None, Memo(0))
+    try:
+        call = None if key is None else calls.recall(key)
+    except TypeError:  # what cannot be hashed is checked, and refused
+        key = call = None
+    if call is None or not _up_to_date(call, q):
+        equal = None  # the same of equal patterns, made anew
+        if key is not None:
+            equal = (spec if isinstance(spec, Pattern) else (type(spec), *spec), *key[1:])
+            for pattern in (spec,) if isinstance(spec, Pattern) else spec:
+                check_hash(pattern)
+        call = None if equal is None else calls.recall(equal)
+        if call is None or not _up_to_date(call, q):
+            call = _decided(q, k, v, spec, layout, request)
+        for name in (key, equal) if key is not None else ():
+            calls.keep(name, call)
+    return call
+
+
+def _key(
+    q: Tensor, k: Tensor, v: Tensor | None, spec: Any, layout: TokenLayout | None, request: Request
+) -> tuple[Any, Memo]:
+    """Everything that `check` looks at and a program follows from, as a key, and the layout's calls by such keys. None
+    for what is out of the ordinary."""
+    try:
+        if not (isinstance(q, Tensor) and isinstance(k, Tensor) and (v is None or isinstance(v, Tensor))):
+            return None, Memo(0)
+        serials = spec.serial if isinstance(spec, Pattern) else (type(spec), *[p.serial for p in spec])
+        of_k, of_v = ((t.shape, t.dtype, t.device, t.layout) if t is not None else None for t in (k, v))
+        if layout is None:
+            layout = TokenLayout.text(k.shape[2])
+        key = (serials, q.shape, q.dtype, q.device, q.layout, of_k, of_v, request)
+        calls = layout.memo.recall("calls")
+        return key, layout.once("calls", lambda: Memo(CALLS)) if calls is None else calls
+    except (AttributeError, TypeError, IndexError, RuntimeError):  # `check` says what is wrong
+        return None, Memo(0)
+
+
+def _up_to_date(call: _Call, q: Tensor) -> bool:
+    """Whether the constants that a call was decided by are still those of the device."""
+    if q.is_cuda:
+        return call.generation == constants.generation
+    return call.prices is constants.constants_for(q.device, call.runs.name, q.dtype, q.shape[3])  # threads may change
+
+
+def _decided(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayout | None, request: Request) -> _Call:
+    patterns = check(q, k, v, spec, layout)
+    scale = check_scale(request.scale, q.shape[3])
+    layout = TokenLayout.text(k.shape[2]) if layout is None else layout
+    queries = QueryTokens.of(request.queries, q.shape[2], k.shape[2])
+    _check_request(request)
+    runs = backends.resolve(request.backend, q.device, q.shape[3], q.dtype)
+    if request.tile != TILE and runs.name in ("flash", "triton"):
+        raise ValueError(
+            f"block_size is {request.tile}: backend {runs.name!r} takes blocks of {TILE}; others are for "
+            "backend='reference'"
+        )
+    if request.lse and not runs.lse:
+        raise ValueError(
+            f"return_lse: backend {runs.name!r} does not give it; use backend='reference' or a CUDA device"
+        )
+    generation = constants.generation
+    prices = constants.constants_for(q.device, runs.name, q.dtype, q.shape[3])
+    if not q.shape[0]:  # no prompts, and no kernel takes so few
+        runs = backends.BACKENDS["dense"]
+    program, note = _program(patterns, layout, queries, q.shape[0], k.shape[1], runs, prices, request)
+    return _Call(runs, prices, generation, program, note, scale)
+
+
+def _check_request(request: Request) -> None:
+    """TypeError, ValueError for what no caller can ask for."""
+    if not isinstance(request.lse, bool):
+        raise TypeError(f"return_lse is {shown(request.lse)}: use True or False")
+    if not isinstance(request.lowering, Lowering):
+        raise TypeError(f"lowering is {shown(request.lowering)}: give a Lowering, or None for the cheapest")
+    backends.check_name(request.backend)
+
+
+def _program(
+    patterns: tuple[Pattern, ...],
+    layout: TokenLayout,
+    queries: QueryTokens,
+    batch: int,
+    kv_heads: int,
+    runs: Backend,
+    prices: Constants,
+    request: Request,
+) -> tuple[Program, str]:
+    """The program of a spec, kept with the layout, and why it is dense if it is."""
+    # "auto" may run a spec dense, where that is predicted to be faster for so many prompts.
+    may_be_dense = max(1, batch) if request.backend == "auto" and request.lowering == PRICED else 0
+    key = (patterns, queries, kv_heads, request.tile, runs.name, prices, may_be_dense, request.lowering)
+    programs: Memo = layout.once("programs", lambda: Memo(PROGRAMS))
+
+    def lowered(spec: tuple[Pattern, ...]) -> Program:
+        can = {"lse": runs.lse, "full_width": runs.full_width}
+        how: Any = {"constants": prices, "lowering": request.lowering, **can}
+        return lower(spec, layout, queries, kv_heads, request.tile, **how)
+
+    def build() -> tuple[Program, str]:
+        dense_spec = (Dense(),) * len(patterns)
+        if runs.name == "dense" or not queries.count:
+            return lowered(dense_spec), "dense: asked for" if queries.count else "no queries"
+        if not may_be_dense:
+            return lowered(patterns), ""
+        dense = lowered(dense_spec)
+        dense_ms = predict(dense, batch=may_be_dense).total_ms
+        if least_ms(prices) >= dense_ms:  # not worth building, but a spec must make sense
+            _check_sense(patterns, layout, request.tile)
+            return dense, f"dense: predicted {dense_ms:.3g} ms, any spec takes {least_ms(prices):.3g} ms"
+        program = lowered(patterns)
+        if any(not isinstance(launch, DenseLaunch) for launch in program.launches):
+            sparse_ms = predict(program, batch=may_be_dense).total_ms
+            if sparse_ms * (1 + MARGIN) >= dense_ms:
+                return dense, f"dense: predicted {dense_ms:.3g} ms, the spec {sparse_ms:.3g} ms with planning"
+        return program, ""
+
+    return programs.once(key, build)
+
+
+def programs_of(layout: TokenLayout) -> list[tuple[Program, str]]:
+    """The programs that are kept with a layout, and why each is dense, if it is."""
+    return list(layout.once("programs", lambda: Memo(PROGRAMS)).values())
+
+
+def _check_sense(patterns: tuple[Pattern, ...], layout: TokenLayout, tile: int) -> None:
+    """ValueError where a pattern makes no sense with a layout (frames, but no video)."""
+    sensible: Memo = layout.once("sensible", lambda: Memo(SENSIBLE))
+    for pattern in dict.fromkeys(patterns):
+        if sensible.recall((pattern, tile)) is None:
+            denoted(pattern, Tokens(layout, tile))
+            sensible.keep((pattern, tile), True)

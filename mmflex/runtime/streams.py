@@ -1,0 +1,62 @@
+"""Overlap on a side stream: a second CUDA stream for every stream that attention runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from .caches import bounded
+
+T = TypeVar("T")
+
+_side_of = bounded(64)
+
+
+class SideStream:
+    """Work on the side stream of the current one, for the length of a ``with`` block. Off CUDA it is simply done.
+
+    At the end the current stream waits for all of it, whatever happened in between, and the side stream for the current
+    one: so what the work reads may be let go, and what it has allocated is not given out again while it is being read.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._ends: list[torch.cuda.Event] = []
+        self._side: torch.cuda.Stream | None = None
+
+    def run(self, work: Callable[[], T]) -> Callable[[], T]:
+        """Begins the work after all that the current stream holds by now. Returns a function that lets the current
+        stream wait for it, and gives its result."""
+        if self.device.type != "cuda":
+            result = work()
+            return lambda: result
+        current = torch.cuda.current_stream(self.device)
+        # Preferred: else a launch whose blocks wait for a place would only begin when all others have theirs.
+        side = _side_of.once((self.device, current.cuda_stream), lambda: torch.cuda.Stream(self.device, priority=-1))
+        self._side = side
+        side.wait_event(current.record_event())
+        try:
+            with torch.cuda.stream(side):
+                result = work()
+        finally:
+            end = side.record_event()
+            self._ends.append(end)
+
+        def get() -> T:
+            current.wait_event(end)
+            return result
+
+        return get
+
+    def __enter__(self) -> SideStream:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._side is not None:
+            current = torch.cuda.current_stream(self.device)
+            for end in self._ends:
+                current.wait_event(end)
+            if not torch.cuda.is_current_stream_capturing():  # a capture must end where it began
+                self._side.wait_event(current.record_event())
