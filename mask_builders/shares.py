@@ -157,11 +157,15 @@ def check_share(pattern: object, *names: str) -> None:
             raise ValueError(f"{type(pattern).__name__}.{name} is {shown(value)}: use a share above 0 and at most 1")
 
 
+HEAVIEST = 1e6
+"""A weight, at most: scores that it multiplies are float32."""
+
+
 def check_weight(pattern: object, *names: str) -> None:
-    """TypeError, ValueError unless the named fields are finite numbers from 0 on."""
+    """TypeError, ValueError unless the named fields are numbers from 0 to `HEAVIEST`."""
     for name in names:
         value = getattr(pattern, name)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise TypeError(f"{type(pattern).__name__}.{name} is a weight, got {shown(value)}: use a float")
-        if not 0.0 <= value < float("inf"):
-            raise ValueError(f"{type(pattern).__name__}.{name} is {shown(value)}: use 0 (off) or more")
+        if not 0.0 <= value <= HEAVIEST:
+            raise ValueError(f"{type(pattern).__name__}.{name} is {shown(value)}: use 0 (off) to {HEAVIEST:g}")

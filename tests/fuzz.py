@@ -39,8 +39,11 @@ from mask_builders import (
     Boundary2D,
     Dense,
     Dilated,
+    FlashPrefill,
     FlexPrefill,
     Grid,
+    Prism,
+    ProxyAttn,
     QBoundary,
     Strided,
     StridedFixed,
@@ -50,6 +53,7 @@ from mask_builders import (
 )
 from mmflex import Pattern, Plan, Segment, TokenLayout, plot
 from mmflex.ir.pattern import from_json
+from mmflex.ir.queries import QueryTokens
 from mmflex.ir.shown import shown
 from mmflex.plot.snapshot import snapshot
 from mmflex.tuning.config import Config, load_config, load_minference_config, save_config
@@ -174,7 +178,7 @@ def layout_of(c: Case, batch: int, most: int) -> TokenLayout:
 
 def leaf(c: Case, n: int) -> Pattern:
     """A pattern, at times one that is refused."""
-    kind = c.rng.randrange(13)
+    kind = c.rng.randrange(16)
     flag = c.pick(True, False) if c.chance(0.99) else odd(c)
     if kind == 0:
         return Dense()
@@ -183,9 +187,11 @@ def leaf(c: Case, n: int) -> Pattern:
     if kind == 2:
         return TriShape(budget(c, n), budget(c, n), budget(c, n))
     if kind in (3, 4):
-        return VerticalSlash(budget(c, n), budget(c, n), positive(c, 16))
+        return VerticalSlash(budget(c, n), budget(c, n), positive(c, 16), c.pick(100, budget(c, n)))
     if kind == 5:
-        return BlockTopK(positive(c, 5), c.pick(16, 16, 32, 8, 5, 128, positive(c, n)))
+        decay, weight = (c.pick(*few) if c.chance(0.99) else odd(c) for few in ((1.0, 1.0, 0.7), (0.0, 0.0, 0.2)))
+        size = c.pick(16, 16, 32, 8, 5, 128, positive(c, n))
+        return BlockTopK(positive(c, 5), size, c.pick(100, budget(c, n)), decay, weight)
     if kind == 6:
         share = c.pick(0.3, 0.9, 1.0) if c.chance(0.99) else odd(c)
         tau = c.pick(0.0, 0.1, 0.3, 1.0) if c.chance(0.99) else odd(c)
@@ -208,7 +214,17 @@ def leaf(c: Case, n: int) -> Pattern:
         return StridedFixed(stride, budget(c, n))
     if kind == 11:
         return Strided(stride)
-    return Dilated(budget(c, n), budget(c, n), positive(c, 9))
+    if kind == 12:
+        return Dilated(budget(c, n), budget(c, n), positive(c, 9))
+    near, size = budget(c, n), c.pick(16, 32, 8, 128, positive(c, n))
+    if kind == 13:
+        rotary, pairs = c.pick(None, None, 8, positive(c, 16)), c.pick("halves", "interleaved")
+        return Prism(c.pick(0.5, 0.95), positive(c, 5), size, rotary, pairs if c.chance(0.99) else odd(c), near)
+    if kind == 14:
+        rescue = c.pick(0.0, 0.0, 0.3) if c.chance(0.99) else odd(c)
+        return FlashPrefill(c.pick(0.02, 0.3), positive(c, 5), rescue, near, budget(c, n), budget(c, n), size)
+    counts = [positive(c, 5), budget(c, n), positive(c, 9), positive(c, 3), positive(c, 16)]
+    return ProxyAttn(c.pick(0.5, 0.95), *counts, size, near)
 
 
 def modality(c: Case) -> Any:
@@ -290,8 +306,11 @@ def tensors(c: Case, layout: TokenLayout, batch: int) -> tuple[list[torch.Tensor
 
 def spoiled(c: Case, call: dict[str, Any]) -> None:
     """Makes a call wrong in one way (or leaves it right)."""
-    what = c.pick("q", "k", "v", "spec", "layout", "scale", "backend", "block_size", "return_lse")
-    if what in "qkv":
+    what = c.pick(
+        "q", "k", "v", "spec", "layout", "scale", "backend", "block_size", "return_lse", "query_start",
+        "query_positions", "estimate_from",
+    )  # fmt: skip
+    if what in ("q", "k", "v"):
         t = call[what]
         call[what] = c.pick(
             odd(c), t[0], t[:, :, :-1], t[..., :-1], t[:, :-1], t.double(), t.int(), t.bool(), t.to("meta"), t.numpy,
@@ -299,6 +318,11 @@ def spoiled(c: Case, call: dict[str, Any]) -> None:
             torch.nn.Parameter(t), t.transpose(1, 2), t.expand(2, -1, -1, -1) if len(t) == 1 else t,
             t.to(torch.complex64),
         )  # fmt: skip
+    elif what == "estimate_from":
+        q = call["q"]
+        call[what] = c.pick(odd(c), (q, odd(c)), (odd(c), None), (q[0], None), (q[:, :1], None), (q, None), (q,))
+    elif what == "query_positions":
+        call[what] = c.pick(odd(c), [odd(c)], np.arange(call["q"].shape[2])[::-1], QueryTokens(((0, 3), (2, 5))))
     elif what == "layout":
         call[what] = c.pick(odd(c), layout_of(c, 1, 40), TokenLayout.text(len(call["v"][0, 0]) + 1), None)
     else:
@@ -322,6 +346,13 @@ def call_case(c: Case) -> None:
     call["backend"] = c.pick("reference", "reference", "reference", "reference", "dense", "auto")
     call["return_lse"] = c.chance(0.3)
     call["block_size"] = c.pick(16, 16, 16, 32, 8, 128, 5, 1, 200) if c.chance(0.8) else 128
+    m = qkv[0].shape[2]
+    if m < n and c.chance(0.5):
+        if c.chance(0.5):
+            call["query_start"] = c.rng.randrange(n - m + 1)
+        else:
+            call["query_positions"] = c.pick(list, np.array, torch.tensor)(sorted(c.rng.sample(range(n), m)))
+        c.say("queries", call.get("query_start", call.get("query_positions")))
     if c.chance(0.2):
         spoiled(c, call)
     c.say("call", ", ".join(f"{name} {shown(call[name])}" for name in ("scale", "backend", "return_lse", "block_size")))
@@ -329,9 +360,9 @@ def call_case(c: Case) -> None:
     if c.chance(0.35):
         attention_case(c, call, finite)
         return
-    v, _ = call.pop("v"), call.pop("return_lse")
+    v, _ = call["v"], call.pop("return_lse")
     plan = mmflex.plan(**call, block_size=size)
-    mask = token_mask(plan, call["spec"])
+    mask = token_mask(plan, call["spec"], tokens_of(call))
     same(plan.dense_mask().numpy(), mask, "dense_mask")
     out = plan.attend(call["q"], call["k"], v)
     compare(c, plan, (call["q"], call["k"], v), mask, out, None, finite)
@@ -344,18 +375,32 @@ def call_case(c: Case) -> None:
 def attention_case(c: Case, call: dict[str, Any], finite: bool) -> None:
     found = mmflex.attention(**call)
     out, lse = found if call["return_lse"] else (found, None)
-    v, _ = call.pop("v"), call.pop("return_lse")
+    v, _ = call["v"], call.pop("return_lse")
     plan = mmflex.plan(**call)
-    compare(c, plan, (call["q"], call["k"], v), token_mask(plan, call["spec"]), out, lse, finite)
+    mask = token_mask(plan, call["spec"], tokens_of(call))
+    compare(c, plan, (call["q"], call["k"], v), mask, out, lse, finite)
 
 
-def token_mask(plan: Plan, spec: Any) -> np.ndarray:
+def tokens_of(call: dict[str, Any]) -> list[int] | None:
+    """Which tokens the queries of an accepted call are."""
+    m, start, listed = call["q"].shape[2], call.get("query_start"), call.get("query_positions")
+    where = listed if start is None else start
+    if where is None:
+        return None
+    if isinstance(where, QueryTokens):
+        return [token for run in where.runs for token in range(*run)]
+    if np.ndim(where) == 0:
+        return list(range(int(where), int(where) + m))
+    return [int(token) for token in where]
+
+
+def token_mask(plan: Plan, spec: Any, tokens: list[int] | None = None) -> np.ndarray:
     """bool [B, Hq, M, N] by the oracle; dense where the plan says that it runs dense."""
     heads = plan.shape[0][1]
     patterns = (spec,) * heads if isinstance(spec, Pattern) else tuple(spec)
     if plan.note or not plan.shape[0][0]:
         patterns = (Dense(),) * heads
-    return oracle.token_mask(plan, patterns)
+    return oracle.token_mask(plan, patterns, tokens)
 
 
 def same(found: Any, wanted: Any, what: str) -> None:

@@ -8,7 +8,7 @@ itself), `softmax` the attention under a mask, `launch_cover` what the block lis
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,15 +274,16 @@ def selected(plan: mmflex.Plan, row: int, head: int) -> Callable[[Pattern, Scope
     return find
 
 
-def token_mask(plan: mmflex.Plan, patterns: tuple[Pattern, ...]) -> np.ndarray:
-    """bool [B, Hq, M, N]: the mask of a plan's spec, one pattern per head, given what the plan selected."""
+def token_mask(plan: mmflex.Plan, patterns: tuple[Pattern, ...], tokens: Sequence[int] | None = None) -> np.ndarray:
+    """bool [B, Hq, M, N]: the mask of a plan's spec, one pattern per head, given what the plan selected. ``tokens``:
+    which of the N the queries are, if not the last M."""
     batch, m, n = plan.shape[0][0], plan.shape[0][2], plan.shape[1][2]
     out = np.zeros((batch, len(patterns), m, n), bool)
     for b in range(batch):
         causal = Prompt.of(plan.layout, b).causal()
         for h, pattern in enumerate(patterns):
             meaning = Meaning(plan.layout, b, plan.program.tile, selected(plan, b, h))
-            out[b, h] = (meaning.pairs(pattern) & causal)[n - m :]
+            out[b, h] = (meaning.pairs(pattern) & causal)[range(n - m, n) if tokens is None else tokens]
     return out
 
 
