@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from ..ir.shown import shown
 from . import reference
 from .masks import MaskMod, in_strips, maker
 
@@ -139,13 +140,24 @@ BACKENDS = {
 }
 
 
+def check_name(backend: object) -> None:
+    """ValueError for what is no backend's name, nor "auto"."""
+    if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
+        raise ValueError(f"unknown backend {shown(backend)}: use 'auto', {', '.join(map(repr, BACKENDS))}")
+
+
 def why_not(
     backend: str, device: torch.device | str, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16
 ) -> str | None:
     """Why a backend cannot run with these tensors; None if it can. ValueError for an unknown name."""
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
-    return BACKENDS[backend].why_not(torch.device(device), head_dim, dtype)
+    check_name(backend)
+    if backend == "auto":
+        raise ValueError(f"backend is 'auto', which is no backend of its own: use {', '.join(map(repr, BACKENDS))}")
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {shown(device)}: give one of PyTorch's, such as 'cpu' or 'cuda:0'") from None
+    return BACKENDS[backend].why_not(where, head_dim, dtype)
 
 
 @lru_cache(maxsize=64)
