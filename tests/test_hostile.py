@@ -744,10 +744,10 @@ def test_json_of_strangers_is_refused(data: object, named: list[str]) -> None:
 def test_an_entry_point_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.metadata import EntryPoint
 
-    from mmflex.ir import pattern
+    from mmflex.ir import names
 
     point = EntryPoint("Nowhere", "no_such_package:Nowhere", "mmflex.patterns")
-    monkeypatch.setattr(pattern, "entry_points", lambda group: [point])
+    monkeypatch.setattr(names, "_offers", lambda: {"Nowhere": [point]})
     refused(lambda: find("Nowhere"), ValueError, "'Nowhere'", "no_such_package:Nowhere", "ModuleNotFoundError")
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol
 
 import sympy
@@ -18,8 +17,10 @@ import torch
 from sympy.logic.boolalg import Boolean
 
 from . import expr as x
+from . import names
 from .identity import new_serial
 from .layout import TokenLayout
+from .names import find, name_of
 from .segments import modality_id
 from .shown import clipped, shown
 from .tokens import Tokens, denoted
@@ -69,7 +70,6 @@ class Pattern:
     """What a head may see. Subclass it as a frozen dataclass and write `mask`; with `estimator` and `select` it adapts
     to the input. Patterns compose with ``|``, ``&``, ``-`` and `on`."""
 
-    known: ClassVar[dict[str, type[Pattern]]] = {}
     budgets: ClassVar[tuple[str, ...]] = ()
     """Integer fields that say how much is kept, in tokens or blocks: what `scaled` multiplies."""
     least: ClassVar[Mapping[str, int]] = {}
@@ -96,7 +96,7 @@ class Pattern:
         taken = sorted({"pattern", "version"} & set(inspect.get_annotations(cls)))
         if taken:
             raise TypeError(f"{cls.__name__} has a field {taken[0]!r}, which its JSON form needs for itself: rename it")
-        Pattern.known[cls.__name__] = cls
+        names.register(cls)
 
     def estimator(self) -> Estimator | None:
         """What to estimate for `select`; None for nothing."""
@@ -152,10 +152,18 @@ class Pattern:
         values = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self))  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(f'{n}={v}' for n, v, default in values if v != default)})"
 
+    def identity(self) -> str:
+        """A text that patterns have in common only if they are equal: the class by a label of its own, and the fields
+        that have another value than by default."""
+        fields = ((f, getattr(self, f.name)) for f in dataclasses.fields(self))  # type: ignore[arg-type]
+        told = ", ".join(f"{f.name}={_identity(value)}" for f, value in fields if not _same(value, f.default))
+        return f"{names.label(type(self))}({told})"
+
     def to_json(self) -> dict[str, Any]:
-        """``{"pattern": class name, "version": 1, field: value, ...}``; `from_json` reads it back."""
+        """``{"pattern": class name, "version": 1, field: value, ...}``; `from_json` reads it back. A class whose name
+        another one has is named with its module."""
         fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        return {"pattern": type(self).__name__, "version": VERSION, **fields}
+        return {"pattern": name_of(type(self)), "version": VERSION, **fields}
 
     from_json: ClassVar[Any] = staticmethod(lambda data: from_json(data))
 
@@ -268,27 +276,6 @@ def union(patterns: list[Pattern]) -> Pattern:
     return reduce(operator.or_, patterns)
 
 
-def find(name: str) -> type[Pattern]:
-    """The pattern class of a name: from the entry points of group ``mmflex.patterns``, or any class defined so far."""
-    if name not in Pattern.known:
-        for point in entry_points(group="mmflex.patterns"):
-            if point.name == name:
-                try:
-                    point.load()
-                except Exception as error:  # whatever a package of somebody else does when it is imported
-                    raise ValueError(
-                        f"pattern {shown(name)} is offered as {point.value}, which cannot be loaded "
-                        f"({type(error).__name__}: {error}): install or mend the package that offers it"
-                    ) from error
-    if name not in Pattern.known or name.startswith("_"):
-        offered = {point.name for point in entry_points(group="mmflex.patterns")}
-        names = sorted(offered | {n for n in Pattern.known if not n.startswith("_")})
-        raise ValueError(
-            f"unknown pattern {shown(name)}: known are {', '.join(names)}; import the module that defines it"
-        )
-    return Pattern.known[name]
-
-
 def from_json(data: Any) -> Pattern:
     """The pattern of its JSON form; ValueError for anything else, and unknown versions, fields and patterns by name.
     It may come from strangers: whatever a class says of its fields is a ValueError too."""
@@ -305,18 +292,18 @@ def _built(data: Any, depth: int) -> Pattern:
     if type(version) is not int or version != VERSION:
         raise ValueError(f"{clipped(name)} has version {shown(version)}; this mmflex reads version {VERSION}")
     cls = find(name)
-    names = sorted(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
-    unknown = [field for field in data if field not in ("pattern", "version", *names)]
+    fields = sorted(f.name for f in dataclasses.fields(cls))
+    unknown = [field for field in data if field not in ("pattern", "version", *fields)]
     if unknown:
         listed = ", ".join(clipped(field) for field in unknown[:4])
-        raise ValueError(f"{name} has no field {listed}: its fields are {', '.join(names)}")
+        raise ValueError(f"{name} has no field {listed}: its fields are {', '.join(fields)}")
     given = {field: _rich(value, depth) for field, value in data.items() if field not in ("pattern", "version")}
     try:
         return cls(**given)
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(f"{name}: {clipped(error)}; its fields are {', '.join(names)}") from None
+        raise ValueError(f"{name}: {clipped(error)}; its fields are {', '.join(fields)}") from None
 
 
 def _scaled(value: Any, factor: float) -> Any:
@@ -331,6 +318,16 @@ def _rounded(value: int, factor: float, least: int) -> int:
     exact = Fraction(factor) if max(value, factor) >= 1 << 53 else factor  # products of floats may be infinite
     step = 1 << max(0, int(value * exact).bit_length() - 5)
     return max(min(value, least), round(value * exact / step) * step)
+
+
+def _same(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and bool(value == default)
+
+
+def _identity(value: Any) -> str:
+    if isinstance(value, Pattern):
+        return value.identity()
+    return f"({', '.join(map(_identity, value))},)" if isinstance(value, tuple) else repr(value)
 
 
 def _plain(value: Any) -> Any:

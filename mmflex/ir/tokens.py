@@ -41,7 +41,7 @@ class Tokens:
     def leaf(self, pattern: Any) -> Boolean:
         """The expression of a pattern that selects for itself; equal patterns in equal scopes share their sets."""
         t = Tokens(self.layout, self.tile, self.scope, self.leaves)
-        t._leaf = f"{pattern}" + (f"[{self.scope}]" if str(self.scope) else "")
+        t._leaf = pattern.identity() + (f"[{self.scope}]" if str(self.scope) else "")
         self.leaves[t._leaf] = (pattern, self.scope)
         try:
             expr = pattern.mask(t)
