@@ -1,14 +1,17 @@
 """vLLM with mmflex beside vLLM without: time to the first token, short prompts, decoding beside a long prompt.
 
-    python -m benchmarks.serving --json results/serving.json              # one H200: under 9 minutes
+    python -m benchmarks.serving --stages brief --limit 150               # one H200: what matters most, in 150 seconds
+    python -m benchmarks.serving --json results/serving.json              # under 9 minutes
     python -m benchmarks.serving --stages exact,long,video,server         # the rest, another 9 minutes
     python -m benchmarks.serving --tiny                                   # a small model on the CPU, to try it out
     python -m benchmarks.serving --soak 500 --tiny                        # half of the requests aborted: does memory
     grow?
 
-Every engine is a process of its own, one after another, plain vLLM and mmflex in turns; what is done in it is a
-*stage*:
+Every engine is a process of its own, one after another, plain vLLM and mmflex in turns; the next one imports what it
+needs while the one before works. Every figure is written to the JSON file as soon as it is known. What is done in an
+engine is a *stage*:
 
+    brief     131k tokens in one step and in steps of 32k, both by one engine
     whole     131k tokens in one step
     chunks    steps of 32k tokens: 131k tokens; 16 prompts of 4k at once; 16 requests that decode while 131k tokens
               arrive; 262k tokens long      524k tokens in steps of 32k
@@ -32,16 +35,17 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = ("plain", "mmflex")
-STAGES = ("whole", "chunks", "long", "exact", "video", "server")
+STAGES = ("brief", "whole", "chunks", "long", "exact", "video", "server")
 DEFAULT = "whole,chunks,long"
 
 SIZES: dict[bool, dict[str, int]] = {
@@ -57,6 +61,9 @@ SIZES: dict[bool, dict[str, int]] = {
     True: {"whole": 4096, "budget": 1024, "double": 6144, "long": 8192, "short": 512, "shorts": 4, "decode": 24},
 }
 """Tokens of prompts and steps, on the GPU and (True) in a try-out on the CPU."""
+
+SHARE = 75
+"""Seconds that the first side of the stage "brief" leaves to the second."""
 
 SECONDS = {"double": {"plain": 45, "mmflex": 25}, "long": {"plain": 150, "mmflex": 60}}
 """What a prompt may take: it is left out where less time is left."""
@@ -103,6 +110,17 @@ class Child:
         backend = {"backend": "reference", "threshold": 512} if self.tiny else {}
         heads = TINY["num_attention_heads"] if self.tiny else 28
         return options(spec(heads, self.tiny) if pattern is None else pattern, **{**backend, **given})
+
+    def ready(self) -> bool:
+        """Imports what takes seconds, then waits until it is this process's turn; False where that never comes."""
+        import transformers  # noqa: F401
+        import vllm  # noqa: F401
+
+        if self.side == "mmflex":
+            from mmflex.integrations.vllm.plugin import register
+
+            register()  # also where the package is not installed but lies on the path, without its entry points
+        return bool(sys.stdin.readline())
 
     def model(self, **shape: Any) -> str:
         from benchmarks import served
@@ -151,11 +169,16 @@ class Child:
         llm.generate([given], sampling, use_tqdm=False)
         return time.perf_counter() - started
 
-    def repeated(self, llm: Any, name: str, tokens: int, times: int) -> None:
-        """``times`` prompts of about a length, each a little shorter than the one before: no layout comes twice."""
-        runs = [self.first_token(llm, tokens - 64 * i - 1, 100 * times + i) for i in range(times)]
-        self.found[name] = {"tokens": tokens, "runs": runs, "seconds": statistics.median(runs)}
+    def again(self, llm: Any, name: str, tokens: int) -> None:
+        """One more prompt of about a length, a little shorter than the one before: no layout comes twice."""
+        runs = self.found.setdefault(name, {"tokens": tokens, "runs": []})["runs"]
+        runs.append(self.first_token(llm, tokens - 64 * len(runs) - 1, 100 + len(runs)))
+        self.found[name]["seconds"] = statistics.median(runs)
         self.write()
+
+    def repeated(self, llm: Any, name: str, tokens: int, times: int) -> None:
+        for _ in range(times):
+            self.again(llm, name, tokens)
 
     def write(self) -> None:
         print("\nRESULT " + json.dumps(self.found), flush=True)
@@ -164,6 +187,23 @@ class Child:
         return self.deadline - time.time()
 
     # ---- stages ------------------------------------------------------------------------------------------------------
+
+    def brief(self) -> None:
+        """By turns whole and in chunks: as long as another turn fits, three at most."""
+        n = self.sizes["whole"]
+        given = {"max_model_len": n + 64, "max_num_batched_tokens": n + 64, "enforce_eager": True, "max_num_seqs": 8}
+        with self.engine(self.model(), self.config(), **given) as llm:
+            scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+            self.found["first"] = {"seconds": self.first_token(llm, n, 1)}
+            self.write()
+            for _ in range(3):
+                started = time.perf_counter()
+                for name, tokens in (("whole", n + 64), ("chunks", self.sizes["budget"])):
+                    scheduler.max_num_scheduled_tokens = tokens  # of a step, at most
+                    self.again(llm, name, n)
+                    self.found |= self.counted()
+                if self.left() < 1.2 * (time.perf_counter() - started) + SHARE * (self.side == "mmflex"):
+                    break
 
     def whole(self) -> None:
         n = self.sizes["whole"]
@@ -433,29 +473,52 @@ def machine() -> dict[str, Any]:
     return {"machine": {**facts, "python": platform.python_version()}}
 
 
-def run_child(side: str, stage: str, tiny: bool, deadline: float, log: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.serving", "--child", side, stage, "--deadline", str(deadline)]
-    environment = {
-        **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    if tiny:
-        environment |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    started, result = time.time(), {"side": side, "stage": stage}  # type: ignore[var-annotated]
-    with log.open("w") as errors:
-        try:
-            done = subprocess.run(
-                [*command, *(["--tiny"] if tiny else [])], env=environment, stdout=subprocess.PIPE, stderr=errors,
-                text=True, timeout=max(30.0, deadline - started),
-            )  # fmt: skip
-            output, status = done.stdout, done.returncode
-        except subprocess.TimeoutExpired as error:
-            output, status = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else "", 124
-    lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
-    if lines:
-        result |= json.loads(lines[-1].removeprefix("RESULT "))
-    if status:
-        result["error"] = f"exit status {status}; " + log.read_text()[-1500:]
-    return {**result, "wall_s": time.time() - started}
+class Process:
+    """A child: it imports while another one works (`Child.ready`), and tells its figures line by line."""
+
+    def __init__(self, side: str, stage: str, tiny: bool, deadline: float, log: Path) -> None:
+        self.deadline, self.log = deadline, log
+        self.result: dict[str, Any] = {"side": side, "stage": stage}
+        environment = {
+            **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+        }  # fmt: skip
+        if side == "plain":
+            environment["VLLM_PLUGINS"] = ""  # of none of the packages that are installed
+        if tiny:
+            environment |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+            environment |= {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "benchmarks.serving"]
+        command += ["--child", side, stage, "--deadline", str(deadline), *(["--tiny"] if tiny else [])]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+        with log.open("w") as errors:
+            self.child = subprocess.Popen(command, env=environment, stderr=errors, **pipes)
+
+    def work(self, keep: Callable[[], None]) -> None:
+        """Has it do its stage; ``keep`` is called after every figure."""
+        started = time.time()
+        timer = threading.Timer(max(1.0, self.deadline - started), self.child.kill)
+        timer.start()
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        with suppress(BrokenPipeError):  # it is over: its exit status and its log say why
+            self.child.stdin.write("go\n")
+        for line in self.child.stdout:
+            if line.startswith("RESULT "):
+                self.result |= json.loads(line.removeprefix("RESULT "))
+                keep()
+        status = self.child.wait()
+        timer.cancel()
+        if status:
+            self.result["error"] = f"exit status {status}; " + self.log.read_text(errors="replace")[-1500:]
+        self.result["wall_s"] = time.time() - started
+        keep()
+
+    def leave(self) -> None:
+        """Lets it end, unused."""
+        assert self.child.stdin is not None
+        self.child.stdin.close()
+        self.child.kill()
+        self.child.wait()
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
@@ -480,6 +543,12 @@ def table(results: list[dict[str, Any]]) -> list[str]:
         sizes = [r[name]["tokens"] for r in results if r["stage"] == stage and name in r]
         row(f"TTFT, {sizes[0] if sizes else '?'} tokens {what} (s)", stage, lambda r: r[name]["seconds"])
 
+    prompt("brief", "whole", "whole")
+    prompt("brief", "chunks", "in chunks")
+    row("  first request after the start (s)", "brief", lambda r: r["first"]["seconds"])
+    row("  engine start (s)", "brief", lambda r: r["start_s"])
+    row("  memory in use at the end (GB)", "brief", lambda r: r["used_gb"], "{:.1f}")
+    row("  layers of prefills that mmflex ran", "brief", lambda r: r["accelerated"]["layers"], "{:.0f}")
     prompt("whole", "whole", "whole")
     row("  its first request (s)", "whole", lambda r: r["first"]["seconds"])
     row("  engine start (s)", "whole", lambda r: r["start_s"])
@@ -521,8 +590,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         child = Child(*args.child, args.tiny, args.deadline)
-        getattr(child, args.child[1])()
-        child.write()
+        if child.ready():
+            getattr(child, args.child[1])()
+            child.write()
         return
     if args.soak:
         soak(args.soak, args.tiny, args.json or RESULTS / "soak-cpu.json")
@@ -535,14 +605,31 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.time() + args.limit
     results: list[dict[str, Any]] = []
-    for stage in stages:
-        for side in reversed(args.sides.split(",")):  # what is new first, should time run out
-            if time.time() > deadline - 40:
-                print(f"{stage}, {side}: no time left", flush=True)
-                continue
-            results.append(run_child(side, stage, args.tiny, deadline, path.with_name(f"serving-{stage}-{side}.log")))
-            print(f"{stage}, {side}: {results[-1]['wall_s']:.0f} s", flush=True)
-            path.write_text(json.dumps({**machine(), "sizes": SIZES[args.tiny], "results": results}, indent=1) + "\n")
+    # What is new first, should time run out.
+    todo = [(stage, side) for stage in stages for side in reversed(args.sides.split(","))]
+
+    def keep() -> None:
+        path.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
+
+    def prepared() -> Process | None:
+        if not todo:
+            return None
+        stage, side = todo.pop(0)
+        return Process(side, stage, args.tiny, deadline, path.with_name(f"serving-{stage}-{side}.log"))
+
+    process = prepared()
+    facts = {**machine(), "sizes": SIZES[args.tiny]}
+    while process is not None:
+        following = prepared()
+        name = f"{process.result['stage']}, {process.result['side']}"
+        if time.time() > deadline - 40:
+            print(f"{name}: no time left", flush=True)
+            process.leave()
+        else:
+            results.append(process.result)
+            process.work(keep)
+            print(f"{name}: {process.result['wall_s']:.0f} s", flush=True)
+        process = following
     print("\n".join(table(results)))
     print(f"written to {path}")
 

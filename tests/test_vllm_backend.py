@@ -31,6 +31,7 @@ from mmflex.integrations.vllm import engine as engines
 from mmflex.integrations.vllm.backend import RUNS, Platform, accelerated_backend
 from mmflex.integrations.vllm.carry import Carried
 from mmflex.integrations.vllm.pages import ProbedPages, StridedPages, split_pages
+from mmflex.integrations.vllm.plugin import TESTED
 from mmflex.integrations.vllm.requests import Prompt, Requests, Step, _current, follow_runner
 from mmflex.integrations.vllm.settings import read_settings
 from mmflex.integrations.vllm.warmup import lengths
@@ -746,3 +747,9 @@ def test_the_entry_point_does_nothing_without_vllm() -> None:
     register = getattr(importlib.import_module(module), name)
     if importlib.util.find_spec("vllm") is None:
         assert register() is None
+
+
+def test_the_page_names_the_versions_that_were_tried() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "howto" / "vllm.md").read_text("utf-8")
+    versions = page[page.index("## Versions") : page.index("## SGLang")]
+    assert all(f"| {version} |" in versions for tried in TESTED.values() for version in tried)
