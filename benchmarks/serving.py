@@ -4,8 +4,7 @@
     python -m benchmarks.serving --json results/serving.json              # under 9 minutes
     python -m benchmarks.serving --stages exact,long,video,server         # the rest, another 9 minutes
     python -m benchmarks.serving --tiny                                   # a small model on the CPU, to try it out
-    python -m benchmarks.serving --soak 500 --tiny                        # half of the requests aborted: does memory
-    grow?
+    python -m benchmarks.serving --tiny --stages soak --limit 1200 --json benchmarks/results/soak-cpu.json
 
 Every engine is a process of its own, one after another, plain vLLM and mmflex in turns; the next one imports what it
 needs while the one before works. Every figure is written to the JSON file as soon as it is known. What is done in an
@@ -18,6 +17,7 @@ engine is a *stage*:
     exact     a spec under which every key is seen: the answers of plain vLLM, by block-sparse kernels
     video     Qwen2.5-VL with its vision tower and real frames: the layout that patterns see
     server    the OpenAI-style server and a client at 127.0.0.1, with the sizes of the stage "whole"
+    soak      requests of mixed lengths, half of them aborted at some point: none may be lost, memory must not grow
 
 Models have the shape of Qwen2.5-7B and random weights. The first request of an engine counts apart.
 """
@@ -25,6 +25,8 @@ Models have the shape of Qwen2.5-7B and random weights. The first request of an 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import os
@@ -45,7 +47,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = ("plain", "mmflex")
-STAGES = ("brief", "whole", "chunks", "long", "exact", "video", "server")
+STAGES = ("brief", "whole", "chunks", "long", "exact", "video", "server", "soak")
 DEFAULT = "whole,chunks,long"
 
 SIZES: dict[bool, dict[str, int]] = {
@@ -57,10 +59,20 @@ SIZES: dict[bool, dict[str, int]] = {
         "short": 4096,
         "shorts": 16,
         "decode": 400,
+        "requests": 500,
     },
-    True: {"whole": 4096, "budget": 1024, "double": 6144, "long": 8192, "short": 512, "shorts": 4, "decode": 24},
+    True: {
+        "whole": 4096,
+        "budget": 1024,
+        "double": 6144,
+        "long": 8192,
+        "short": 512,
+        "shorts": 4,
+        "decode": 24,
+        "requests": 1000,
+    },
 }
-"""Tokens of prompts and steps, on the GPU and (True) in a try-out on the CPU."""
+"""Tokens of prompts and steps, and numbers of requests, on the GPU and (True) in a try-out on the CPU."""
 
 SHARE = 75
 """Seconds that the first side of the stage "brief" leaves to the second."""
@@ -113,8 +125,8 @@ class Child:
 
     def ready(self) -> bool:
         """Imports what takes seconds, then waits until it is this process's turn; False where that never comes."""
-        import transformers  # noqa: F401
         import vllm  # noqa: F401
+        from vllm import LLM  # noqa: F401  # most of it is imported when it is asked for
 
         if self.side == "mmflex":
             from mmflex.integrations.vllm.plugin import register
@@ -402,53 +414,61 @@ class Child:
                     return seconds
         raise RuntimeError("the server's answer held no token")
 
+    def soak(self) -> None:
+        from vllm import SamplingParams
 
-def soak(count: int, tiny: bool, path: Path) -> None:
-    """Requests of mixed lengths, half of them aborted at some point; what is left of them, and what memory grew."""
-    from vllm import SamplingParams
-
-    child = Child("mmflex", "soak", tiny, time.time() + 7200)
-    rng, marks = random.Random(0), []
-    given = {"max_model_len": 2048, "max_num_batched_tokens": 1024, "max_num_seqs": 8, "num_gpu_blocks_override": 200,
-             "block_size": 32, "enable_prefix_caching": True}  # fmt: skip
-    finished, aborted, number = set(), set(), 0
-    with child.engine(child.model(), child.config(), **given) as llm:
-        engine = llm.llm_engine
-        running: dict[str, int] = {}
-        while number < count or running:
-            while number < count and len(running) < 12:
-                name, tokens = f"r{number}", rng.choice([3, 60, 300, 700, 1100, 1500])
-                prompt = ids(tokens // 2, number % 7) + ids(tokens - tokens // 2, number)
-                sampling = SamplingParams(
-                    max_tokens=rng.randint(1, 24), temperature=0.0, detokenize=False, ignore_eos=True
-                )
-                engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
-                running[name] = rng.randint(0, 12) if number % 2 else -1  # steps until it is aborted; never
-                number += 1
-            for name, left in list(running.items()):
-                if left == 0:
-                    engine.abort_request([name])
-                    aborted.add(name)
-                    del running[name]
-                else:
-                    running[name] = left - 1
-            for output in engine.step():
-                if output.finished and output.request_id in running:
-                    finished.add(output.request_id)
-                    del running[output.request_id]
-            done = len(finished) + len(aborted)
-            if done // 50 > len(marks):
-                marks.append({"requests": done, "resident_mb": resident_mb(), "prompts_known": known_prompts()})
-                print(marks[-1], flush=True)
-        engine.step()
-        lost = count - len(finished | aborted)
-    facts = {"requests": count, "finished": len(finished), "aborted": len(aborted), "lost": lost, "marks": marks}
-    growth = marks[-1]["resident_mb"] - marks[len(marks) // 2]["resident_mb"]
-    path.write_text(json.dumps(facts | {"second_half_mb": growth, **child.found, **machine()}, indent=1) + "\n")
-    print(f"{len(finished)} finished, {len(aborted)} aborted, {lost} lost; memory in the second half {growth:+.1f} MB")
+        count, rng = self.sizes["requests"], random.Random(0)
+        given = {"max_model_len": 2048, "max_num_batched_tokens": 1024, "max_num_seqs": 8, "block_size": 32,
+                 "num_gpu_blocks_override": 200, "enable_prefix_caching": True}  # fmt: skip
+        finished: set[str] = set()
+        aborted: set[str] = set()
+        running: dict[str, int] = {}  # -> steps until it is aborted; below 0: never
+        marks: list[dict[str, Any]] = []
+        number = 0
+        with self.engine(self.model(), self.config(threshold=512), **given) as llm:
+            engine = llm.llm_engine
+            while number < count or running:
+                while number < count and len(running) < 12:
+                    name, tokens = f"r{number}", rng.choice([3, 60, 300, 700, 1100, 1500])
+                    prompt = ids(tokens // 2, number % 7) + ids(tokens - tokens // 2, number)
+                    most = {"max_tokens": rng.randint(1, 24), "temperature": 0.0}
+                    sampling = SamplingParams(**most, detokenize=False, ignore_eos=True)
+                    engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+                    running[name] = rng.randint(0, 12) if number % 2 else -1
+                    number += 1
+                for name, left in list(running.items()):
+                    if left == 0:
+                        engine.abort_request([name])
+                        aborted.add(name)
+                        del running[name]
+                    else:
+                        running[name] = left - 1
+                for output in engine.step():
+                    if output.finished and output.request_id in running:
+                        finished.add(output.request_id)
+                        del running[output.request_id]
+                done = len(finished) + len(aborted)
+                if done // 50 > len(marks):
+                    marks.append({"requests": done, "resident_mb": resident_mb(), "prompts_known": known_prompts()})
+                    self.found["soak"] = {"finished": len(finished), "aborted": len(aborted), "marks": marks}
+                    self.write()
+            engine.step()
+            half = marks[len(marks) // 2 - 1]
+            grown = (marks[-1]["resident_mb"] - half["resident_mb"]) / (marks[-1]["requests"] - half["requests"])
+            self.found["soak"] |= {
+                "finished": len(finished),
+                "aborted": len(aborted),
+                "lost": count - len(finished | aborted),
+                "prompts_known": known_prompts(),
+                "mb_per_request": grown,
+            }
+        self.write()
 
 
 def resident_mb() -> float:
+    """Memory that is held, without what the allocator keeps for later."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -473,25 +493,29 @@ def machine() -> dict[str, Any]:
     return {"machine": {**facts, "python": platform.python_version()}}
 
 
+def environment(side: str, tiny: bool) -> dict[str, str]:
+    """Of a process in which an engine lives."""
+    given = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if side == "plain":
+        given["VLLM_PLUGINS"] = ""  # of none of the packages that are installed
+    if tiny:
+        given |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **given}
+
+
 class Process:
     """A child: it imports while another one works (`Child.ready`), and tells its figures line by line."""
 
     def __init__(self, side: str, stage: str, tiny: bool, deadline: float, log: Path) -> None:
         self.deadline, self.log = deadline, log
         self.result: dict[str, Any] = {"side": side, "stage": stage}
-        environment = {
-            **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-        }  # fmt: skip
-        if side == "plain":
-            environment["VLLM_PLUGINS"] = ""  # of none of the packages that are installed
-        if tiny:
-            environment |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-            environment |= {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "benchmarks.serving"]
         command += ["--child", side, stage, "--deadline", str(deadline), *(["--tiny"] if tiny else [])]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-        with log.open("w") as errors:
-            self.child = subprocess.Popen(command, env=environment, stderr=errors, **pipes)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 1}
+        pipes |= {"encoding": "utf-8", "errors": "replace"}
+        log.unlink(missing_ok=True)
+        with log.open("a") as errors:
+            self.child = subprocess.Popen(command, env=environment(side, tiny), stderr=errors, **pipes)
 
     def work(self, keep: Callable[[], None]) -> None:
         """Has it do its stage; ``keep`` is called after every figure."""
@@ -502,10 +526,13 @@ class Process:
         assert self.child.stdout is not None
         with suppress(BrokenPipeError):  # it is over: its exit status and its log say why
             self.child.stdin.write("go\n")
-        for line in self.child.stdout:
-            if line.startswith("RESULT "):
-                self.result |= json.loads(line.removeprefix("RESULT "))
-                keep()
+        with self.log.open("a", encoding="utf-8") as log:
+            for line in self.child.stdout:
+                if line.startswith("RESULT "):
+                    self.result |= json.loads(line.removeprefix("RESULT "))
+                    keep()
+                else:
+                    log.write(line)
         status = self.child.wait()
         timer.cancel()
         if status:
@@ -564,6 +591,9 @@ def table(results: list[dict[str, Any]]) -> list[str]:
     row("TTFT, video (s)", "video", lambda r: r["video"]["seconds"])
     row("TTFT by the server (s)", "server", lambda r: r["server"]["seconds"])
     row("memory in use at the end (GB)", "chunks", lambda r: r["used_gb"], "{:.1f}")
+    for name in ("finished", "aborted", "lost"):
+        row(f"requests that were {name}", "soak", lambda r, name=name: r["soak"][name], "{:.0f}")  # type: ignore[misc]
+    row("memory for every request more, second half (MB)", "soak", lambda r: r["soak"]["mb_per_request"], "{:.3f}")
     for key, r in found.items():
         if "video" in r and "layout" in r["video"]:
             out.append(f"video: {r['video']['layout']}; as in transformers: {r['video']['as_in_transformers']}")
@@ -584,7 +614,6 @@ def main() -> None:
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU")
     parser.add_argument("--limit", type=float, default=525, help="seconds after which nothing more is started")
-    parser.add_argument("--soak", type=int, metavar="REQUESTS")
     parser.add_argument("--child", nargs=2, metavar=("SIDE", "STAGE"), help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, default=0.0, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -593,9 +622,6 @@ def main() -> None:
         if child.ready():
             getattr(child, args.child[1])()
             child.write()
-        return
-    if args.soak:
-        soak(args.soak, args.tiny, args.json or RESULTS / "soak-cpu.json")
         return
     stages = args.stages.split(",")
     unknown = sorted(set(stages) - set(STAGES))
