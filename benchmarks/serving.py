@@ -150,6 +150,7 @@ class Child:
         started = time.perf_counter()
         llm = LLM(folder, additional_config=config, **{**settings, **given})
         self.found["start_s"] = time.perf_counter() - started
+        self.write()
         try:
             yield llm
         finally:
