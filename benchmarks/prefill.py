@@ -219,6 +219,8 @@ class Bench:
     cache: bool
     whole: bool = False
     profile: bool = False
+    methods: tuple[str, ...] = tuple(METHODS)
+    repeats: int = 0
     clock: Clock = field(init=False)
 
     def __post_init__(self) -> None:
@@ -328,7 +330,8 @@ def measure(bench: Bench, tokens: int, deadline: float, row: dict[str, Any], cha
     short, total = tokens <= SHORT, len(bench.layers)
     left_out = {"sdpa": short, "unfused": tokens in UNFUSED}
     names = ["mmflex", "sdpa"] if bench.whole else [name for name in METHODS if left_out.get(name, True)]
-    repeats = (VISION_REPEATS if bench.whole else REPEATS).get(tokens, 1)
+    names = [name for name in names if name in bench.methods]
+    repeats = bench.repeats or (VISION_REPEATS if bench.whole else REPEATS).get(tokens, 1)
     layers = {name: min(total, DENSE_LAYERS.get(tokens, total)) if name in DENSE else total for name in names}
     results: dict[str, dict[str, Any]] = row["methods"]
     results.update({name: {"layers": layers[name], "extrapolated": layers[name] < total, "runs": []} for name in names})
@@ -373,7 +376,7 @@ def measure(bench: Bench, tokens: int, deadline: float, row: dict[str, Any], cha
     for number in range(repeats):  # in turns, so that a slow spell meets all
         for name in names if number % 2 == 0 else reversed(names):
             attempt(name, once(name, number))
-    if bench.profile and "error" not in results["mmflex"]:
+    if bench.profile and "error" not in results.get("mmflex", {"error": "not asked for"}):
         with bench.ready("mmflex"):
             row["profile"] = profiled(lambda: bench.run(tokens, 200, total), bench.device)
     times = {name: found["seconds"] for name, found in results.items() if "seconds" in found}
@@ -498,12 +501,14 @@ def notes(report: dict[str, Any]) -> list[str]:
     ]
     errors += [f"{row['tokens']:,} tokens: {row['error']}" for row in report["rows"] if "error" in row]
     settings = report["settings"]
-    repeats = VISION_REPEATS if settings.get("whole") else REPEATS
+    usual = VISION_REPEATS if settings.get("whole") else REPEATS
+    listed = ", ".join(f"{n} runs at {t:,}" for t, n in usual.items()) + " tokens, else one run"
+    runs = f"{settings['repeats']} runs" if settings["repeats"] else listed
     return [
         f"{settings['model']}, {settings['dtype']}, {settings['layers']} layers; batch 1; KV cache "
         f"{'kept' if settings['cache'] else 'off'}; logits of the last token only.",
-        f"Medians of {', '.join(f'{n} runs at {t:,}' for t, n in repeats.items())} tokens, else one run; every run has "
-        "a new prompt. Compiling: what the first call of a length takes beyond the second.",
+        f"Medians of {runs}; every run has a new prompt. Compiling: what the first call of a length takes beyond the "
+        "second.",
         "Heads of every layer: " + ", ".join(f"{n} x {name}" for name, n in settings["spec"].items()) + ".",
         "Dense runs of more than 65,536 tokens have mmflex's chunked MLPs and norms, without which they do not fit.",
         *(
@@ -554,6 +559,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small float32 model on the CPU")
     parser.add_argument("--vision", action="store_true", help="with the vision tower, and generate()")
     parser.add_argument("--profile", action="store_true", help="time on the device by kind of work, at every length")
+    parser.add_argument("--methods", default=",".join(METHODS), help="of these alone, separated by commas")
+    parser.add_argument("--repeats", type=int, default=0, help="runs of each (default: by length)")
     parser.add_argument("--cache", action="store_true", help="keep a KV cache, as generate() does (57 KB a token)")
     parser.add_argument("--backend", default="auto", help="mmflex's backend")
     parser.add_argument("--limit", type=float, default=540, help="seconds after which no further run starts")
@@ -569,7 +576,9 @@ def main() -> None:
     path = args.json or RESULTS / f"prefill{kind}.json"
     console = Console()
     start = time.perf_counter()
-    bench = Bench(build(device, args.tiny, args.vision), device, args.backend, args.cache, args.vision, args.profile)
+    model = build(device, args.tiny, args.vision)
+    methods = tuple(args.methods.split(","))
+    bench = Bench(model, device, args.backend, args.cache, args.vision, args.profile, methods, args.repeats)
     parameters = sum(p.numel() for p in bench.model.parameters())
     spec: dict[str, int] = {}
     for pattern in SPEC:
@@ -585,6 +594,7 @@ def main() -> None:
             "cache": args.cache,
             "tokens_per_frame": SIDE**2,
             "backend": args.backend,
+            "repeats": args.repeats,
             "build_s": time.perf_counter() - start,
         },
         "machine": machine(device),
