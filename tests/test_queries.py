@@ -86,9 +86,12 @@ def test_chunks_that_estimate_from_the_prompts_last_queries_are_the_whole_prompt
         assert oracle.error(part.attend(rows, k, v), wanted[:, :, first:end].double().numpy()) <= 2e-6
 
 
-@pytest.mark.parametrize("spec", [BlockTopK(3, 16), XAttention(8, 0.8, 4, 16), FlexPrefill(0.9, 0.2, 40, 64, 4, 16,
-16)]) def test_patterns_of_every_query_block_go_by_the_calls_queries(spec: mmflex.Pattern) -> None: """Chunks on the
-borders of blocks select the same blocks as the whole prompt."""
+BY_BLOCK = [BlockTopK(3, 16), XAttention(8, 0.8, 4, 16), FlexPrefill(0.9, 0.2, 40, 64, 4, 16, 16)]
+
+
+@pytest.mark.parametrize("spec", BY_BLOCK, ids=str)
+def test_patterns_of_every_query_block_go_by_the_calls_queries(spec: mmflex.Pattern) -> None:
+    """Chunks on the borders of blocks select the same blocks as the whole prompt."""
     n = VIDEO.length
     q, k, _ = draw(n)
     whole = mmflex.plan(q, k, spec, layout=VIDEO, backend="reference", block_size=16).dense_mask()
