@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmflex.ir.pattern import View
+from mmflex.ir.pattern import SharedQueries, View
 from mmflex.ir.queries import QueryTokens
 from mmflex.runtime.device import device_constant
 from mmflex.runtime.kernels import use_triton
@@ -159,27 +159,30 @@ class PooledBlocks:
 
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> Pooled:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `Pooled`."""
-        layout, size, take = view.layout, view.block_size(self.block_size), view.queries.take
+        layout, size = view.layout, view.block_size(self.block_size)
+        every = view.queries if view.shared is None else view.shared.queries
 
         def build() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            in_rows = take(layout.of(view.scope.query))
-            row_block = np.where(in_rows, take(layout.coordinate(view.scope.query)) // size, -1)
+            in_scope = layout.of(view.scope.query)
+            block = np.where(in_scope, layout.coordinate(view.scope.query) // size, -1)
             key_block = np.where(layout.of(view.scope.key), layout.coordinate(view.scope.key) // size, -1)
-            stand = np.where(in_rows, take(layout.coordinate(view.scope.key)) // size, -1)
+            row_block, rows = view.queries.take(block), every.take(block)
+            stand = every.take(np.where(in_scope, layout.coordinate(view.scope.key) // size, -1))
             reach = np.full((len(stand), -(-view.rows // size) + 1), -1)
             for b in range(len(stand)):
-                np.maximum.at(reach[b], row_block[b], stand[b])
+                np.maximum.at(reach[b], rows[b], stand[b])
             return row_block, key_block, np.ascontiguousarray(reach[:, :-1])
 
-        row_block, key_block, reach = layout.once(("pooled", view.scope, view.queries, size), build)
-        pooled_q = _pool(q, row_block, reach.shape[1], size) * scale
+        row_block, key_block, reach = layout.once(("pooled", view.scope, view.queries, every, size), build)
+        pooled_q = _pool(q, row_block, reach.shape[1], size, view.shared) * scale
         return Pooled(pooled_q, _pool(k, key_block, -(-view.size // size), size), _on(reach, q.device))
 
 
-def _pool(x: Tensor, block: np.ndarray, blocks: int, size: int) -> Tensor:
-    """Means of x [B, H, T, D] over tokens of equal ``block`` [B, T] (-1: none) -> float32 [B, H, blocks, D]."""
+def _pool(x: Tensor, block: np.ndarray, blocks: int, size: int, shared: SharedQueries | None = None) -> Tensor:
+    """Means of x [B, H, T, D] over tokens of equal ``block`` [B, T] (-1: none) -> float32 [B, H, blocks, D]. Where x is
+    ``shared``, over the tokens of all processes."""
     tokens = x.shape[2]
-    if tokens == blocks * size and len(block) == 1 and (block[0] == np.arange(tokens) // size).all():
+    if shared is None and tokens == blocks * size and len(block) == 1 and (block[0] == np.arange(tokens) // size).all():
         return x.unflatten(2, (blocks, size)).mean(3, dtype=torch.float32)
     index = _on(block, x.device).long().expand(len(x), -1)
     index = torch.where(index < 0, blocks, index)
@@ -188,6 +191,8 @@ def _pool(x: Tensor, block: np.ndarray, blocks: int, size: int) -> Tensor:
     count = torch.zeros((len(index), blocks + 1), device=x.device).scatter_add_(
         1, index, torch.ones_like(index).float()
     )
+    if shared is not None:
+        total, count = shared.sum(total), shared.sum(count)
     return total[:, :, :-1] / count[:, None, :-1, None].clamp(min=1.0)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
+from mmflex.ir.queries import QueryTokens
 from mmflex.runtime.kernels.rows import take_rows
 
 from .estimate import _on
@@ -62,8 +63,8 @@ class _Cells:
     skipped: int
 
 
-def _cells(view: View, stride: int, size: int) -> _Cells:
-    layout, scope, take = view.layout, view.scope, view.queries.take
+def _cells(view: View, given: QueryTokens, stride: int, size: int) -> _Cells:
+    layout, scope, take = view.layout, view.scope, given.take
 
     def build() -> _Cells:
         inside, row = take(layout.of(scope.query)), take(layout.coordinate(scope.query))
@@ -85,7 +86,7 @@ def _cells(view: View, stride: int, size: int) -> _Cells:
         block_reach = reach.reshape(len(reach), -1, per).max(-1) // per
         return _Cells(queries, keys, reach, block_reach, skipped)
 
-    return layout.once(("antidiagonals", scope, view.queries, stride, size), build)
+    return layout.once(("antidiagonals", scope, given, stride, size), build)
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,20 @@ class Antidiagonals:
         """Query-key products for one head and prompt: a stride-th of those of dense attention."""
         return view.rows * view.size / 2 / self.stride
 
+    def query_block(self, view: View) -> int:
+        """Queries of a block, all of which are needed to score it."""
+        stride = view.block_size(self.stride)
+        return -(-view.block_size(self.block_size) // stride) * stride
+
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> BlockMass:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `BlockMass`."""
         batch, heads, _, dim = q.shape
         kv_heads, stride = k.shape[1], view.block_size(self.stride)
-        size = -(-view.block_size(self.block_size) // stride) * stride
+        size = self.query_block(view)
         per = size // stride
-        cells = _cells(view, stride, size)
-        queries, reach, block_reach = (
+        q, queries = view.whole_blocks(q, size)
+        cells = _cells(view, queries, stride, size)
+        rows_of_cells, reach, block_reach = (
             _on(a, q.device).expand(batch, -1) for a in (cells.queries, cells.reach, cells.block_reach)
         )
         key = take_rows(k, _on(cells.keys, q.device).expand(batch, -1)[:, None].expand(-1, kv_heads, -1))
@@ -124,7 +131,7 @@ class Antidiagonals:
         parts = []
         for first in range(0, rows, step):
             part = slice(first, min(rows, first + step))
-            taken = queries[:, part.start * size : part.stop * size, None].mT
+            taken = rows_of_cells[:, part.start * size : part.stop * size, None].mT
             query = _finite(take_rows(q, taken.expand(-1, heads, -1)))
             query = query.reshape(batch * kv_heads, -1, stride * dim)
             some = per * (1 + max(0, int(cells.block_reach[:, part].max())))  # later keys are after all these queries

@@ -27,7 +27,7 @@ from mask_builders import (
 from mmflex.compiler import lower as compiler
 
 ROOT = Path(mmflex.__file__).resolve().parent
-LAYERS = ["ir", "compiler", "runtime", "tuning", "integrations", "evaluation", "cli"]
+LAYERS = ["ir", "compiler", "runtime", "distributed", "tuning", "integrations", "evaluation", "cli"]
 
 
 def make(heads: int, kv_heads: int, m: int, n: int | None = None, dim: int = 16, seed: int = 0, batch: int = 1):
@@ -318,7 +318,7 @@ def layer(module: str) -> str | None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
-    """ir <- compiler <- runtime <- tuning <- integrations <- cli; each folder imports those to its left."""
+    """ir <- compiler <- runtime <- distributed <- tuning <- integrations <- cli; each folder imports those to its left."""
     own = path.relative_to(ROOT).with_suffix("").parts[0]
     if own not in LAYERS:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -108,7 +108,7 @@ class PlanState:
             query, key = take_heads(q, heads.heads, self.device), take_heads(k, heads.kv_heads, self.device)
             other = None
             if given is not None:
-                other = EstimateFrom(take_heads(given.q, heads.heads, self.device), given.queries)
+                other = replace(given, q=take_heads(given.q, heads.heads, self.device))
             result = estimator(query, key, self.view(scope, other), scale)
             self.estimates[estimator, scope] = (result, heads.slot_of)
 
