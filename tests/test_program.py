@@ -318,7 +318,7 @@ def layer(module: str) -> str | None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
-    """ir <- compiler <- runtime <- distributed <- tuning <- integrations <- cli; each folder imports those to its left."""
+    """ir <- compiler <- runtime <- distributed <- tuning <- integrations <- cli: each imports those to its left."""
     own = path.relative_to(ROOT).with_suffix("").parts[0]
     if own not in LAYERS:
         return

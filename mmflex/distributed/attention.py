@@ -207,8 +207,8 @@ def attend_by_heads(
     """
     check_heads(k.shape[1], ranks.size)
     backend = _settled(q, k, spec, layout) if backend == "auto" else backend
-    pending = [_tokens_for_heads(t, ranks, dealing) for t in (q, k, v)]
-    own = spec if isinstance(spec, Pattern) else tuple(spec)[_own_heads(q.shape[1], ranks)]
+    pending = [tokens_for_heads(t, ranks, dealing) for t in (q, k, v)]
+    own = spec if isinstance(spec, Pattern) else tuple(spec)[own_heads(q.shape[1], ranks)]
     queries = QueryTokens.last(dealing.total, layout.length)
     out, sums = attend(
         pending[0].finish(), pending[1].finish(), pending[2], own, layout, queries, None,
@@ -226,16 +226,16 @@ def check_heads(kv_heads: int, ranks: int) -> None:
         )
 
 
-def _own_heads(heads: int, ranks: Ranks) -> slice:
+def own_heads(heads: int, ranks: Ranks) -> slice:
+    """Of so many heads, those that this rank attends with under ``scheme="heads"``."""
     each = heads // ranks.size
     return slice(ranks.rank * each, (ranks.rank + 1) * each)
 
 
-def _tokens_for_heads(share: Tensor, ranks: Ranks, dealing: Dealing) -> Pending:
+def tokens_for_heads(share: Tensor, ranks: Ranks, dealing: Dealing) -> Pending:
     """[B, H, M, D] of a rank's tokens -> [B, H / P, N, D], all tokens of its heads."""
     parts = dealing.padded(share, 2).unflatten(1, (ranks.size, -1)).movedim(1, 0)
-    pending = ranks.all_to_all(parts)
-    return Pending(lambda: dealing.restore(pending.finish(), 2))
+    return ranks.all_to_all(parts).then(lambda t: dealing.restore(t, 2))
 
 
 def heads_for_tokens(whole: Tensor, ranks: Ranks, dealing: Dealing) -> Tensor:

@@ -87,6 +87,10 @@ class Dealing:
                 begin += end - first
         return sorted(piece for piece in pieces if piece[0] < piece[1])
 
+    def tokens_from(self, rank: int, first: int) -> list[int]:
+        """A rank's tokens from number ``first`` on."""
+        return [token for begin, end in self.runs[rank] for token in range(max(begin, first), end)]
+
     def followed_by(self, other: Dealing) -> Dealing:
         """With the tokens of another dealing behind these: every rank holds its new tokens after its old ones."""
         return Dealing(tuple(_joined(own, new, self.total) for own, new in zip(self.runs, other.runs, strict=True)))

@@ -30,6 +30,10 @@ class Pending:
 
     finish: Callable[[], Tensor]
 
+    def then(self, change: Callable[[Tensor], Tensor]) -> Pending:
+        """The same, and its result changed."""
+        return Pending(lambda: change(self.finish()))
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -63,12 +67,12 @@ class Ranks:
     @classmethod
     def named(cls, name: str) -> Ranks:
         """The process group of that name."""
-        group = dist.distributed_c10d._resolve_process_group(name)
+        group = _group_of(name)
         return cls(name, dist.get_world_size(group), dist.get_rank(group))
 
     @property
     def group(self) -> dist.ProcessGroup:
-        return dist.distributed_c10d._resolve_process_group(self.name)
+        return _group_of(self.name)
 
     # ---- collectives -------------------------------------------------------------------------------------------------
 
@@ -118,8 +122,8 @@ class Ranks:
         """The tensor of all tokens along ``dim``, from everybody's share."""
         if self.size == 1:
             return Pending(lambda: share)
-        pending = self.all_gather(dealing.padded(share, dim))
-        return Pending(lambda: dealing.restore(pending.finish(), dim % share.dim()))
+        gathered = self.all_gather(dealing.padded(share, dim))
+        return gathered.then(lambda t: dealing.restore(t, dim % share.dim()))
 
     def pick_tokens(self, share: Tensor, dealing: Dealing, tokens: tuple[int, ...], dim: int = 2) -> Pending:
         """Some tokens, by number and in that order, of a tensor that is dealt out along ``dim``: on every rank."""
@@ -164,8 +168,11 @@ def _held_of(runs: Runs, tokens: tuple[int, ...]) -> tuple[tuple[int, ...], tupl
 
 
 _WAY_OUT = (
-    'torch.distributed.init_device_mesh("cuda", (ranks,), mesh_dim_names=("cp",)), in processes that torchrun has started'
+    'torch.distributed.init_device_mesh("cuda", (ranks,), mesh_dim_names=("cp",)), '
+    "in processes that torchrun has started"
 )
+
+_group_of: Callable[[str], dist.ProcessGroup] = dist.distributed_c10d._resolve_process_group  # type: ignore[assignment]
 
 # all_gather_into_tensor has another name from torch 2.13 on.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -11,17 +11,12 @@ from torch import nn
 
 from mmflex.tuning.config import head_slice
 
-from .masks import MaskDescription, causal_description, dense_function, previous_implementation
+from .masks import DECODE_QUERIES, MaskDescription, causal_description, dense_function, previous_implementation
 from .prompts import LayoutUnknown
 from .window import SlidingWindow
 
 if TYPE_CHECKING:
     from .transformers import Patch
-
-DECODE_QUERIES = 64
-"""On a cache, fewer new tokens than this are decoding (assisted decoding checks a few at a time): there is nothing to
-save, and patterns are estimated from this many queries."""
-
 
 SMALL_WINDOWED = 4096
 """Up to this many keys a sliding-window layer stays with the previous attention: its mask tensor is small."""
@@ -58,6 +53,14 @@ def attention_forward(
     layer = module.layer_idx
     if patch.observer is not None:
         patch.observer(module, query, key, value, attention_mask, scaling, kwargs)
+    if patch.context_parallel is not None:
+        if query.shape[2] > 1:
+            _refuse(module, dropout, kwargs)
+        over_ranks, key, value = patch.context_parallel.attention(
+            module, slot.dense, query, key, value, attention_mask, scaling, kwargs
+        )
+        if over_ranks is not None:
+            return over_ranks, None
     out = None
     if query.shape[2] > 1 and layer in patch.spec:
         _refuse(module, dropout, kwargs)
