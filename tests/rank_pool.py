@@ -9,6 +9,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 TIMEOUT = 60
@@ -43,7 +44,7 @@ class RankPool:
         count = ranks if isinstance(ranks, int) else ranks[0] * ranks[1]
         for pipe in self.pipes[:count]:
             pipe.send((function, ranks, args))
-        answers = [pipe.recv() for pipe in self.pipes[:count]]
+        answers = [_answer(pipe) for pipe in self.pipes[:count]]
         failed = [answer for good, answer in answers if not good]
         if failed:
             raise RankError(failed)
@@ -51,11 +52,19 @@ class RankPool:
 
     def close(self) -> None:
         for pipe in self.pipes:
-            pipe.send(None)
+            with suppress(BrokenPipeError):
+                pipe.send(None)
         for process in self.processes:
             process.join(10)
             if process.is_alive():
                 process.terminate()
+
+
+def _answer(pipe: Any) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return False, ("EOFError", "the process has ended", "the process has ended")
 
 
 class RankError(AssertionError):

@@ -274,6 +274,11 @@ class ContextParallel:
             from transformers import DynamicCache
 
             cache = DynamicCache(config=self.patch.config)
+        if cache is not None and getattr(self.patch.config, "kv_lora_rank", None):
+            raise NotImplementedError(
+                f"{type(module).__name__} caches latent vectors instead of keys and values, which mmflex does not gather "
+                "over ranks: call it with use_cache=False, or run it on one GPU"
+            )
         if isinstance(wanted, Tensor):
             wanted = tuple(token % count for token in wanted.tolist())
         elif wanted is not None:
