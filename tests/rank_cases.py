@@ -339,3 +339,31 @@ def short_and_clean(mesh: Any) -> tuple[int, bool, bool, bool]:
     same = torch.allclose(got[0], want[0], atol=1e-5) and torch.allclose(got[2], want[1], atol=1e-5)
     warned = sum("fewer than two chunks" in str(w.message) for w in caught)
     return warned, same, trace() == before, freed == [0]
+
+
+def over_tensors(mesh: Any, heads: int, kv_heads: int, options: dict[str, Any]) -> Any:
+    """(tokens of one process, tokens over the ranks of "tp" and, with options, of "cp", logits of both)."""
+    import transformers
+    from families import text_config
+
+    from mask_builders import AShape, Dense, VerticalSlash
+    from mmflex.integrations.tensor_parallel import tensor_parallel
+
+    some = [AShape(64, 128), VerticalSlash(40, 128), VerticalSlash(20, 200), Dense()]
+    spec = (some * heads)[:heads]
+    config = transformers.Qwen2Config(
+        **text_config(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=16 * heads)
+    )
+    inputs = tiny("llama padded")[1]
+    got = []
+    for several in (False, True):
+        torch.manual_seed(0)
+        model = transformers.Qwen2ForCausalLM(config).eval()
+        model.generation_config.eos_token_id = None
+        where = {"mesh": mesh, **options} if several and options is not None else {}
+        if several:
+            tensor_parallel(model, mesh)
+        with mmflex.patched(model, spec, backend="reference", **where):
+            tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+            got += [tokens, mmflex.last_token_logits(model, inputs)]
+    return got

@@ -97,7 +97,7 @@ def _serve(rank: int, size: int, file: str, pipe: Any) -> None:
 
 def _shapes(size: int) -> list[int | tuple[int, int]]:
     """Meshes that functions can ask for."""
-    return list(range(1, size + 1)) + [(n, 2) for n in range(1, size // 2 + 1)]
+    return [*range(1, size + 1), *((n, 2) for n in range(1, size // 2 + 1)), (1, size)]
 
 
 def _mesh(shape: int | tuple[int, int], rank: int, timeout: datetime.timedelta) -> Any:

@@ -336,3 +336,28 @@ def test_short_prompts_and_unpatching(pool: RankPool) -> None:
         assert same
         assert clean
         assert freed
+
+
+@pytest.mark.parametrize(
+    ("ranks", "heads", "kv_heads", "options"),
+    [
+        ((1, 2), 4, 2, None),  # without "cp"
+        ((2, 2), 4, 2, {}),
+        ((2, 2), 6, 2, {"cache": "sharded"}),
+        ((1, 4), 8, 2, None),  # more ranks than KV heads
+        ((2, 2), 4, 1, {"cache": "sharded"}),
+    ],
+)
+def test_tensor_parallel(pool: RankPool, ranks: tuple[int, int], heads: int, kv_heads: int, options: Any) -> None:
+    for tokens, logits, rank_tokens, rank_logits in pool.run(ranks, rank_cases.over_tensors, heads, kv_heads, options):
+        assert torch.equal(rank_tokens, tokens)
+        torch.testing.assert_close(rank_logits, logits, atol=2e-5, rtol=1e-4)
+
+
+def test_heads_that_tensor_parallel_ranks_do_not_divide(pool: RankPool) -> None:
+    with pytest.raises(RankError) as raised:
+        pool.run((1, 2), rank_cases.over_tensors, 7, 1, None)
+    assert "7 query heads and 1 KV heads do not divide by 2 tensor-parallel ranks" in str(raised.value)
+    with pytest.raises(RankError) as raised:
+        pool.run((1, 4), rank_cases.over_tensors, 12, 3, None)
+    assert "12 query heads and 3 KV heads do not divide by 4" in str(raised.value)

@@ -45,7 +45,9 @@ from mmflex.tuning.config import head_slice
 
 from .layouts import call_arguments
 from .masks import DECODE_QUERIES, MaskDescription
+from .prefill import kv_heads_of, own_kv_heads, tensor_parallel_rank
 from .prompts import LayoutUnknown
+from .tensor_parallel import check_tensor_ranks
 from .window import SlidingWindow
 
 if TYPE_CHECKING:
@@ -133,14 +135,10 @@ class ContextParallel:
     def _refuse(self) -> None:
         patch, config = self.patch, self.patch.config
         name = type(patch.text_model).__name__
-        heads, kv_heads = int(config.num_attention_heads), _kv_heads(config)
-        if heads % self.tensor_ranks or kv_heads % self.tensor_ranks:
-            raise ValueError(
-                f"{heads} query heads and {kv_heads} KV heads do not divide by the {self.tensor_ranks} ranks of the "
-                f"mesh's 'tp' dimension: use a number that divides both, and the other ranks as {DIMENSION!r}"
-            )
+        heads, kv_heads = int(config.num_attention_heads), kv_heads_of(config)
+        check_tensor_ranks(heads, kv_heads, self.tensor_ranks)
         if self.scheme == "heads":
-            check_heads(kv_heads // self.tensor_ranks, self.ranks.size)
+            check_heads(max(1, kv_heads // self.tensor_ranks), self.ranks.size)
         mixing = {int(m.layer_idx) for m in patch.modules}  # type: ignore[arg-type]
         layers = int(config.num_hidden_layers)
         if len(mixing) < layers:
@@ -276,7 +274,7 @@ class ContextParallel:
             cache = DynamicCache(config=self.patch.config)
         if cache is not None and getattr(self.patch.config, "kv_lora_rank", None):
             raise NotImplementedError(
-                f"{type(module).__name__} caches latent vectors instead of keys and values, which mmflex does not gather "
+                f"{type(module).__name__} caches latent vectors, not keys and values, which mmflex does not gather "
                 "over ranks: call it with use_cache=False, or run it on one GPU"
             )
         if isinstance(wanted, Tensor):
@@ -400,6 +398,7 @@ class ContextParallel:
         elif mask is not None:
             seen = mask[..., columns] if mask.dtype == torch.bool else mask[..., columns] == 0
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        key, value = (own_kv_heads(self.patch, query.shape[1], t) for t in (key, value))
         return attend_shares(query, key, value, seen, scaling, self.ranks).transpose(1, 2).contiguous()
 
     def prefill(
@@ -447,7 +446,8 @@ class ContextParallel:
         by_heads = self.scheme == "heads"
         if by_heads and not store.needs_all_keys:
             store.put_share(key, value)
-            q, k, v = (_widened(t, max(query.shape[-1], width)) for t in (query, key, value))
+            own_keys, own_values = (own_kv_heads(self.patch, query.shape[1], t) for t in (key, value))
+            q, k, v = (_widened(t, max(query.shape[-1], width)) for t in (query, own_keys, own_values))
             out, _ = attend_by_heads(q, k, v, spec, layout, ranks, forward.dealing, scale=scaling, backend=backend)
             return out[..., :width]
         first = forward.past - store.first
@@ -456,7 +456,9 @@ class ContextParallel:
             exchanged, estimate = tokens_for_heads(query, ranks, forward.dealing), None
         else:
             estimate = Estimate(query, spec, layout, ranks, forward.dealing, first)
+        heads = query.shape[1]
         keys, values = store.gather(key, value)
+        keys, values = own_kv_heads(self.patch, heads, keys), values.then(lambda t: own_kv_heads(self.patch, heads, t))
         if by_heads:
             own = own_heads(keys.shape[1], ranks)
             spec = spec if not isinstance(spec, tuple) else spec[own_heads(query.shape[1], ranks)]
@@ -490,7 +492,7 @@ class ContextParallel:
                 return SlidingWindow(mask.window), patch.prompt.plain(padding, store.first, end), backend
             if layer in patch.spec:
                 layout = patch.prompt.layout(batch, padding, store.first, forward.past, end)
-                rank = None if heads == len(patch.spec[layer]) else self.tensor_rank
+                rank = tensor_parallel_rank(patch, heads)
                 return head_slice(patch.spec[layer], heads, rank), layout, patch.backend
         except LayoutUnknown as error:
             patch.notice(f"{error}", kind="layout")
@@ -520,7 +522,8 @@ class ContextParallel:
         }
         whole = replace(mask, arguments={**mask.arguments, **sizes}, built={}).dense(self.patch.previous)
         whole = whole if whole is None else whole.to(query.device)
-        out, _ = dense(module, query, keys, values.finish(), whole, scaling=scaling, dropout=0.0, **kwargs)
+        keys, every_value = (own_kv_heads(self.patch, query.shape[1], t) for t in (keys, values.finish()))
+        out, _ = dense(module, query, keys, every_value, whole, scaling=scaling, dropout=0.0, **kwargs)
         return forward.dealing.take(out, self.ranks.rank, 1).contiguous()
 
 
@@ -595,10 +598,6 @@ def _packed(positions: Tensor) -> bool:
     """Whether text positions [B, N] (or the first of [4, B, N]) jump, as those of packed sequences do."""
     text = positions if positions.ndim == 2 else positions[0] if positions.shape[0] == 4 else None
     return text is not None and bool((text.diff(dim=1) != 1).any())
-
-
-def _kv_heads(config: Any) -> int:
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def _rope_types(config: Any) -> set[str]:

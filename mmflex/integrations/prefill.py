@@ -61,6 +61,7 @@ def attention_forward(
         )
         if over_ranks is not None:
             return over_ranks, None
+    key, value = (own_kv_heads(patch, query.shape[1], t) for t in (key, value))
     out = None
     if query.shape[2] > 1 and layer in patch.spec:
         _refuse(module, dropout, kwargs)
@@ -190,7 +191,7 @@ def _run(
             backend = resolve(backend, query.device, width, query.dtype).name
         else:
             layout = patch.prompt.layout(batch, padding, first, past, end)
-            spec = head_slice(patch.spec[layer], heads, _tensor_parallel_rank(patch, heads, len(patch.spec[layer])))
+            spec = head_slice(patch.spec[layer], heads, tensor_parallel_rank(patch, heads))
     except LayoutUnknown as error:
         patch.notice(f"{error}", kind="layout")
         return None
@@ -247,10 +248,29 @@ def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
     return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
-def _tensor_parallel_rank(patch: Patch, heads: int, patterns: int) -> int | None:
-    if heads == patterns:
+def tensor_parallel_rank(patch: Patch, heads: int) -> int | None:
+    """Which of the tensor-parallel ranks this process is, where a layer computes only so many of its heads."""
+    if heads == int(patch.config.num_attention_heads):
         return None
+    if patch.context_parallel is not None and patch.context_parallel.tensor_ranks > 1:
+        return patch.context_parallel.tensor_rank
     mesh = getattr(patch.owner, "_device_mesh", None) or getattr(patch.root, "_device_mesh", None)
     if mesh is None:
         return None
     return int(mesh.get_local_rank("tp") if mesh.ndim > 1 else mesh.get_local_rank())
+
+
+def own_kv_heads(patch: Patch, heads: int, t: torch.Tensor) -> torch.Tensor:
+    """Keys or values [B, H, N, D] of this process's ``heads`` query heads: one of all KV heads, where tensor
+    parallelism has left them all here because it has more ranks than there are KV heads; else ``t``."""
+    every = int(patch.config.num_attention_heads)
+    rank = tensor_parallel_rank(patch, heads)
+    if rank is None or t.shape[1] == 1 or t.shape[1] * (every // heads) == kv_heads_of(patch.config):
+        return t
+    own = rank * heads * t.shape[1] // every
+    return t[:, own : own + 1]
+
+
+def kv_heads_of(config: Any) -> int:
+    """KV heads of a layer, over all processes."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
