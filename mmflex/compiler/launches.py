@@ -202,9 +202,9 @@ class Launch:
         """Where queries and keys are used as they stand if they can be."""
         whole = heads is None or self.heads.all(heads)
         tile, out = self.rows.tile, 0.0
-        if not (whole and self.rows.stays(layout, any_length)):
+        if not (whole and self.rows.stays(any_length)):
             out += 2.0 * len(self.heads.heads) * (self.row_slots // tile)
-        if gathers or not (whole and self.keys.stays(layout, any_length)):
+        if gathers or not (whole and self.keys.stays(any_length)):
             out += 2.0 * len(self.heads.kv_heads) * (self.key_slots // tile)
         return out
 
@@ -396,7 +396,7 @@ class GatheredRows(Launch):
         return length >= SIDE_STREAM_KEYS
 
     def moved_tiles(self, layout: TokenLayout, heads: int | None, any_length: bool) -> float:
-        stays = (heads is None or self.heads.all(heads)) and self.keys.stays(layout, any_length)
+        stays = (heads is None or self.heads.all(heads)) and self.keys.stays(any_length)
         tile = self.rows.tile
         keys = 0 if stays else 2 * len(self.heads.kv_heads) * (self.key_slots // tile)
         return 2.0 * len(self.heads.heads) * (self.row_slots // tile) + keys

@@ -37,7 +37,7 @@ from mmflex.distributed.attention import (
 )
 from mmflex.distributed.dealing import TILE, Dealing
 from mmflex.distributed.decode import attend_shares
-from mmflex.distributed.ranks import DIMENSION, Pending, Ranks
+from mmflex.distributed.ranks import Pending, Ranks
 from mmflex.ir.layout import TokenLayout
 from mmflex.ir.pattern import Dense
 from mmflex.ir.queries import QueryTokens

@@ -105,7 +105,7 @@ class Execution(Generic[L]):
         nothing moves. ``any_length``: they need not fill all slots."""
         heads, layout, device = launch.heads.kv_heads, state.program.layout, state.device
         main, table = launch.keys.slots, prepared.section_table
-        if table is None and launch.keys.stays(layout, any_length):
+        if table is None and launch.keys.stays(any_length):
             return take_heads(k, heads, device), take_heads(v, heads, device)
         out_k, out_v = (t.new_empty((t.shape[0], len(heads), launch.key_slots, t.shape[3])) for t in (k, v))
         first = 0
@@ -125,7 +125,7 @@ class Execution(Generic[L]):
         q = take_heads(q, launch.heads.heads, state.device)
         if prepared.row_index is not None:
             return take_rows(q, prepared.row_index)
-        if launch.rows.stays(state.program.layout, any_length):
+        if launch.rows.stays(any_length):
             return q
         return take_rows(q, launch.rows.on("index", state.device)[:, None].expand(state.batch, q.shape[1], -1))
 
