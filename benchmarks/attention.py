@@ -28,7 +28,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mmflex
-from mask_builders import AShape, BlockTopK, Grid, VerticalSlash
+from mask_builders import (
+    AShape,
+    BlockTopK,
+    FlashPrefill,
+    FlexPrefill,
+    Grid,
+    Prism,
+    ProxyAttn,
+    VerticalSlash,
+    XAttention,
+)
 from mmflex.runtime import backends
 from mmflex.runtime.reference import softmax_attention
 
@@ -41,6 +51,13 @@ SPECS = {
     "grid-196": Grid(196, columns=True, local=1024),
     "a-shape": AShape(1024, 4096),
     "block-topk": BlockTopK(64),
+    "stem": BlockTopK(64, decay=0.7, values=0.2),
+    "flex-prefill": FlexPrefill(),
+    "x-attention": XAttention(16),
+    "prism": Prism(),
+    "flash-prefill": FlashPrefill(),
+    "flash-rescue": FlashPrefill(rescue=0.3),
+    "proxy": ProxyAttn(),
 }
 
 
@@ -166,7 +183,7 @@ def measure(name: str, backend: str, q: Tensor, k: Tensor, v: Tensor, dense: dic
     spec, n = SPECS[name], q.shape[2]
     how: dict[str, Any] = {"layout": mmflex.TokenLayout.text(n), "backend": backend}
     call = partial_(mmflex.attention, q, k, v, spec, **how)
-    make = partial_(mmflex.plan, q, k, spec, **how)
+    make = partial_(mmflex.plan, q, k, spec, v=v, **how)
     before, begin = backends.compiles, time.perf_counter()
     out = call()
     torch.cuda.synchronize()

@@ -7,10 +7,10 @@
 The model is that of `benchmarks.prefill`: the shape of Qwen2.5-VL-7B in bf16 with random weights, a video between two
 pieces of text, its spec. Everything runs in one process group:
 
-1. exactness: `mmflex.distributed.attention` against one GPU, on the same tensors: selected sets and the masks of sampled
-   rows are equal, outputs agree to rounding. What fails is said, and ends the benchmark.
-2. time to the first token of a length on one GPU (rank 0, the others wait) and over all ranks, the same code. What ranks
-   wait for each other's data is measured where they wait: events around the waits of every collective.
+1. exactness: `mmflex.distributed.attention` against one GPU, on the same tensors: selected sets and the masks of
+   sampled rows are equal, outputs agree to rounding. What fails is said, and ends the benchmark.
+2. time to the first token of a length on one GPU (rank 0, the others wait) and over all ranks, the same code. What
+   ranks wait for each other's data is measured where they wait: events around the waits of every collective.
 3. a length that needs the ranks, to see that it runs.
 4. what the collectives of a layer take by themselves.
 5. decoding with the cache on every rank, and sharded.
@@ -124,7 +124,9 @@ def between(start: Any, end: Any) -> float:
 class Bench:
     """One rank's part of the benchmark."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, mesh: DeviceMesh, report: dict[str, Any]) -> None:
+    def __init__(
+        self, args: argparse.Namespace, device: torch.device, mesh: DeviceMesh, report: dict[str, Any]
+    ) -> None:
         self.args, self.device, self.mesh, self.report = args, device, mesh, report
         self.ranks = Ranks.of(mesh)
         self.deadline = time.monotonic() + args.limit
@@ -380,7 +382,9 @@ class Bench:
 
     def table(self) -> None:
         steps = self.report["steps"]
-        lines = ["tokens       one GPU s  GB     | ranks s  share  GB  share  waits ms/layer | tensor parallel s  share"]
+        lines = [
+            "tokens       one GPU s  GB     | ranks s  share  GB  share  waits ms/layer | tensor parallel s  share"
+        ]
         for tokens in (*self.args.lengths, self.args.longest):
             one, many, tp = (steps.get(f"{name}, {tokens}") for name in ("one GPU", "ranks", "tensor parallel"))
             if not many:

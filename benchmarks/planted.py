@@ -59,10 +59,10 @@ class Scale:
         return 3 * self.tile // 2 + 1
 
     def table(self) -> tuple[Pattern, ...]:
-        """The paper's families, with sinks and block sizes for this scale."""
+        """The paper's families, with sinks, block sizes and neighbourhoods for this scale."""
         sink, last_q = 2 * self.tile, self.last_q
         vertical_slash = [
-            VerticalSlash(v, s, last_q) for v, s in ((64, 128), (128, 128), (128, 64), (256, 32), (64, 512))
+            VerticalSlash(v, s, last_q, near=1) for v, s in ((64, 128), (128, 128), (128, 64), (256, 32), (64, 512))
         ]
         lines = [(0, 1, 0), (1, 0, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 1, 1)]  # rows, columns, slash
         grids = [
@@ -81,7 +81,7 @@ class Scale:
             for r, c, d in lines
         ]
         few = VerticalSlash(2 * self.tile + 30, 0, last_q)
-        blocks = BlockTopK(8, 2 * self.tile)
+        blocks = BlockTopK(8, 2 * self.tile, near=1)
         return (AShape(sink, 8 * self.tile), *vertical_slash, blocks, *grids, *(Besides(grid, few) for grid in grids))
 
 
@@ -194,7 +194,7 @@ class _Planter:
         self.want(self.rows, code)
         self.offer(self.rng.choice(np.arange(40, n - 5 * tile), columns, replace=False), code)
         if not diagonals:
-            return VerticalSlash(30 + columns, 1, self.scale.last_q)
+            return VerticalSlash(30 + columns, 1, self.scale.last_q, near=1)
         step = n // (3 * diagonals)
         distances = n // 5 + step * np.arange(diagonals) + self.rng.integers(step // 2, size=diagonals)
         self.near(1.5, self.rows, distances)
@@ -266,7 +266,7 @@ class _Planter:
             earlier = int(self.part.stand[rows[0]]) // size
             if earlier > 0:
                 self.want(rows, codes[self.rng.integers(0, earlier, 3)].unique(dim=0).sum(0))
-        return BlockTopK(5, size)
+        return BlockTopK(5, size, near=1)
 
 
 FAMILIES = {

@@ -1,14 +1,20 @@
 """Time to the first token of a 7B vision-language model, by prompt length: dense attention and mmflex.
 
     python -m benchmarks.prefill --json benchmarks/results/prefill.json      # all lengths on one GPU, about 7 minutes
+    python -m benchmarks.prefill --vision                                    # with the vision tower, about 8 minutes
     python -m benchmarks.prefill --tiny                                      # a small model on the CPU, to try it out
 
-The model has the shape of Qwen2.5-VL-7B, in bf16 with random weights; only its vision tower is left out, so the
-embeddings of the video's tokens are random. The prompt is a video between two pieces of text. Measured is one forward
-up to the logits of the last token, without a KV cache unless asked for (``--cache``). Every run has another prompt (the
-text in front of the video differs by a token), so token layouts and plans are made anew, as for a new request.
+The model has the shape of Qwen2.5-VL-7B, in bf16 with random weights. The prompt is a video between two pieces of text.
+Without ``--vision`` the vision tower is left out and the embeddings of the video's tokens are random. With it the model
+is whole, its frames are random patches of 448 x 448 pixels, and the time of the tower and of ``generate()`` for one
+token are measured too.
 
-Compared are transformers' "sdpa" attention as PyTorch dispatches it (short prompts only), forced to FlashAttention-2,
+Measured is one forward up to the logits of the last token, without a KV cache unless asked for (``--cache``). Every run
+has another prompt (the text in front of the video differs by a token), so token layouts and plans are made anew, as for
+a new request.
+
+Compared are transformers' "sdpa" attention as PyTorch dispatches it (short prompts only, and whole models), forced to
+FlashAttention-2,
 forced to cuDNN, and the same model patched with `SPEC`. Dense prefills that would take minutes run `DENSE_LAYERS`
 layers and count them up to all: marked in the table and the JSON. Dense prefills of more than 65536 tokens get the
 chunked MLPs and norms that `mmflex.patch` brings, without which they do not fit.
@@ -64,13 +70,23 @@ DENSE_LAYERS = {262144: 4, 524288: 3, 1048576: 2}
 SHORT = 16384
 """Up to this length the undirected dispatch of PyTorch is measured too."""
 
+VISION_LENGTHS = (4096, 16724, 65876, 131072, 262144)
+"""With the vision tower: 16,724 and 65,876 tokens hold 128 and 512 frames."""
+VISION_REPEATS = {4096: 5, 16724: 3, 65876: 3}
+GENERATED = 70_000
+"""Up to this length ``generate()`` is timed as well, with the vision tower."""
+
 METHODS = {"mmflex": None, "sdpa": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
 
 
 # ---- the model and its prompts -------------------------------------------------------------------------------------
 
 
-def build(device: torch.device, tiny: bool) -> Any:
+VISION = {"hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "depth": 32}
+"""The tower of Qwen2.5-VL's checkpoints of 3B and 7B; the defaults of transformers are 3584 channels wide."""
+
+
+def build(device: torch.device, tiny: bool, whole: bool = False) -> Any:
     """Qwen2.5-VL with random weights, made where it runs."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -97,7 +113,16 @@ def build(device: torch.device, tiny: bool) -> Any:
         "out_hidden_size": text["hidden_size"],
         "fullatt_block_indexes": [0],
     }
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=5, video_token_id=6)
+    if whole and not tiny:
+        vision = {**VISION, "out_hidden_size": text["hidden_size"]}
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=5,
+        video_token_id=6,
+        vision_start_token_id=7,
+        vision_end_token_id=8,
+    )
     dtype = torch.float32 if tiny else torch.bfloat16
     torch.manual_seed(0)
     with torch.device(device):
@@ -125,8 +150,9 @@ def embeddings(model: Any, tokens: int) -> Embeddings:
     return Embeddings(table.normal_(std=0.02))
 
 
-def prompt(model: Any, tokens: int, number: int, cache: bool) -> dict[str, Any]:
-    """The processor's output for prompt ``number`` of this length, on the model's device."""
+def prompt(model: Any, tokens: int, number: int, cache: bool, whole: bool = False) -> dict[str, Any]:
+    """The processor's output for prompt ``number`` of this length, on the model's device; patches of the frames only
+    for a ``whole`` model."""
     before = BEFORE + number
     frames = (tokens - before - AFTER) // SIDE**2
     if frames < 2:
@@ -138,7 +164,11 @@ def prompt(model: Any, tokens: int, number: int, cache: bool) -> dict[str, Any]:
     ids = torch.randint(10, model.config.text_config.vocab_size, (1, tokens), device=device)
     ids[kinds == 2] = model.config.video_token_id
     grid = torch.tensor([[frames, 2 * SIDE, 2 * SIDE]], device=device)
-    return {"input_ids": ids, "mm_token_type_ids": kinds, "video_grid_thw": grid, "use_cache": cache}
+    inputs = {"input_ids": ids, "mm_token_type_ids": kinds, "video_grid_thw": grid, "use_cache": cache}
+    if whole:
+        patches = torch.empty(frames * 4 * SIDE**2, 3 * 2 * 14 * 14, dtype=model.lm_head.weight.dtype, device=device)
+        inputs["pixel_values_videos"] = patches.normal_()
+    return inputs
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
@@ -175,6 +205,7 @@ class Bench:
     device: torch.device
     backend: str
     cache: bool
+    whole: bool = False
     clock: Clock = field(init=False)
 
     def __post_init__(self) -> None:
@@ -185,6 +216,9 @@ class Bench:
         for layer in self.layers:
             layer.register_forward_pre_hook(lambda *_: self.started.append(self.clock.now()))
             layer.register_forward_hook(lambda *_: self.clock.add("layer", self.started.pop()))
+        for part, name in ((self.model.model.visual, "vision"), (self.text, "language")) if self.whole else ():
+            part.register_forward_pre_hook(lambda *_: self.started.append(self.clock.now()))
+            part.register_forward_hook(lambda *_, name=name: self.clock.add(name, self.started.pop()))
 
     @contextmanager
     def ready(self, method: str) -> Iterator[None]:
@@ -221,7 +255,7 @@ class Bench:
 
     def run(self, tokens: int, number: int, layers: int) -> dict[str, Any]:
         """One prefill through the first ``layers`` layers; call it within `ready`."""
-        inputs = prompt(self.model, tokens, number, self.cache)
+        inputs = prompt(self.model, tokens, number, self.cache, self.whole)
         self.clock.spans.clear()
         self.started.clear()
         self.text.layers = self.layers[:layers]
@@ -248,6 +282,15 @@ class Bench:
         if self.clock.cuda:
             found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
             found["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        if self.whole:
+            found["vision_s"], found["language_s"] = (sum(self.clock.take(name)) for name in ("vision", "language"))
+            if layers == total and tokens <= GENERATED:
+                start = time.perf_counter()
+                answer = self.model.generate(
+                    **{**inputs, "use_cache": True}, max_new_tokens=1, do_sample=False, pad_token_id=0
+                )
+                found["same_token"] = int(answer[0, -1]) == token
+                found["generate_s"] = time.perf_counter() - start
         return found
 
     def decisions(self) -> list[str]:
@@ -265,8 +308,8 @@ class OutOfTime(RuntimeError):
 def measure(bench: Bench, tokens: int, deadline: float, row: dict[str, Any], changed: Callable[[], None]) -> None:
     """Fills ``row`` with the results of one length, method by method; what fails is noted and the rest goes on."""
     short, total = tokens <= SHORT, len(bench.layers)
-    names = [name for name in METHODS if name != "sdpa" or short]
-    repeats = REPEATS.get(tokens, 1)
+    names = ["mmflex", "sdpa"] if bench.whole else [name for name in METHODS if name != "sdpa" or short]
+    repeats = (VISION_REPEATS if bench.whole else REPEATS).get(tokens, 1)
     layers = {name: total if name == "mmflex" else min(total, DENSE_LAYERS.get(tokens, total)) for name in names}
     results: dict[str, dict[str, Any]] = row["methods"]
     results.update({name: {"layers": layers[name], "extrapolated": layers[name] < total, "runs": []} for name in names})
@@ -319,9 +362,8 @@ def measure(bench: Bench, tokens: int, deadline: float, row: dict[str, Any], cha
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians of several runs, peaks at their highest."""
-    medians = {
-        name: statistics.median(run[name] for run in runs) for name in ("seconds", "attention_s", "attention_share")
-    }
+    measured = ("seconds", "attention_s", "attention_share", "vision_s", "language_s", "generate_s")
+    medians = {name: statistics.median(run[name] for run in runs) for name in measured if name in runs[0]}
     peaks = {name: max(run.get(name, 0.0) for run in runs) for name in ("peak_gb", "reserved_gb") if name in runs[0]}
     return {**medians, **peaks, "finite": all(run["finite"] for run in runs)}
 
@@ -353,8 +395,32 @@ def machine(device: torch.device) -> dict[str, str]:
     return found
 
 
+WHOLE_COLUMNS = ("tokens", "frames", "SDPA", "of which tower", "generate()", "mmflex", "of which tower", "generate()",
+                 "vs SDPA", "peak (SDPA / mmflex)", "compiling")  # fmt: skip
 COLUMNS = ("tokens", "frames", "SDPA", "FA2", "cuDNN", "mmflex", "vs SDPA", "vs FA2", "vs cuDNN",
            "in attention (FA2 / mmflex)", "peak (FA2 / mmflex)", "compiling")  # fmt: skip
+
+
+def whole_cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table of whole models."""
+    methods = row["methods"]
+
+    def seconds(name: str, what: str) -> str:
+        found = methods.get(name, {})
+        shown = f"{found[what]:.2f} s" if what in found else "failed" if "error" in found else "-"
+        return shown + (" *" if what == "seconds" and found.get("extrapolated") and what in found else "")
+
+    faster = row.get("speedup", {}).get("sdpa")
+    peaks = [f"{methods[n]['peak_gb']:.0f} GB" if "peak_gb" in methods.get(n, {}) else "-" for n in ("sdpa", "mmflex")]
+    compiling = methods.get("mmflex", {}).get("compile_s")
+    return [
+        f"{row['tokens']:,}",
+        str(row["frames"]),
+        *(seconds(name, what) for name in ("sdpa", "mmflex") for what in ("seconds", "vision_s", "generate_s")),
+        "-" if faster is None else f"{faster:.2f}x",
+        " / ".join(peaks),
+        "-" if compiling is None else f"{compiling:.1f} s",
+    ]
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -394,7 +460,7 @@ def notes(report: dict[str, Any]) -> list[str]:
         f"{row['tokens']:,} tokens: {found['layers']}"
         for row in report["rows"]
         for name, found in row["methods"].items()
-        if name == "fa2" and found["extrapolated"]
+        if name in ("fa2", "sdpa") and found["extrapolated"]
     ]
     errors = [
         f"{row['tokens']:,} tokens, {name}: {found['error'].splitlines()[0]}"
@@ -404,24 +470,35 @@ def notes(report: dict[str, Any]) -> list[str]:
     ]
     errors += [f"{row['tokens']:,} tokens: {row['error']}" for row in report["rows"] if "error" in row]
     settings = report["settings"]
+    repeats = VISION_REPEATS if settings.get("whole") else REPEATS
     return [
         f"{settings['model']}, {settings['dtype']}, {settings['layers']} layers; batch 1; KV cache "
         f"{'kept' if settings['cache'] else 'off'}; logits of the last token only.",
-        f"Medians of {', '.join(f'{n} runs at {t:,}' for t, n in REPEATS.items())} tokens, else one run; every run has "
+        f"Medians of {', '.join(f'{n} runs at {t:,}' for t, n in repeats.items())} tokens, else one run; every run has "
         "a new prompt. Compiling: what the first call of a length takes beyond the second.",
         "Heads of every layer: " + ", ".join(f"{n} x {name}" for name, n in settings["spec"].items()) + ".",
         "Dense runs of more than 65,536 tokens have mmflex's chunked MLPs and norms, without which they do not fit.",
-        *([f"* counted up to {settings['layers']} layers from fewer ({'; '.join(counted)})."] if counted else []),
+        *(
+            [f"* counted up to {settings['layers']} layers from fewer ({'; '.join(dict.fromkeys(counted))})."]
+            if counted
+            else []
+        ),
         *(f"Failed: {error}" for error in errors),
         ", ".join(f"{name} {value}" for name, value in report["machine"].items()),
     ]
+
+
+def table_of(report: dict[str, Any]) -> tuple[tuple[str, ...], Callable[[dict[str, Any]], list[str]]]:
+    """Columns of a report's table, and what makes its rows."""
+    return (WHOLE_COLUMNS, whole_cells) if report["settings"].get("whole") else (COLUMNS, cells)
 
 
 def write(report: dict[str, Any], path: Path) -> None:
     """The JSON, and beside it the table as Markdown."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    rows = [COLUMNS, ["---:"] * len(COLUMNS), *(cells(row) for row in report["rows"])]
+    columns, of_row = table_of(report)
+    rows = [columns, ["---:"] * len(columns), *(of_row(row) for row in report["rows"])]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     listed = "\n".join(f"- {note}" for note in notes(report))
     path.with_suffix(".md").write_text(f"# Prefill: time to the first token\n\n{table}\n\n{listed}\n", encoding="utf-8")
@@ -432,6 +509,7 @@ def main() -> None:
     parser.add_argument("--lengths", help=f"tokens, separated by commas (default: {','.join(map(str, LENGTHS))})")
     parser.add_argument("--json", type=Path, help="where the results go (a table beside it as .md)")
     parser.add_argument("--tiny", action="store_true", help="a small float32 model on the CPU")
+    parser.add_argument("--vision", action="store_true", help="with the vision tower, and generate()")
     parser.add_argument("--cache", action="store_true", help="keep a KV cache, as generate() does (57 KB a token)")
     parser.add_argument("--backend", default="auto", help="mmflex's backend")
     parser.add_argument("--limit", type=float, default=540, help="seconds after which no further run starts")
@@ -441,18 +519,22 @@ def main() -> None:
     if device.type == "cuda":
         with suppress(AttributeError, RuntimeError):  # blocks of all sizes come and go: it keeps them from splintering
             torch.cuda.memory._set_allocator_settings("expandable_segments:True")
-    lengths = [int(n) for n in args.lengths.split(",")] if args.lengths else [2048] if args.tiny else list(LENGTHS)
-    path = args.json or RESULTS / ("prefill-tiny.json" if args.tiny else "prefill.json")
+    usual = [2048] if args.tiny else VISION_LENGTHS if args.vision else LENGTHS
+    lengths = [int(n) for n in args.lengths.split(",")] if args.lengths else list(usual)
+    kind = ("-vision" if args.vision else "") + ("-tiny" if args.tiny else "")
+    path = args.json or RESULTS / f"prefill{kind}.json"
     console = Console()
     start = time.perf_counter()
-    bench = Bench(build(device, args.tiny), device, args.backend, args.cache)
+    bench = Bench(build(device, args.tiny, args.vision), device, args.backend, args.cache, args.vision)
     parameters = sum(p.numel() for p in bench.model.parameters())
     spec: dict[str, int] = {}
     for pattern in SPEC:
         spec[repr(pattern)] = spec.get(repr(pattern), 0) + 1
     report: dict[str, Any] = {
         "settings": {
-            "model": f"Qwen2.5-VL of {parameters / 1e6:,.0f}M parameters, random weights, no vision tower",
+            "model": f"Qwen2.5-VL of {parameters / 1e6:,.0f}M parameters, random weights, "
+            + ("with its vision tower" if args.vision else "no vision tower"),
+            "whole": args.vision,
             "dtype": str(next(bench.model.parameters()).dtype).removeprefix("torch."),
             "layers": len(bench.layers),
             "spec": spec,
@@ -464,17 +546,20 @@ def main() -> None:
         "machine": machine(device),
         "rows": [],
     }
+    columns, of_row = table_of(report)
     for line in notes(report)[:3]:
         console.print(line)
     console.print(f"built in {report['settings']['build_s']:.1f} s")
     for tokens in lengths:
-        row: dict[str, Any] = {"tokens": tokens, "frames": (tokens - BEFORE - AFTER) // SIDE**2, "methods": {}}
+        steps = (tokens - BEFORE - AFTER) // SIDE**2
+        row: dict[str, Any] = {"tokens": tokens, "frames": steps * (2 if args.vision else 1), "methods": {}}
         report["rows"].append(row)
         start = time.perf_counter()
         handle: Any = None
         try:
-            table = bench.model.get_input_embeddings()
-            handle = table.register_forward_hook(embeddings(bench.model, tokens))
+            if not args.vision:
+                table = bench.model.get_input_embeddings()
+                handle = table.register_forward_hook(embeddings(bench.model, tokens))
             measure(bench, tokens, deadline, row, lambda: write(report, path))
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"
@@ -485,12 +570,12 @@ def main() -> None:
             free(device)
         row["wall_s"] = time.perf_counter() - start
         write(report, path)
-        console.print(dict(zip(COLUMNS, cells(row), strict=True)), f"{row['wall_s']:.0f} s")
+        console.print(" | ".join(of_row(row)), f"({row['wall_s']:.0f} s)")
     table = Table(title="Prefill: time to the first token", caption="\n".join(notes(report)), caption_justify="left")
-    for name in COLUMNS:
+    for name in columns:
         table.add_column(name, justify="right")
     for row in report["rows"]:
-        table.add_row(*cells(row))
+        table.add_row(*of_row(row))
     Console(width=max(console.width, 140)).print(table)
     console.print(f"written to {path} and {path.with_suffix('.md')}")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from sympy.logic.boolalg import Boolean
 
 from mmflex.ir.pattern import Pattern, Tokens, check_counts
+
+from .near import MORE_THAN_A_TILE
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class AShape(Pattern):
     sink: int = 128
     local: int = 1024
     budgets: ClassVar[tuple[str, ...]] = ("local",)
+    least: ClassVar[Mapping[str, int]] = {"local": MORE_THAN_A_TILE}
 
     def __post_init__(self) -> None:
         check_counts(self, "sink", "local")
@@ -40,6 +44,7 @@ class TriShape(Pattern):
     local: int = 4096
     last: int = 128
     budgets: ClassVar[tuple[str, ...]] = ("local",)
+    least: ClassVar[Mapping[str, int]] = {"local": MORE_THAN_A_TILE}
 
     def __post_init__(self) -> None:
         check_counts(self, "sink", "local", "last")

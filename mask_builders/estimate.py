@@ -5,7 +5,6 @@ Estimates are in float32, in the coordinates of a `View`: keys in scope, in orde
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,13 +14,25 @@ from torch import Tensor
 
 from mmflex.ir.pattern import SharedQueries, View
 from mmflex.ir.queries import QueryTokens
-from mmflex.runtime.device import device_constant
+from mmflex.runtime.device import array_constant, device_constant
 from mmflex.runtime.kernels import use_triton
 from mmflex.runtime.kernels.mass import SPAN, block_diagonals, last_mass
 from mmflex.runtime.kernels.rows import take_rows
 from mmflex.runtime.kernels.select import heaviest
 
-__all__ = ["LastMass", "LastQueries", "Pooled", "PooledBlocks", "comb_excess", "combed", "heaviest", "likely_strides"]
+from .near import NEAR, NearBlocks
+from .values import block_prominence
+
+__all__ = [
+    "LastMass",
+    "LastQueries",
+    "Pooled",
+    "PooledBlocks",
+    "comb_excess",
+    "combed",
+    "heaviest",
+    "likely_strides",
+]
 
 _CHUNK = 1 << 27
 """Scores held at a time, in elements: bounds the memory of an estimate at any length."""
@@ -60,7 +71,7 @@ class LastQueries:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `LastMass`. Scores that are not finite count as no attention."""
         q, queries = view.last_queries(q)
         last = _last(view, self.last_q, queries)
-        rows, limit, stand, position, keys = (None if a is None else _on(a, q.device) for a in last.arrays)
+        rows, limit, stand, position, keys = (None if a is None else array_constant(a, q.device) for a in last.arrays)
         assert rows is not None
         assert limit is not None
         assert stand is not None
@@ -132,26 +143,50 @@ def _add_diagonals(out: Tensor, mass: Tensor, at: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class Pooled:
-    """Mean-pooled queries [B, H, query blocks, D] and keys [B, Hkv, key blocks, D], scaled, and the last key block that
-    the queries of a block stand at, int32 [B, query blocks] (-1: no query)."""
+    """Means of blocks of queries and keys, float32.
+
+    Attributes:
+        q: [B, H, query blocks, D], scaled. k: [B, Hkv, key blocks, D].
+        reach: int32 [B|1, query blocks], the last key block that the queries of a block stand at (-1: no query).
+        near: the key blocks that hold their nearest keys.
+        prominence: [B, Hkv, key blocks], how far values stand out (`block_prominence`); None unless asked for.
+    """
 
     q: Tensor
     k: Tensor
     reach: Tensor
+    near: NearBlocks
+    prominence: Tensor | None = None
 
-    def scores(self, rows: slice) -> Tensor:
-        """float32 [B, H, rows, key blocks] of some query blocks; -inf where no key is before a query."""
+    def scores(self, rows: slice, weight: float = 0.0) -> Tensor:
+        """float32 [B, H, rows, key blocks] of some query blocks, -inf where no key is before a query; ``weight`` of the
+        prominence is added."""
         group = self.q.shape[1] // self.k.shape[1]
-        scores = self.q[:, :, rows].unflatten(1, (-1, group)) @ self.k[:, :, None].mT
-        seen = self.reach[:, rows, None] >= torch.arange(self.k.shape[2], device=self.k.device)
-        return scores.flatten(1, 2).nan_to_num(0.0).masked_fill(~seen[:, None], float("-inf"))
+        scores = mean_products(self.q[:, :, rows], self.k)
+        if self.prominence is not None and weight:
+            scores += weight * self.prominence.repeat_interleave(group, 1)[:, :, None]
+        number = torch.arange(self.k.shape[2], device=self.k.device)
+        return scores.masked_fill(number > self.reach[:, None, rows, None], float("-inf"))
+
+
+def mean_products(q: Tensor, k: Tensor) -> Tensor:
+    """float32 [B, H, rows, keys] of q [B, H, rows, D] and k [B, Hkv, keys, D]; what is not finite is 0."""
+    group = q.shape[1] // k.shape[1]
+    return (q.unflatten(1, (-1, group)) @ k[:, :, None].mT).flatten(1, 2).nan_to_num(0.0)
 
 
 @dataclass(frozen=True)
 class PooledBlocks:
-    """Estimator: queries and keys mean-pooled over blocks (MInference, block-sparse heads)."""
+    """Estimator: queries and keys mean-pooled over blocks (MInference, block-sparse heads).
+
+    Attributes:
+        block_size: tokens. near: how many nearest keys of every query `Pooled.near` covers.
+        values: the prominence of values is estimated as well.
+    """
 
     block_size: int
+    near: int = NEAR
+    values: bool = False
 
     def scored(self, view: View) -> float:
         """Query-key products for one head and prompt: of every block of queries with every block of keys before it."""
@@ -159,32 +194,43 @@ class PooledBlocks:
 
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> Pooled:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `Pooled`."""
-        layout, size = view.layout, view.block_size(self.block_size)
-        every = view.queries if view.shared is None else view.shared.queries
-
-        def build() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            in_scope = layout.of(view.scope.query)
-            block = np.where(in_scope, layout.coordinate(view.scope.query) // size, -1)
-            key_block = np.where(layout.of(view.scope.key), layout.coordinate(view.scope.key) // size, -1)
-            row_block, rows = view.queries.take(block), every.take(block)
-            stand = every.take(np.where(in_scope, layout.coordinate(view.scope.key) // size, -1))
-            reach = np.full((len(stand), -(-view.rows // size) + 1), -1)
-            for b in range(len(stand)):
-                np.maximum.at(reach[b], rows[b], stand[b])
-            return row_block, key_block, np.ascontiguousarray(reach[:, :-1])
-
-        row_block, key_block, reach = layout.once(("pooled", view.scope, view.queries, every, size), build)
-        pooled_q = _pool(q, row_block, reach.shape[1], size, view.shared) * scale
-        return Pooled(pooled_q, _pool(k, key_block, -(-view.size // size), size), _on(reach, q.device))
+        size = view.block_size(self.block_size)
+        every = view.shared_queries
+        (row_block, key_block, _), reach = blocks_of(view, size), blocks_of(every, size)[2]
+        return Pooled(
+            block_means(q, row_block, reach.shape[1], size, view.shared) * scale,
+            block_means(k, key_block, -(-view.size // size), size),
+            array_constant(reach, q.device),
+            NearBlocks.of(every, size, self.near, q.device),
+            block_prominence(view, size) if self.values else None,
+        )
 
 
-def _pool(x: Tensor, block: np.ndarray, blocks: int, size: int, shared: SharedQueries | None = None) -> Tensor:
+def blocks_of(view: View, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Host data: the block of each query, int [B, M], and of each key, int [B, N] (-1: out of scope), and the last key
+    block that the queries of each block stand at, int [B, query blocks] (-1: none)."""
+    layout, take = view.layout, view.queries.take
+
+    def build() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        in_rows = take(layout.of(view.scope.query))
+        row_block = np.where(in_rows, take(layout.coordinate(view.scope.query)) // size, -1)
+        key_block = np.where(layout.of(view.scope.key), layout.coordinate(view.scope.key) // size, -1)
+        key_reached = np.where(in_rows, take(layout.coordinate(view.scope.key)) // size, -1)
+        reach = np.full((len(row_block), -(-view.rows // size) + 1), -1)
+        for b in range(len(row_block)):
+            np.maximum.at(reach[b], row_block[b], key_reached[b])
+        return row_block, key_block, np.ascontiguousarray(reach[:, :-1])
+
+    return layout.once(("pooled", view.scope, view.queries, size), build)
+
+
+def block_means(x: Tensor, block: np.ndarray, blocks: int, size: int, shared: SharedQueries | None = None) -> Tensor:
     """Means of x [B, H, T, D] over tokens of equal ``block`` [B, T] (-1: none) -> float32 [B, H, blocks, D]. Where x is
     ``shared``, over the tokens of all processes."""
     tokens = x.shape[2]
     if shared is None and tokens == blocks * size and len(block) == 1 and (block[0] == np.arange(tokens) // size).all():
         return x.unflatten(2, (blocks, size)).mean(3, dtype=torch.float32)
-    index = _on(block, x.device).long().expand(len(x), -1)
+    index = array_constant(block, x.device).long().expand(len(x), -1)
     index = torch.where(index < 0, blocks, index)
     total = x.new_zeros((x.shape[0], x.shape[1], blocks + 1, x.shape[3]), dtype=torch.float32)
     total.scatter_add_(2, index[:, None, :, None].expand(x.shape), x.float().nan_to_num(0.0))
@@ -246,18 +292,6 @@ def _last_true(mask: np.ndarray, width: int, n: int) -> np.ndarray:
         found = np.flatnonzero(row)[-n:]
         out[b, width - len(found) :] = found
     return out
-
-
-_held: dict[tuple[int, torch.device], tuple[weakref.ref, Tensor]] = {}
-
-
-def _on(array: np.ndarray, device: torch.device) -> Tensor:
-    """An int32 copy of a host array on a device, made once in the array's life."""
-    key = (id(array), device)
-    if key not in _held or _held[key][0]() is not array:
-        tensor = torch.as_tensor(array.astype(np.int32)).to(device)
-        _held[key] = (weakref.ref(array, lambda _: _held.pop(key, None)), tensor)
-    return _held[key][1]
 
 
 def _ramp(n: int, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from sympy.logic.boolalg import Boolean
 from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
 
 from .estimate import LastMass, LastQueries, comb_excess, combed, likely_strides
+from .near import MORE_THAN_A_TILE
 
 _TRIED = 8
 """Strides that a search looks at closely."""
@@ -43,6 +44,7 @@ class Grid(Pattern):
     shortest: int = 64
     longest: int = 2048
     budgets: ClassVar[tuple[str, ...]] = ("local",)
+    least: ClassVar[Mapping[str, int]] = {"local": MORE_THAN_A_TILE}
 
     def __post_init__(self) -> None:
         check_counts(self, "local", "sink")

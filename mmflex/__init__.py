@@ -12,15 +12,17 @@ from .runtime.backends import why_not
 from .runtime.caches import clear_caches
 from .runtime.merge import merge_attention
 from .runtime.plan import Plan
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .integrations.intercept import intercept
     from .integrations.layouts import layout_for
     from .integrations.long_prefill import last_token_logits
     from .integrations.search import search
     from .integrations.transformers import DenseFallback, patch, patched, token_layout, unpatch
+    from .selfcheck import check
     from .tuning.config import Config, load_config, load_minference_config, save_config
 
-__version__ = "0.1.0"
 __all__ = [
     "Config",
     "DenseFallback",
@@ -33,7 +35,9 @@ __all__ = [
     "Tokens",
     "View",
     "attention",
+    "check",
     "clear_caches",
+    "intercept",
     "last_token_logits",
     "layout_for",
     "load_config",
@@ -53,6 +57,8 @@ __all__ = [
 _LAZY = {
     "Config": "tuning.config",
     "DenseFallback": "integrations.transformers",
+    "check": "selfcheck",
+    "intercept": "integrations.intercept",
     "last_token_logits": "integrations.long_prefill",
     "layout_for": "integrations.layouts",
     "load_config": "tuning.config",

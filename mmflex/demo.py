@@ -1,7 +1,8 @@
-"""`mmflex demo`: a small Qwen2.5-VL reads a video, once with dense attention and once patched, side by side.
+"""`mmflex demo`: a Qwen2.5-VL reads a video, once with dense attention and once patched, side by side.
 
-The model is the real transformers class with random weights (nothing is downloaded), the video is drawn here and goes
-through transformers' own processor. What is measured is the whole prefill, planning counted.
+The model is the real transformers class with random weights (nothing is downloaded), small on a CPU, some layers of the
+7B shape with its vision tower on a GPU. The video is drawn here and goes through transformers' own processor. What is
+measured is everything up to the first token, planning counted.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .integrations.timeline import PREFILL, PROCESSOR, READING, TOKEN, TOWER, Timeline
+
 VOCABULARY = 2048
 IMAGE, VIDEO, VISION_START, VISION_END = range(VOCABULARY - 4, VOCABULARY)
+MODEL_STAGES = (TOWER, PREFILL, TOKEN)
+"""Of the timeline, those that the model takes."""
 CUES = {"prompt": 24, "question": 40}
 """Text tokens before and after the video."""
 
@@ -35,16 +40,46 @@ class Settings:
     layers: int = 2
     heads: int = 8
     kv_heads: int = 2
+    head_dim: int = 64
+    real_tower: bool = False
     runs: int = 2
     device: str = "auto"
     backend: str = "auto"
     seed: int = 0
+    more: str = ""  # what it would take to see more
 
     def on(self) -> torch.device:
         """The device to run on."""
         if self.device != "auto":
             return torch.device(self.device)
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @classmethod
+    def suited(cls, device: str = "auto", **chosen: Any) -> Settings:
+        """Sizes that are worth it on a device; what is ``chosen`` (not None) is kept."""
+        on = cls(device=device).on()
+        given = {name: value for name, value in chosen.items() if value is not None}
+        sizes: dict[str, Any] = {"more": "on a GPU the model is of the 7B shape and the video is longer"}
+        if on.type == "cuda":
+            free = torch.cuda.mem_get_info(on)[0] / 1e9
+            shape = {
+                "size": 448,
+                "layers": 4,
+                "heads": 28,
+                "kv_heads": 4,
+                "head_dim": 128,
+                "real_tower": True,
+                "runs": 3,
+            }
+            whole = "4 of 28 layers ran: python -m benchmarks.prefill --vision takes all of them, up to 256k tokens"
+            if free >= 40:
+                sizes = {**shape, "frames": 512, "more": whole}
+            elif free >= 16:
+                sizes = {**shape, "frames": 128}
+                sizes["more"] = f"{free:.0f} GB of GPU memory are free: with 40 the video has 512 frames. {whole}"
+            else:
+                sizes["more"] = f"{free:.0f} GB of GPU memory are free: with 16 the model is of the 7B shape"
+        return cls(device=device, **{**sizes, **given})
 
 
 # ---- the input ------------------------------------------------------------------------------------------------------
@@ -82,11 +117,11 @@ def moving_shapes(frames: int, size: int, seed: int = 0) -> np.ndarray:
     return out
 
 
-def process(video: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, str]:
+def process(video: np.ndarray, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, str]:
     """(pixel values, video_grid_thw, how) of a video, as Qwen2.5-VL's processor gives them.
 
-    With torchvision by its video processor; without, frame by frame through its Pillow image processor, pairs of frames
-    then joined in the patches' time dimension, which is all that the video processor does differently.
+    With torchvision by its video processor, on ``device``; without, frame by frame through its Pillow image processor,
+    pairs of frames then joined in the patches' time dimension, which is all that the video processor does differently.
     """
     limits = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 4096}
     try:
@@ -96,7 +131,8 @@ def process(video: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, str]:
         pass
     else:
         frames = torch.from_numpy(video).permute(0, 3, 1, 2)
-        found = Qwen2VLVideoProcessor(size=limits, cap_pixels_per_frame=False)(videos=[frames], return_tensors="pt")
+        of_videos: Any = Qwen2VLVideoProcessor(size=limits, cap_pixels_per_frame=False)
+        found = of_videos(videos=[frames], return_tensors="pt", device=str(device))
         return found["pixel_values_videos"], found["video_grid_thw"], "Qwen2VLVideoProcessor"
     from transformers import Qwen2VLImageProcessorPil
 
@@ -139,34 +175,38 @@ def build(settings: Settings) -> Any:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(settings.seed)
-    width = 64 * settings.heads
+    width, eighth = settings.head_dim * settings.heads, settings.head_dim // 8
+    small_tower = {
+        "depth": 1,
+        "hidden_size": 64,
+        "num_heads": 2,
+        "intermediate_size": 128,
+        "fullatt_block_indexes": [0],
+    }
+    # of Qwen2.5-VL's checkpoints: the defaults of transformers are 3584 channels wide
+    qwen_tower = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420}
+    rotary = [eighth, 3 * eighth // 2, 3 * eighth // 2]
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": VOCABULARY,
             "hidden_size": width,
-            "intermediate_size": 2 * width,
+            "intermediate_size": 18944 if settings.real_tower else 2 * width,
             "num_hidden_layers": settings.layers,
             "num_attention_heads": settings.heads,
             "num_key_value_heads": settings.kv_heads,
             "max_position_embeddings": 1 << 20,
             "bos_token_id": 0,
             "eos_token_id": 1,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [8, 12, 12]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": rotary},
         },
-        vision_config={
-            "depth": 1,
-            "hidden_size": 64,
-            "num_heads": 2,
-            "intermediate_size": 128,
-            "out_hidden_size": width,
-            "fullatt_block_indexes": [0],
-        },
+        vision_config={**(qwen_tower if settings.real_tower else small_tower), "out_hidden_size": width},
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
     )
-    return Qwen2_5_VLForConditionalGeneration(config).eval().to(settings.on(), torch.bfloat16)
+    with settings.on():
+        return Qwen2_5_VLForConditionalGeneration(config).eval().to(torch.bfloat16)
 
 
 def shape_heads(model: Any, spec: Sequence[Any], inputs: dict[str, torch.Tensor], corner: torch.Tensor) -> None:
@@ -177,8 +217,11 @@ def shape_heads(model: Any, spec: Sequence[Any], inputs: dict[str, torch.Tensor]
     seek the same keys: those of the watermark (`Grid`) or a few hundred others (`VerticalSlash`). Keys are looked up
     in one forward of ``inputs``, whose tokens at the watermark are ``corner``, bool [N].
     """
-    fast, slow = [*range(8), *range(32, 40)], [*range(24, 32), *range(56, 64)]
     layers = model.model.language_model.layers
+    width = layers[0].self_attn.head_dim
+    some, half = width // 8, width // 2
+    fast, slow = ([*range(n, n + some), *range(half + n, half + n + some)] for n in (0, half - some))
+    scale = width**0.5  # which scores are divided by
     found: list[torch.Tensor] = []
     hooks = [layer.self_attn.k_proj.register_forward_hook(lambda *call: found.append(call[2][0])) for layer in layers]
     model(**inputs, use_cache=False)
@@ -192,13 +235,13 @@ def shape_heads(model: Any, spec: Sequence[Any], inputs: dict[str, torch.Tensor]
         for head, pattern in enumerate(spec):
             kv = head * len(key) // len(spec)
             if type(pattern).__name__ == "AShape":
-                query[head, fast] = key[kv, fast] = 3.0
+                query[head, fast] = key[kv, fast] = (18 * scale / len(fast)) ** 0.5  # the nearest score 18
             elif type(pattern).__name__ == "Grid":
                 contrast = keys[corner, kv].mean(0) - keys[~corner, kv].mean(0)
-                query[head, slow] = (contrast * 14 * 8 / contrast.square().sum()).to(query)  # they score 14 more
+                query[head, slow] = (contrast * 14 * scale / contrast.square().sum()).to(query)  # they score 14 more
             else:
                 sought = torch.randn(len(slow), generator=generator).to(keys)
-                query[head, slow] = (sought * 4 * 8 / (keys[:, kv] @ sought).std()).to(query)  # scores deviate by 4
+                query[head, slow] = (sought * 4 * scale / (keys[:, kv] @ sought).std()).to(query)  # deviating by 4
 
 
 def spec_for(heads: int) -> list[Any]:
@@ -214,13 +257,12 @@ def spec_for(heads: int) -> list[Any]:
 
 @dataclass
 class Result:
-    """What the demo found; seconds are medians over the runs, ``first_s`` the first run, which compiles.
-
-    ``dense_s`` and ``mmflex_s`` are (whole prefill, language model in it)."""
+    """What the demo found: ``dense`` and ``mmflex`` are the stages of every run, in seconds by name, those before the
+    model too; ``first_s`` is the first run, which compiles."""
 
     tokens: int
-    dense_s: tuple[float, float]
-    mmflex_s: tuple[float, float]
+    dense: list[dict[str, float]]
+    mmflex: list[dict[str, float]]
     plan_s: float
     first_s: float
     dense_spec_difference: float
@@ -275,41 +317,51 @@ def _run(settings: Settings, console: Console, picture: Path | None, device: tor
         console.print(f"  [green]✓[/] {label} [dim]{time.perf_counter() - start:.1f} s[/]")
         return found
 
-    model = step("building a small Qwen2.5-VL (real class, random weights)", lambda: build(settings))
-    label = f"drawing {settings.frames} frames of {settings.size} x {settings.size} and processing them"
-    pixels, grid, how = step(label, lambda: process(moving_shapes(settings.frames, settings.size, settings.seed)))
-    inputs = {name: t.to(device) for name, t in prompt(pixels.to(torch.bfloat16), grid, settings.seed).items()}
+    kind = "some layers of a Qwen2.5-VL-7B" if settings.real_tower else "a small Qwen2.5-VL"
+    model = step(f"building {kind} (real class, random weights)", lambda: build(settings))
+    timeline = Timeline(model)
+    with timeline.stage(READING):
+        video = step(
+            f"drawing {settings.frames} frames of {settings.size} x {settings.size}",
+            lambda: moving_shapes(settings.frames, settings.size, settings.seed),
+        )
+    with timeline.stage(PROCESSOR):
+        pixels, grid, how = step("processing them", lambda: process(video, device))
+    inputs = {name: t.to(device) for name, t in prompt(pixels.to(torch.bfloat16), grid.cpu(), settings.seed).items()}
     layout = layout_for(model.config, inputs)
     tokens, spec = layout.length, spec_for(settings.heads)
     model.set_attn_implementation("sdpa")
-    clip = _clip(inputs, grid, settings.seed)
+    clip = _clip(inputs, grid.cpu(), settings.seed)
     corner = torch.from_numpy(layout_for(model.config, clip).cell[0] == 0).to(device)
     step("giving its heads something to look for", lambda: shape_heads(model, spec, clip, corner))
     console.print(f"    {tokens:,} tokens ({layout.summary()}), video_grid_thw {grid.tolist()[0]}, by {how}")
 
-    language = _Clock(model.model.language_model, device)
+    def prefill() -> tuple[dict[str, float], torch.Tensor]:
+        with timeline.first_token():
+            logits = model(**inputs, use_cache=False).logits
+            int(logits[0, -1].argmax())
+        return dict(timeline.seconds), logits
 
-    def prefill() -> tuple[tuple[float, float], torch.Tensor]:
-        _wait(device)
-        start = time.perf_counter()
-        logits = model(**inputs, use_cache=False).logits
-        _wait(device)
-        return (time.perf_counter() - start, language.seconds), logits
-
-    def repeat(runs: int) -> tuple[tuple[float, float], torch.Tensor]:
-        found = [prefill() for _ in range(runs)]
-        whole, inner = zip(*(seconds for seconds, _ in found), strict=True)
-        return (statistics.median(whole), statistics.median(inner)), found[-1][1]
+    def repeat(runs: int) -> tuple[list[dict[str, float]], torch.Tensor]:
+        found, logits = [], None
+        for _ in range(runs):
+            del logits  # of all tokens: one set of them is enough
+            stages, logits = prefill()
+            found.append(stages)
+        assert logits is not None
+        return found, logits
 
     if device.type == "cuda":
         step("warming up", prefill)
-    dense_s, expected = step(f"prefill with SDPA, {settings.runs} times", lambda: repeat(settings.runs))
+    dense, expected = step(f"prefill with SDPA, {settings.runs} times", lambda: repeat(settings.runs))
     with patched(model, Dense(), backend=settings.backend):
         _, dense_logits = step("prefill with mmflex, Dense() everywhere", prefill)
+    dense_difference = _difference(dense_logits, expected)
+    del dense_logits
     with patched(model, spec, backend=settings.backend):
         with recorded() as calls:
-            (first_s, _), _ = step("prefill with mmflex, sparse, for the first time (compiles)", prefill)
-        mmflex_s, logits = step(f"prefill with mmflex, sparse, {settings.runs} times", lambda: repeat(settings.runs))
+            first, _ = step("prefill with mmflex, sparse, for the first time (compiles)", prefill)
+        sparse, logits = step(f"prefill with mmflex, sparse, {settings.runs} times", lambda: repeat(settings.runs))
     q, k, patterns, options = calls[len(calls) // 2]
     start = time.perf_counter()
     plan = make_plan(q, k, patterns, **options)
@@ -318,11 +370,11 @@ def _run(settings: Settings, console: Console, picture: Path | None, device: tor
     kept = step("measuring how much attention the masks keep", lambda: attention_recall(q, k, plan, rows=128))
     result = Result(
         tokens,
-        dense_s,
-        mmflex_s,
+        dense,
+        sparse,
         plan_s,
-        first_s,
-        _difference(dense_logits, expected),
+        sum(first[stage] for stage in MODEL_STAGES if stage in first),
+        dense_difference,
         _difference(logits, expected),
         float((logits.float() - expected.float()).abs().mean()),
         float(expected.abs().max()),
@@ -334,6 +386,8 @@ def _run(settings: Settings, console: Console, picture: Path | None, device: tor
     if picture is not None:
         result.picture = step(f"drawing masks to {picture}", lambda: draw(plan, picture))
     report(result, len(calls) // 2, console)
+    if settings.more:
+        console.print(f"[dim]To see more: {settings.more}.[/]")
     console.print(needles(device))
     return result
 
@@ -381,14 +435,19 @@ def report(result: Result, layer: int, console: Console) -> None:
     console.print(f"[bold]plan of layer {layer}[/]")
     console.print(plan.explain(), highlight=False, markup=False, soft_wrap=True)
     console.print()
-    table = Table(title=f"prefill of {result.tokens:,} tokens")
+    table = Table(title=f"{result.tokens:,} tokens: what one waits for")
     table.add_column("")
     table.add_column("SDPA", justify="right")
     table.add_column("mmflex", justify="right")
-    for label, dense, sparse in zip(
-        ("whole prefill", "  language model"), result.dense_s, result.mmflex_s, strict=True
+    before = result.mmflex[0]
+    table.add_row("reading (here: drawing) frames", "", f"{before[READING]:.2f} s")
+    table.add_row("processor", "", f"{before[PROCESSOR]:.2f} s")
+    whole = [[sum(run[s] for s in MODEL_STAGES if s in run) for run in runs] for runs in (result.dense, result.mmflex)]
+    table.add_row("whole prefill", *compared(*whole))
+    for stage, label in zip(
+        MODEL_STAGES, ("  vision tower", "  language model", "  first token and the rest"), strict=True
     ):
-        table.add_row(label, f"{dense:.2f} s", f"{sparse:.2f} s ({dense / sparse:.1f}x)")
+        table.add_row(label, *compared(*([run[stage] for run in runs] for runs in (result.dense, result.mmflex))))
     table.add_row("  planning (counted above)", "", f"{result.plan_s:.2f} s")
     table.add_row("first time (compiles kernels)", "", f"{result.first_s:.1f} s")
     table.add_row("max logit difference, Dense()", "", f"{result.dense_spec_difference:.2g}")
@@ -415,6 +474,14 @@ def report(result: Result, layer: int, console: Console) -> None:
         console.print(f"masks of a head of each pattern: [bold]{result.picture}[/]")
 
 
+def compared(dense: Sequence[float], sparse: Sequence[float]) -> tuple[str, str]:
+    """Cells of two medians in seconds; how many times faster only where they are farther apart than their runs."""
+    usual, ours = statistics.median(dense), statistics.median(sparse)
+    spread = max(dense) - min(dense) + max(sparse) - min(sparse)
+    told = len(dense) > 1 and len(sparse) > 1 and abs(usual - ours) > spread
+    return f"{usual:.2f} s", f"{ours:.2f} s ({usual / ours:.1f}x)" if told else f"{ours:.2f} s"
+
+
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.float() - b.float()).abs().max())
 
@@ -431,23 +498,6 @@ def _clip(inputs: dict[str, torch.Tensor], grid: torch.Tensor, seed: int) -> dic
     short[0, 0] = min(16, int(grid[0, 0]))
     found = prompt(inputs["pixel_values_videos"][: int(short.prod())], short, seed)
     return {name: t.to(inputs["input_ids"].device) for name, t in found.items()}
-
-
-class _Clock:
-    """Times the last forward of a module."""
-
-    def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
-        self.seconds, self.device = 0.0, device
-        module.register_forward_pre_hook(self.start)
-        module.register_forward_hook(self.stop)
-
-    def start(self, module: torch.nn.Module, args: Any) -> None:
-        _wait(self.device)
-        self.began = time.perf_counter()
-
-    def stop(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        _wait(self.device)
-        self.seconds = time.perf_counter() - self.began
 
 
 def _wait(device: torch.device) -> None:

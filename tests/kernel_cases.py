@@ -8,10 +8,13 @@ import unittest.mock
 import torch
 
 import mmflex
-from mask_builders.estimate import LastQueries, _last, _on, _twin
+from mask_builders.estimate import LastQueries, _last, _twin
 from mmflex import TokenLayout
+from mmflex.integrations.vllm.pages import Buffer, gather_pages, split_pages
 from mmflex.ir.pattern import Scope, View
 from mmflex.ir.queries import QueryTokens
+from mmflex.runtime.device import array_constant
+from mmflex.runtime.kernels import blocks as block_kernels
 from mmflex.runtime.kernels import use_triton
 from mmflex.runtime.kernels.mass import block_diagonals
 from mmflex.runtime.kernels.rows import fill_slots, put_rows, take_rows
@@ -167,7 +170,7 @@ def _mass(device: str) -> None:
                 found = LastQueries(last_q, distances=True)(q, k, view, dim**-0.5)
                 plain = LastQueries(last_q)(q, k, view, dim**-0.5) if scope.key is None else found
                 last = _last(view, last_q, view.queries)
-                on = [None if a is None else _on(a, q.device) for a in last.arrays]
+                on = [None if a is None else array_constant(a, q.device) for a in last.arrays]
                 at, limit, _, position, keys = on
                 query = take_rows(q, at[:, None].expand(batch, 4, -1))
                 keys = None if keys is None else keys.expand(batch, -1)
@@ -185,12 +188,63 @@ def _mass(device: str) -> None:
                     assert error < 2e-4, (what, layout, scope, m, last_q, error)
 
 
+def pages(device: str) -> None:
+    """Gathering of pages, from caches in both orders of memory, against its twin."""
+    generator = torch.Generator().manual_seed(4)
+    for blocks, page, heads, dim, tokens in [(9, 16, 2, 64, 100), (5, 32, 1, 80, 160), (40, 16, 3, 128, 1)]:
+        for shape, order in (((blocks, 2, page, heads, dim), (0, 1, 3, 2, 4)), ((blocks, heads, page, 2 * dim), None)):
+            cache = torch.randn(shape, generator=generator).to(device)
+            if order is not None:
+                cache = cache.permute(order).contiguous().permute(order)
+            table = torch.randperm(blocks, generator=generator).int().to(device)
+            keys, values = split_pages(cache, heads, dim)
+            given = [Buffer().take(cache, heads, tokens, dim) for _ in range(2)]
+            gather_pages(keys, values, table, *given[0])
+            with unittest.mock.patch("mmflex.integrations.vllm.pages.use_triton", return_value=False):
+                gather_pages(keys, values, table, *given[1])
+            assert all(map(torch.equal, *given))
+            last = tokens - 1
+            assert torch.equal(given[0][0][0, :, last], keys[table[last // page].item(), last % page])
+
+
+def blocks(device: str) -> None:
+    """Sums and peaks of scores by block: odd numbers of keys, rows without keys, numbers that are not finite."""
+    generator = torch.Generator().manual_seed(4)
+    for batch, kv_heads, group, size, rows, keys, dim in [(1, 1, 1, 16, 3, 70, 16), (2, 2, 3, 32, 2, 193, 80)]:
+        heads = kv_heads * group
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(device)
+
+        q, means = draw(batch, heads, rows * size, dim), draw(batch, kv_heads, keys, dim) * 3
+        means[0, 0, 5] *= 100.0
+        q[0, 0, 1] = float("nan")
+        q[0, -1, 2, 3] = float("inf")
+        limit = torch.randint(-1, keys, (batch, rows * size), generator=generator, dtype=torch.int32).to(device)
+        limit[0, :size] = -1
+        for bound in (None, draw(batch, kv_heads, keys).abs() * 0.1):
+            found = block_kernels.block_sums(q, means, limit, 0.2, size, bound)
+            twin = block_kernels._sums_twin(q, means, limit, 0.2, size, bound)
+            assert (found[1] is None) == (bound is None)
+            for a, b in zip(found, twin, strict=True):
+                assert a is None or (a - b).abs().max().item() < 1e-4, (size, bound is None)
+            assert bool((found[0][0, :, 0] == 0).all()), "a block of queries that weigh nothing"
+        k = draw(batch, heads, keys, dim)
+        found, twin = (f(q, k, limit, 0.2, size) for f in (block_kernels.block_peaks, block_kernels._peaks_twin))
+        seen = (limit >= 0)[:, None].expand(found[1].shape)
+        for a, b in ((found[0], twin[0]), (found[1][seen], twin[1][seen])):
+            assert torch.equal(a > float("-inf"), b > float("-inf"))
+            assert (a - b).nan_to_num(0.0, 0.0, 0.0).abs().max().item() < 1e-4
+
+
 def main(device: str) -> None:
     assert use_triton(torch.empty(0, device=device)), "the kernels would not run"
     lists(device)
     rows(device)
     select(device)
     mass(device)
+    pages(device)
+    blocks(device)
     print("kernels agree")
 
 

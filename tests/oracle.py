@@ -22,8 +22,11 @@ from mask_builders import (
     Boundary2D,
     Dense,
     Dilated,
+    FlashPrefill,
     FlexPrefill,
     Grid,
+    Prism,
+    ProxyAttn,
     QBoundary,
     Strided,
     StridedFixed,
@@ -40,7 +43,6 @@ NO_KEY = 1 << 29
 """Limits from here on are of empty key slots."""
 
 FORCED_COLUMNS = 30
-FORCED_DISTANCES = 100
 
 
 # ---- one prompt ----
@@ -212,8 +214,10 @@ class Meaning:
             return self._lines(pattern, scope)
         if isinstance(pattern, FlexPrefill):
             return self._lines(pattern, scope) | self._blocks(pattern, scope)
-        if isinstance(pattern, (BlockTopK, XAttention)):
+        if isinstance(pattern, (BlockTopK, Prism, ProxyAttn, XAttention)):
             return self._blocks(pattern, scope)
+        if isinstance(pattern, FlashPrefill):
+            return self._blocks(pattern, scope) | self._last(pattern.last, scope)
         stride = getattr(pattern, "stride", None)
         if stride == "frame":
             stride = frame_stride(self.layout, scope[1])
@@ -438,14 +442,26 @@ def last_mass(
 
 
 def _check_best(chosen: np.ndarray, mass: np.ndarray, budget: int, forced: np.ndarray, what: str) -> None:
-    """The forced ones (lowest first) and then the heaviest, ``budget`` in all, up to ties in rounding."""
-    budget = min(budget, len(mass))
+    """The forced ones and then the heaviest, ``budget`` in all (or all that are forced), up to ties in rounding; of a
+    budget of 0 nothing."""
+    budget = min(max(budget, int(forced.sum())), len(mass)) if budget else 0
     assert chosen.sum() == budget, f"{what}: {chosen.sum()} chosen of a budget of {budget}"
-    first = np.flatnonzero(forced)[:budget]
-    assert chosen[first].all(), f"{what}: forced ones missing"
-    rest = np.sort(mass[~forced])[::-1][: budget - len(first)].sum()
+    assert chosen[forced].all() or not budget, f"{what}: forced ones missing"
+    rest = np.sort(mass[~forced])[::-1][: budget - int(forced.sum())].sum() if budget else 0.0
     got = mass[chosen & ~forced].sum()
     assert got >= rest - 1e-5 * max(1.0, mass.sum()), f"{what}: holds {got}, the best hold {rest}"
+
+
+def near_diagonals(tiles: int, near: int, tile: int) -> np.ndarray:
+    """bool [tiles]: the block diagonals on which one of the ``near`` nearest keys of a query lies, wherever in its tile
+    that stands."""
+    out = np.zeros(tiles, bool)
+    for place in range(tile):
+        for distance in range(near):
+            block = -((place - distance) // tile)
+            if block < tiles:
+                out[block] = True
+    return out
 
 
 def block_diagonal_mass(diagonal: np.ndarray, tile: int, tiles: int) -> np.ndarray:
@@ -473,106 +489,46 @@ def grid_mass(
     return np.where(keep, vertical, 0.0), np.where(place >= pattern.local, diagonal, 0.0)
 
 
-def check_selection(plan: mmflex.Plan, q: torch.Tensor, k: torch.Tensor) -> int:
+def check_selection(plan: mmflex.Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None) -> int:
     """Everything that a plan selected is what the docstrings say; returns how many choices were checked."""
+    import oracle_adaptive
+
     layout, tile, checked = plan.layout, plan.program.tile, 0
     qs, ks = q.double().numpy(), k.double().numpy()
+    vs = None if v is None else v.double().numpy()
     group = qs.shape[1] // ks.shape[1]
     for leaf in plan.program.leaves.values():
         pattern, scope = leaf.pattern, (leaf.scope.query, leaf.scope.key)
-        if not isinstance(pattern, (VerticalSlash, BlockTopK, Grid, FlexPrefill, XAttention)):
+        if not isinstance(pattern, (VerticalSlash, Grid, *oracle_adaptive.CHECKS)):
             continue
         prompts = [Prompt.of(layout, b) for b in range(layout.modality.shape[0])]
         size = max(1, *(int(p.of_modality(scope[1]).sum()) for p in prompts)) if prompts else 1
-        rows = max(1, *(int(p.of_modality(scope[0]).sum()) for p in prompts)) if prompts else 1
         for b in range(qs.shape[0]):
             prompt = prompts[min(b, len(prompts) - 1)]
             for h in leaf.heads:
-                found = selected(plan, b, h)
+                found = functools.partial(selected(plan, b, h), pattern, scope)
                 query, key = qs[b, h], ks[b, h // group]
-                if isinstance(pattern, (FlexPrefill, XAttention)):
-                    _check_share(
-                        pattern, functools.partial(found, pattern, scope), query, key, prompt, scope, size, plan
-                    )
-                elif isinstance(pattern, BlockTopK):
-                    _check_blocks(pattern, found(pattern, scope, "blocks"), query, key, prompt, scope, size, rows)
+                if type(pattern) in oracle_adaptive.CHECKS:
+                    values = None if vs is None else vs[b]
+                    head = oracle_adaptive.Head(plan, scope, prompt, qs[b], ks[b], values, h, found, size)
+                    oracle_adaptive.CHECKS[type(pattern)](pattern, head)
                 elif isinstance(pattern, VerticalSlash):
                     vertical, diagonal = last_mass(query, key, prompt, scope, pattern.last_q, plan.scale, size)
                     forced = np.arange(size) < FORCED_COLUMNS
-                    _check_best(found(pattern, scope, "columns"), vertical, pattern.vertical, forced, "columns")
+                    _check_best(found("columns"), vertical, pattern.vertical, forced, "columns")
                     tiles = -(-size // tile)
                     mass = block_diagonal_mass(diagonal, tile, tiles)
-                    nearest = np.arange(tiles) <= -(-(FORCED_DISTANCES - 1) // tile)
-                    budget = -(-pattern.slash // tile)
-                    _check_best(found(pattern, scope, "diagonals"), mass, budget, nearest, "diagonals")
+                    nearest, budget = near_diagonals(tiles, pattern.near, tile), -(-pattern.slash // tile)
+                    _check_best(found("diagonals"), mass, budget, nearest, "diagonals")
                 elif pattern.phase == "search" and (pattern.columns or pattern.rows) and pattern.stride != "search":
                     vertical, diagonal = last_mass(query, key, prompt, scope, pattern.last_q, plan.scale, size)
                     count = int(prompt.of_modality(scope[1]).sum())
                     vertical, diagonal = grid_mass(pattern, vertical, diagonal, count, pattern.last_q)
                     stride = frame_stride(layout, scope[1]) if pattern.stride == "frame" else pattern.stride
-                    got = comb_excess(vertical, stride, int(found(pattern, scope, "phase")))
+                    got = comb_excess(vertical, stride, int(found("phase")))
                     best = max(comb_excess(vertical, stride, phase) for phase in range(stride))
                     assert got >= best - 1e-5, f"{pattern}: the chosen phase holds {got}, the best {best}"
                 else:
                     continue
                 checked += 1
     return checked
-
-
-def _check_share(
-    pattern: FlexPrefill | XAttention,
-    found: Callable[[str], np.ndarray],
-    q: np.ndarray,
-    k: np.ndarray,
-    prompt: Prompt,
-    scope: Scope,
-    size: int,
-    plan: mmflex.Plan,
-) -> None:
-    """Sets that hold a share of the mass."""
-    import oracle_adaptive
-
-    blocks = oracle_adaptive.Blocks(q, k, prompt, scope, pattern.block_size)
-    if isinstance(pattern, XAttention):
-        oracle_adaptive.check_x_attention(pattern, found, blocks, plan.scale)
-    else:
-        lines = last_mass(q, k, prompt, scope, pattern.last_q, plan.scale, size)
-        oracle_adaptive.check_flex_prefill(pattern, found, blocks, lines, plan.program.tile, plan.scale)
-
-
-def _check_blocks(
-    pattern: BlockTopK,
-    table: np.ndarray,
-    q: np.ndarray,
-    k: np.ndarray,
-    prompt: Prompt,
-    scope: Scope,
-    size: int,
-    rows: int,
-) -> None:
-    """The mean-pooled top-k, row of blocks by row of blocks."""
-    width, m, n = pattern.block_size, len(q), len(k)
-    own = prompt.place(scope[0])[n - m :] // width
-    queries = prompt.of_modality(scope[0])[n - m :]
-    at, stands = prompt.place(scope[1]) // width, prompt.place(scope[1])[n - m :] // width
-    keys = prompt.of_modality(scope[1])
-    blocks = -(-size // width)
-    assert table.shape == (-(-rows // width), blocks)
-    pooled = np.zeros((blocks, k.shape[1]))
-    for j in range(blocks):
-        if (keys & (at == j)).any():
-            pooled[j] = k[keys & (at == j)].mean(0)
-    for i in range(len(table)):
-        members = queries & (own == i)
-        reach = int(stands[members].max()) + 1 if members.any() else 0
-        assert not table[i, reach:].any(), "a key block after every query of its block"
-        if reach:
-            score = pooled[:reach] @ q[members].mean(0)
-            # Softmax is monotone; compare by rank with a margin for rounding.
-            forced = (np.arange(reach) == 0) | (np.arange(reach) == reach - 1)
-            budget = min(pattern.blocks, reach)
-            chosen = table[i, :reach]
-            assert chosen.sum() == budget, f"{chosen.sum()} blocks of a budget of {budget}"
-            assert chosen[np.flatnonzero(forced)[:budget]].all(), "the first block or the last is missing"
-            if (chosen & ~forced).any() and (~chosen & ~forced).any():
-                assert score[chosen & ~forced].min() >= score[~chosen & ~forced].max() - 1e-4, "not the best blocks"

@@ -58,9 +58,9 @@ def refused(mesh: Any, case: str) -> None:
     """A call that does not fit."""
     from torch.distributed.device_mesh import DeviceMesh
 
-    from mask_builders import AShape
+    from mask_builders import AShape, ProxyAttn
 
-    rank = Ranks.of(mesh).rank
+    rank, spec = Ranks.of(mesh).rank, AShape(64, 128)
     q, k, v = (torch.randn(1, heads, 512, 16) for heads in (6, 3, 3))
     options: dict[str, Any] = {"mesh": mesh, "backend": "reference"}
     if case == "no cp":
@@ -80,7 +80,10 @@ def refused(mesh: Any, case: str) -> None:
         options["layout"] = mmflex.TokenLayout.from_segments([("text", 500 + rank), ("image", (1, 524 - rank))])
     elif case == "scheme":
         options["scheme"] = "ring"
-    attention(q, k, v, AShape(64, 128), **options)
+    elif case == "proxies":
+        q, k, v = (torch.randn(1, heads, 512, 16) for heads in (4, 2, 2))
+        options["scheme"], spec = "heads", ProxyAttn(kv_heads=2) & AShape(64, 128)
+    attention(q, k, v, spec, **options)
 
 
 def one_ends(mesh: Any) -> None:
@@ -258,9 +261,10 @@ def refused_model(mesh: Any, case: str) -> None:
     from families import text_config
     from torch.distributed.device_mesh import DeviceMesh
 
-    from mask_builders import AShape
+    from mask_builders import AShape, ProxyAttn
 
     rank, options, more = Ranks.of(mesh).rank, {"mesh": mesh, "backend": "reference"}, {}
+    spec: Any = AShape(64, 128)
     ids = torch.randint(5, 90, (1, 600), generator=torch.Generator().manual_seed(rank if case == "unlike" else 0))
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if case == "no cp":
@@ -271,6 +275,8 @@ def refused_model(mesh: Any, case: str) -> None:
         options["cache"] = "split"
     elif case == "kv heads":
         options["scheme"], more = "heads", {"num_key_value_heads": 1}
+    elif case == "proxies":
+        options["scheme"], more, spec = "heads", {"num_key_value_heads": 2}, ProxyAttn(kv_heads=2)
     elif case == "rope":
         more = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
     elif case == "states":
@@ -293,7 +299,7 @@ def refused_model(mesh: Any, case: str) -> None:
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**text_config(**more)))
     if case == "filled":
         inputs["past_key_values"] = transformers.StaticCache(config=model.config, max_cache_len=700)
-    with mmflex.patched(model.eval(), AShape(64, 128), **options):
+    with mmflex.patched(model.eval(), spec, **options):
         if case == "crop":
             cache = model(ids, use_cache=True).past_key_values
             cache.crop(-1)
@@ -341,7 +347,7 @@ def short_and_clean(mesh: Any) -> tuple[int, bool, bool, bool]:
     return warned, same, trace() == before, freed == [0]
 
 
-def over_tensors(mesh: Any, heads: int, kv_heads: int, options: dict[str, Any]) -> Any:
+def over_tensors(mesh: Any, heads: int, kv_heads: int, options: Any, pattern: Any = None) -> Any:
     """(tokens of one process, tokens over the ranks of "tp" and, with options, of "cp", logits of both)."""
     import transformers
     from families import text_config
@@ -350,7 +356,7 @@ def over_tensors(mesh: Any, heads: int, kv_heads: int, options: dict[str, Any]) 
     from mmflex.integrations.tensor_parallel import tensor_parallel
 
     some = [AShape(64, 128), VerticalSlash(40, 128), VerticalSlash(20, 200), Dense()]
-    spec = (some * heads)[:heads]
+    spec = (some * heads)[:heads] if pattern is None else [pattern] * heads
     config = transformers.Qwen2Config(
         **text_config(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=16 * heads)
     )

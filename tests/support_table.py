@@ -15,9 +15,11 @@ import torch
 
 import mmflex
 import mmflex.runtime.attention as runtime
-from mask_builders import AShape
+from mask_builders import AShape, Dense
 from mmflex.integrations import layouts
 from mmflex.integrations.transformers import DenseFallback
+from mmflex.integrations.vision import TOWERS
+from mmflex.integrations.vision import attention as vision_attention
 
 if __package__:
     from .families import FAMILIES, Family, text_config
@@ -35,11 +37,15 @@ page, and the tests check that it is up to date.
 - **dense**: the model's previous attention runs, and a `DenseFallback` warning says why.
 - **refused**: `mmflex.patch` raises an error that says why.
 
+The last column is about the vision tower. **one call a layer**: its frames and windows are one packed sequence, and
+mmflex attends within them in one call a layer, exactly. **as it is**: frames are a batch, which is one call a layer
+already; mmflex does not touch it.
+
 Any other causal language model of transformers that goes through its `AttentionInterface` works as well, its tokens
 taken as text. For a vision-language model that is not listed, give the layout with `mmflex.token_layout`.
 """
 
-COLUMNS = ("family", "transformers class", "where the layout comes from", "text mask", "status")
+COLUMNS = ("family", "transformers class", "where the layout comes from", "text mask", "status", "vision tower")
 
 MASKS = {
     "causal": "causal",
@@ -72,7 +78,29 @@ def row(family: Family) -> tuple[str, ...]:
             words[family.type_ids] = torch.zeros_like(words["input_ids"])
         status = f"with images {status}; text alone {_status(model, spec, words)}"
     name = family.name + (f" ({family.note})" if family.note and family.note != "image blocks see both ways" else "")
-    return name, f"`{type(model).__name__}`", source(model.config), MASKS[family.attention], status
+    mask = MASKS[family.attention]
+    return name, f"`{type(model).__name__}`", source(model.config), mask, status, _tower(family, model)
+
+
+def _tower(family: Family, model: Any) -> str:
+    """What becomes of the vision tower, counted in a forward of two images or films."""
+    if family.kind != "vlm":
+        return "-"
+    calls = []
+    real = vision_attention.varlen_attention
+
+    def counted(*args: Any) -> Any:
+        calls.append(len(args[3]))
+        return real(*args)
+
+    vision_attention.varlen_attention = counted
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), mmflex.patched(model, Dense()):
+            warnings.simplefilter("ignore", DenseFallback)
+            model(**family.batch(model.config, batch=2).inputs)
+    finally:
+        vision_attention.varlen_attention = real
+    return "one call a layer" if calls and max(calls) > 1 else "as it is"
 
 
 def source(config: Any) -> str:
@@ -121,11 +149,14 @@ def table() -> str:
             mmflex.patch(model, AShape())
         except NotImplementedError as error:
             said = str(error).removeprefix(f"{type(model).__name__} ").split(" (")[0]
-            rows.append((name, f"`{type(model).__name__}`", "text only", "causal, sliding window", f"refused: {said}"))
+            kind = (name, f"`{type(model).__name__}`", "text only", "causal, sliding window")
+            rows.append((*kind, f"refused: {said}", "-"))
         else:
             raise AssertionError(f"{name} was expected to be refused")
     lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
-    return TITLE + "\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    towers = ", ".join(f"`{name}`" for name in TOWERS)
+    title = f"{TITLE}\nTowers that mmflex knows, by the `model_type` of their configs: {towers}.\n"
+    return title + "\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 if __name__ == "__main__":

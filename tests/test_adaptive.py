@@ -19,8 +19,8 @@ import mmflex
 from mask_builders import FlexPrefill, VerticalSlash, XAttention, x_attention
 from mask_builders.shares import Shortlist, fewest, top_share
 
-SMALL = {"minimum": 0, "block_size": TILE, "last_q": 4 * TILE}
-"""Of FlexPrefill on prompts of some hundred tokens."""
+SMALL = {"minimum": 0, "block_size": TILE, "last_q": 4 * TILE, "near": 1}
+"""Of FlexPrefill on prompts of some hundred tokens: of which 100 nearest keys would be a good part."""
 
 
 def found(plan: mmflex.Plan, name: str) -> torch.Tensor:
@@ -147,7 +147,7 @@ def test_a_head_of_a_diagonal_goes_vertical_slash() -> None:
     assert not found(plan, "blocks").any()
     chosen = found(plan, "diagonals")[0, 0].nonzero().flatten().tolist()
     assert {311 // TILE, 311 // TILE + 1} <= set(chosen)
-    assert len(chosen) <= 8 + 2 + 2
+    assert len(chosen) <= 1 + 2 + 2
 
 
 def test_every_head_of_a_call_decides_for_itself() -> None:
@@ -188,7 +188,7 @@ def test_lines_hold_gamma_of_the_last_queries_mass(gamma: float) -> None:
     for mass, chosen in ((last.vertical, columns), (last.block_diagonals, diagonals)):
         held = (mass * chosen).sum(-1)
         assert (held >= (gamma - 1e-5) * mass.sum(-1)).all()
-        free = chosen & (torch.arange(mass.shape[-1]) >= (30 if mass.shape[-1] == 600 else 8))
+        free = chosen & (torch.arange(mass.shape[-1]) >= (30 if mass.shape[-1] == 600 else 1))
         least = torch.where(free, mass, torch.inf).amin(-1)
         assert (held - least < (gamma + 1e-5) * mass.sum(-1)).all(), "one less would have been enough"
     causal = np.broadcast_to(np.tri(600, dtype=bool), (1, 4, 600, 600))
@@ -217,7 +217,7 @@ def test_a_budget_that_binds_keeps_the_heaviest() -> None:
     q, k, _ = random()
     lines = FlexPrefill(0.999, 0.0, 77, 12 * TILE, 4, **SMALL)
     plan = mmflex.plan(q, k, lines, backend="reference", block_size=TILE)
-    same = mmflex.plan(q, k, VerticalSlash(77, 12 * TILE, 4 * TILE), backend="reference", block_size=TILE)
+    same = mmflex.plan(q, k, VerticalSlash(77, 12 * TILE, 4 * TILE, near=1), backend="reference", block_size=TILE)
     assert torch.equal(found(plan, "columns"), found(same, "columns"))
     assert torch.equal(found(plan, "diagonals"), found(same, "diagonals"))
     blocks = FlexPrefill(0.999, 1.0, 77, 64, 5, **SMALL)
@@ -231,14 +231,14 @@ def test_a_budget_that_binds_keeps_the_heaviest() -> None:
 def test_the_minimum_is_kept_where_less_would_do(tau: float) -> None:
     """A gamma of next to nothing leaves the forced ones and the minimum."""
     q, k, _ = random()
-    pattern = FlexPrefill(1e-6, tau, 200, 400, 8, minimum=100, block_size=TILE, last_q=32)
+    pattern = FlexPrefill(1e-6, tau, 200, 400, 8, minimum=100, block_size=TILE, last_q=32, near=40)
     plan = mmflex.plan(q, k, pattern, backend="reference", block_size=TILE)
     if tau:
         count = found(plan, "blocks").sum(-1)
         assert torch.equal(count[0, 0], torch.arange(1, count.shape[-1] + 1).clamp(max=-(-100 // TILE)))
     else:
         assert (found(plan, "columns").sum(-1) == 100).all()
-        assert (found(plan, "diagonals").sum(-1) == max(8, -(-100 // TILE))).all()
+        assert (found(plan, "diagonals").sum(-1) == -(-100 // TILE)).all()
 
 
 # ---- XAttention ----
@@ -272,7 +272,7 @@ def test_every_row_holds_its_threshold(threshold: float) -> None:
 
 def test_a_budget_of_blocks_keeps_the_heaviest_of_each_row() -> None:
     q, k, _ = random()
-    plan = mmflex.plan(q, k, XAttention(4, 1.0, 3, TILE), backend="reference", block_size=TILE)
+    plan = mmflex.plan(q, k, XAttention(4, 1.0, 3, TILE, near=1), backend="reference", block_size=TILE)
     table = found(plan, "blocks")
     assert torch.equal(table.sum(-1), torch.arange(1, table.shape[-1] + 1).clamp(max=3).expand(table.shape[:-1]))
     assert table[..., 0].all()

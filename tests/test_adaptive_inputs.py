@@ -1,4 +1,4 @@
-"""FlexPrefill and XAttention on whatever comes in: odd shapes, scopes, padding, bad numbers, bad parameters."""
+"""Patterns that select blocks on whatever comes in: odd shapes, scopes, padding, bad numbers, bad parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,20 @@ from test_exactness import Case, adaptive, layouts, prove, run_settings
 from test_selection import TILE, Planted
 
 import mmflex
-from mask_builders import AShape, Boundary2D, FlexPrefill, QBoundary, XAttention, x_attention
+from mask_builders import (
+    AShape,
+    BlockTopK,
+    Boundary2D,
+    FlashPrefill,
+    FlexPrefill,
+    Prism,
+    ProxyAttn,
+    QBoundary,
+    XAttention,
+    flash_prefill,
+    proxy_attn,
+    x_attention,
+)
 
 # ---- any shape, any scope ----
 
@@ -64,7 +77,10 @@ def test_exact_on_any_layout(case: Case) -> None:
 VIDEO = mmflex.TokenLayout.from_segments(
     [("text", 45), ("video", (9, 5, 5), {"timestamps": 3}), ("text", 61), ("image", (6, 7)), ("text", 20)]
 )
-FLEX, CROSSED = FlexPrefill(0.8, 0.2, 50, 64, 5, 16, 16, 32), XAttention(4, 0.7, 5, 16)
+FLEX, CROSSED = FlexPrefill(0.8, 0.2, 50, 64, 5, 16, 16, 32, 1), XAttention(4, 0.7, 5, 16, 1)
+BANDS, CUT = Prism(0.7, 4, 16, near=20), FlashPrefill(0.3, 5, 0.6, 20, 16, 9, 16)
+PROXY, FALLING = ProxyAttn(0.7, 6, 32, 4, 1, 32, 16, 1), BlockTopK(6, 16, 20, 0.5, 0.3)
+EVERY = [FLEX, FlexPrefill(0.8, 1.0, 50, 64, 5, 16, 16, 32), CROSSED, BANDS, CUT, PROXY, FALLING]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -80,11 +96,18 @@ def test_attention_with_scopes_padding_and_chunks(side: str, queries: int | None
         Boundary2D({("text", "video"): CROSSED, ("video", "video"): wide, ("text", "text"): FLEX}),
         CROSSED.on("text", "video") | FLEX.on("video"),
     ]
-    plan = mmflex.plan(q, k, spec, layout=layout, backend="reference")
-    assert oracle.check_selection(plan, q, k) >= 12
-    out = mmflex.attention(q, k, v, spec, layout=layout, backend="reference")
-    wanted, _ = oracle.softmax(q, k, v, oracle.token_mask(plan, tuple(spec)))
-    assert oracle.error(out, wanted) <= 2e-6
+    newer = [
+        QBoundary({"video": BANDS, "text": PROXY}),
+        Boundary2D({("text", "video"): CUT, ("video", "video"): BANDS, ("text", "text"): PROXY}),
+        PROXY.on("video", "video") | FALLING.on("text"),
+        CUT,
+    ]
+    for other in (spec, newer):
+        plan = mmflex.plan(q, k, other, layout=layout, backend="reference", v=v)
+        assert oracle.check_selection(plan, q, k, v) >= 12
+        out = mmflex.attention(q, k, v, other, layout=layout, backend="reference")
+        wanted, _ = oracle.softmax(q, k, v, oracle.token_mask(plan, tuple(other)))
+        assert oracle.error(out, wanted) <= 2e-6
 
 
 def test_boundary_finds_what_each_modality_wants() -> None:
@@ -106,11 +129,11 @@ def test_boundary_finds_what_each_modality_wants() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["q", "k"])
-@pytest.mark.parametrize("pattern", [FLEX, FlexPrefill(0.8, 1.0, 50, 64, 5, 16, 16, 32), CROSSED], ids=str)
+@pytest.mark.parametrize("pattern", EVERY, ids=str)
 def test_a_bad_number_does_not_spread_through_selection(pattern: mmflex.Pattern, where: str, bad: float) -> None:
     q, k, v = random(200)
     (q if where == "q" else k)[:, :, 100, 3] = bad
-    plan = mmflex.plan(q, k, pattern, backend="reference", block_size=16)
+    plan = mmflex.plan(q, k, pattern, backend="reference", block_size=16, v=v)
     mask = plan.dense_mask()
     assert mask.any(-1).all(), "every query still sees something"
     out = plan.attend(q, k, v)
@@ -133,20 +156,22 @@ def test_widths_hold_for_any_input(shape: str) -> None:
     else:
         q = q * 30
     both = FlexPrefill(1.0, 0.15, 50, 100, 5, 0, 16, 32)
-    plan = mmflex.plan(q, k, [both, CROSSED, FLEX, both], backend="reference", block_size=16)
-    (launch,) = plan.program.launches
-    counts = plan.state.prepared[0].lists
-    assert max(int(counts[0].max()), int(counts[2].max())) <= launch.width < 640 // 16
+    v = k.flip(2)
+    for spec in ([both, CROSSED, FLEX, both], [BANDS, PROXY, FALLING, FlashPrefill(0.1, 5, 0.3, 20, 16, 0, 16)]):
+        plan = mmflex.plan(q, k, spec, backend="reference", block_size=16, v=v)
+        (launch,) = plan.program.launches
+        counts = plan.state.prepared[0].lists
+        assert max(int(counts[0].max()), int(counts[2].max())) <= launch.width < 640 // 16
+        assert oracle.check_selection(plan, q, k, v) == 8
     assert found(mmflex.plan(q, k, both, backend="reference", block_size=16), "columns").sum(-1).max() <= 50
-    assert oracle.check_selection(plan, q, k) == 8
 
 
 def test_a_prompt_of_padding_alone_gives_zeros() -> None:
     """Beside a prompt that has some tokens."""
     layout = mmflex.TokenLayout.batch([mmflex.TokenLayout.text(0), mmflex.TokenLayout.text(60)])
     q, k, v = random(60, batch=2)
-    for pattern in (FLEX, FlexPrefill(0.8, 1.0, 50, 64, 5, 16, 16, 32), CROSSED):
-        plan = mmflex.plan(q, k, pattern, layout=layout, backend="reference", block_size=16)
+    for pattern in EVERY:
+        plan = mmflex.plan(q, k, pattern, layout=layout, backend="reference", block_size=16, v=v)
         out = plan.attend(q, k, v)
         assert (out[0] == 0).all()
         wanted, _ = oracle.softmax(q, k, v, oracle.token_mask(plan, (pattern,) * 4))
@@ -155,9 +180,10 @@ def test_a_prompt_of_padding_alone_gives_zeros() -> None:
 
 def test_planning_reads_nothing_back() -> None:
     """No value of the device steers the host: what is found has shapes that follow from the spec."""
-    q, k, _ = random(300)
-    spec = [FLEX, CROSSED] * 2
-    mmflex.plan(q, k, spec, backend="reference", block_size=16)
+    q, k, v = random(300)
+    spec, other = [FLEX, CROSSED] * 2, [BANDS, CUT, PROXY, FALLING]
+    for each in (spec, other):
+        mmflex.plan(q, k, each, backend="reference", block_size=16, v=v)
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class NoReadBack(TorchDispatchMode):
@@ -167,7 +193,8 @@ def test_planning_reads_nothing_back() -> None:
             return function(*args, **(kwargs or {}))
 
     with NoReadBack():
-        mmflex.plan(q, k, spec, backend="reference", block_size=16)
+        for each in (spec, other):
+            mmflex.plan(q, k, each, backend="reference", block_size=16, v=v)
 
 
 def test_memory_is_far_below_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,11 +202,13 @@ def test_memory_is_far_below_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     from test_program import Largest
 
     n = 32768
-    monkeypatch.setattr(x_attention, "_SCORES", 1 << 20)
+    for module, name in ((x_attention, "_SCORES"), (flash_prefill, "_STRIP"), (proxy_attn, "_STRIP")):
+        monkeypatch.setattr(module, name, 1 << 20)
     q, k = torch.randn(1, 2, n, 16), torch.randn(1, 1, n, 16)
-    for pattern in (FlexPrefill(0.9, 0.1, 500, 1024, 10), XAttention(16, 0.9, 10)):
+    newer = (Prism(0.9, 10), FlashPrefill(0.1, 10, 0.2), ProxyAttn(0.9, 10), BlockTopK(10, decay=0.7, values=0.2))
+    for pattern in (FlexPrefill(0.9, 0.1, 500, 1024, 10), XAttention(16, 0.9, 10), *newer):
         with Largest() as largest:
-            mmflex.plan(q, k, pattern, backend="reference")
+            mmflex.plan(q, k, pattern, backend="reference", v=k)
         assert largest.numel <= n * n // 32, f"{largest.numel / 2**20:.0f} MiB by {largest.where}"
 
 
@@ -211,6 +240,27 @@ def test_memory_is_far_below_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: XAttention(stride=256), ValueError, ["256", "128", "divisor"]),
         (lambda: XAttention(blocks=0), ValueError, ["XAttention.blocks", "0", "1"]),
         (lambda: XAttention(block_size=0), ValueError, ["XAttention.block_size", "0", "1"]),
+        (lambda: XAttention(near=-1), ValueError, ["XAttention.near", "-1", "0"]),
+        (lambda: FlexPrefill(near=0.5), TypeError, ["FlexPrefill.near", "0.5", "int"]),
+        (lambda: BlockTopK(decay=0), ValueError, ["BlockTopK.decay", "0", "at most 1"]),
+        (lambda: BlockTopK(decay="0.7"), TypeError, ["BlockTopK.decay", "'0.7'"]),
+        (lambda: BlockTopK(values=-1), ValueError, ["BlockTopK.values", "-1", "off"]),
+        (lambda: BlockTopK(values=float("inf")), ValueError, ["BlockTopK.values", "inf"]),
+        (lambda: BlockTopK(values=None), TypeError, ["BlockTopK.values", "None"]),
+        (lambda: BlockTopK(near=-1), ValueError, ["BlockTopK.near", "-1"]),
+        (lambda: Prism(0), ValueError, ["Prism.threshold", "0"]),
+        (lambda: Prism(blocks=0), ValueError, ["Prism.blocks", "0", "1"]),
+        (lambda: Prism(rotary_dim=2), ValueError, ["Prism.rotary_dim", "2", "4"]),
+        (lambda: Prism(pairs="thirds"), ValueError, ["Prism.pairs", "thirds", "halves", "interleaved"]),
+        (lambda: FlashPrefill(0), ValueError, ["FlashPrefill.alpha", "0"]),
+        (lambda: FlashPrefill(rescue=1.5), ValueError, ["FlashPrefill.rescue", "1.5", "off", "1"]),
+        (lambda: FlashPrefill(rescue="x"), TypeError, ["FlashPrefill.rescue", "'x'"]),
+        (lambda: FlashPrefill(last=-1), ValueError, ["FlashPrefill.last", "-1"]),
+        (lambda: FlashPrefill(sink=1.0), TypeError, ["FlashPrefill.sink", "1.0"]),
+        (lambda: ProxyAttn(1.2), ValueError, ["ProxyAttn.gamma", "1.2"]),
+        (lambda: ProxyAttn(stride=0), ValueError, ["ProxyAttn.stride", "0", "1"]),
+        (lambda: ProxyAttn(kv_heads=0), ValueError, ["ProxyAttn.kv_heads", "0", "1"]),
+        (lambda: ProxyAttn(minimum=-1), ValueError, ["ProxyAttn.minimum", "-1"]),
     ],
 )
 def test_refused_by_name(make, kind: type[Exception], words: list[str]) -> None:
@@ -220,7 +270,7 @@ def test_refused_by_name(make, kind: type[Exception], words: list[str]) -> None:
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize("cls", [FlexPrefill, XAttention])
+@pytest.mark.parametrize("cls", [FlashPrefill, FlexPrefill, Prism, ProxyAttn, XAttention])
 def test_candidates_travel_as_json_and_scale(cls: type[mmflex.Pattern]) -> None:
     candidates = cls.candidates()
     assert len(set(candidates)) == len(candidates) >= 2
@@ -234,7 +284,8 @@ def test_candidates_travel_as_json_and_scale(cls: type[mmflex.Pattern]) -> None:
 def test_unbounded_budgets_and_a_share_of_one_are_dense() -> None:
     q, k, _ = random(150, 37)
     q, k = q * 0.1, k * 0.1  # no mass that float32 cannot tell from 0
-    for pattern in (FlexPrefill(1.0, 1.0, 999, 999, 999, 0, 16), XAttention(4, 1.0, 999, 16)):
+    share = (FlexPrefill(1.0, 1.0, 999, 999, 999, 0, 16), XAttention(4, 1.0, 999, 16), Prism(1.0, 999, 16))
+    for pattern in (*share, FlashPrefill(1e-9, 999, block_size=16), ProxyAttn(1.0, 999, 0, block_size=16)):
         plan = mmflex.plan(q, k, pattern, backend="reference", block_size=16)
         assert torch.equal(plan.dense_mask()[0, 0], torch.ones(37, 150).tril(113).bool())
     columns = FlexPrefill(1.0, 0.0, 999, 999, 1, 999, 16)

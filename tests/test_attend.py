@@ -81,7 +81,7 @@ def test_strips_are_the_same_attention(
 def test_lists_of_what_is_given_end_where_it_ends() -> None:
     """185 tokens fill 12 tiles of 16; a launch of 13 with lists as wide names none of the last."""
     count, index = torch.arange(13).expand(1, 2, -1), torch.zeros(1, 2, 13, 13)
-    lists = (count, index, count, index)
+    lists = backends.BlockLists(count, index, count, index)
     assert backends._cut(lists, 13, 13) is lists
     assert [tuple(t.shape) for t in backends._cut(lists, 12, 12)] == [(1, 2, 12), (1, 2, 12, 12)] * 2
     assert [tuple(t.shape) for t in backends._cut(lists, 12, 40)] == [(1, 2, 12), (1, 2, 12, 13)] * 2

@@ -67,6 +67,31 @@ def test_demo_says_what_cannot_run(tmp_path: Path) -> None:
     assert "backend 'triton' cannot run here" in " ".join(text.split())
 
 
+def test_the_demo_tells_no_ratio_below_the_spread() -> None:
+    pytest.importorskip("transformers")
+    from mmflex.demo import compared
+
+    assert compared([2.0, 2.1, 2.0], [1.0, 1.0, 1.1]) == ("2.00 s", "1.00 s (2.0x)")
+    assert compared([1.0, 1.0], [2.0, 2.0]) == ("1.00 s", "2.00 s (0.5x)")
+    assert compared([2.0, 2.6], [1.9, 1.5]) == ("2.30 s", "1.70 s")  # 0.6 apart, as are the runs of the first
+    assert compared([3.0], [1.0]) == ("3.00 s", "1.00 s")  # one run each: no spread is known
+
+
+@pytest.mark.parametrize(("free", "expected"), [(140, (512, 28, True)), (20, (128, 28, True)), (8, (512, 8, False))])
+def test_the_demo_goes_by_the_memory_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, free: int, expected: tuple[int, int, bool]
+) -> None:
+    pytest.importorskip("transformers")
+    from mmflex.demo import Settings
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 10**9, 150 * 10**9))
+    settings = Settings.suited("cuda", runs=None, layers=3)
+    assert (settings.frames, settings.heads, settings.real_tower) == expected
+    assert settings.layers == 3
+    assert ("GB of GPU memory are free" in settings.more) == (free < 40)
+    assert Settings.suited("cpu", frames=None).frames == 512
+
+
 def test_the_demo_joins_frames_as_the_video_processor_does() -> None:
     pytest.importorskip("transformers")
     from mmflex.demo import moving_shapes, process

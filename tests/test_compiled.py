@@ -22,8 +22,11 @@ from mask_builders import (
     Boundary2D,
     Dense,
     Dilated,
+    FlashPrefill,
     FlexPrefill,
     Grid,
+    Prism,
+    ProxyAttn,
     QBoundary,
     Strided,
     StridedFixed,
@@ -80,7 +83,7 @@ def check(
     """
     patterns = (spec,) * HEADS if isinstance(spec, mmflex.Pattern) else tuple(spec)  # type: ignore[arg-type]
     q, k, v = tensors(**options)  # type: ignore[arg-type]
-    plan = mmflex.plan(q, k, patterns, layout=layout, scale=scale, backend="cpu", lowering=lowering)
+    plan = mmflex.plan(q, k, patterns, layout=layout, scale=scale, backend="cpu", lowering=lowering, v=v)
     mask = oracle.token_mask(plan, patterns)
     assert (plan.dense_mask().numpy() == mask).all()
     out = plan.attend(q, k, v)
@@ -106,6 +109,8 @@ ONE_COMPARISON = [
     [BlockTopK(2), LINES, BlockTopK(1), LINES],
     [BlockTopK(3, 256), LINES, BlockTopK(1, 384), VerticalSlash(77, 129)],
     [FlexPrefill(0.9, 0.1, 100, 256, 2, 0), XAttention(8, 0.8, 2), FlexPrefill(0.7, 0.0, 64, 256), XAttention(16, 0.5)],
+    [LINES, Prism(0.8, 2), LINES, FlashPrefill(0.2, 2, 0.3, near=200)],
+    [ProxyAttn(0.8, 2, 128), LINES, BlockTopK(3, near=1, decay=0.5, values=0.2), LINES],
     [Grid(30, local=64, sink=32), A, Grid(7, phase=3, local=1, sink=1), A],
     [A, Grid("frame", local=64, sink=32, last_q=16), BlockTopK(2), Grid("frame", phase=5, local=0, sink=0)],
     [

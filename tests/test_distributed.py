@@ -18,8 +18,11 @@ from mask_builders import (
     BlockTopK,
     Boundary2D,
     Dense,
+    FlashPrefill,
     FlexPrefill,
     Grid,
+    Prism,
+    ProxyAttn,
     QBoundary,
     VerticalSlash,
     XAttention,
@@ -98,7 +101,7 @@ def same_as_one_process(
     q, k, v = draw(layout.length, batch=batch)
     spec = [spec] * 14 if isinstance(spec, mmflex.Pattern) else spec
     backend = options.get("backend", "reference")
-    whole = mmflex.plan(q, k, spec, layout=layout, backend=backend)
+    whole = mmflex.plan(q, k, spec, layout=layout, backend=backend, v=v)
     mask, wanted = whole.dense_mask(), whole.attend(q, k, v)
     truth, _ = oracle.softmax(q, k, v, mask.numpy())
     kinds: set[str] = set()
@@ -168,6 +171,31 @@ def test_patterns_that_score_blocks_of_queries(pool: RankPool, layout: str) -> N
     same_as_one_process(pool, 2, BY_BLOCK, prompts, {"backend": "reference"}, batch=prompts.batch_size)
 
 
+FROM_ALL_QUERIES = [
+    *[FlashPrefill(0.2, 4, 0.5, 200, 100, 100, 192)] * 2,
+    *[FlashPrefill(0.3, 3, near=150, sink=1).on("video", "video") | AShape(64, 128)] * 2,
+    *[ProxyAttn(0.8, 5, 0, block_size=192, last_q=40)] * 2,
+    *[ProxyAttn(0.7, 3, 0, kv_heads=2).on("video") | AShape(64, 128)] * 2,
+    *[Prism(0.6, 4, 192)] * 2,
+    *[Prism(0.5, 3).on("video", "video") | AShape(64, 128)],
+    *[BlockTopK(5, 192, 200, decay=0.5, values=0.3)] * 2,
+    *[BlockTopK(4, decay=0.4, values=0.2).on("video", "video") | AShape(64, 128)],
+]
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(2, "plain"), (4, "left"), (2, "right")])
+def test_neighbours_samples_budgets_and_values_of_blocks(pool: RankPool, ranks: int, layout: str) -> None:
+    """What is forced near every query of a block, which queries are sampled and how budgets fall is that of whole
+    blocks and prompts, on every rank; of values, all ranks have all."""
+    prompts = VIDEO if layout == "plain" else PADDED[layout]
+    same_as_one_process(pool, ranks, FROM_ALL_QUERIES, prompts, {"backend": "reference"}, batch=prompts.batch_size)
+
+
+def test_proxies_within_a_ranks_heads(pool: RankPool) -> None:
+    spec = [*[ProxyAttn(0.8, 5, 0)] * 9, *[BlockTopK(5, values=0.3)] * 5]
+    same_as_one_process(pool, 2, spec, VIDEO, {"backend": "reference", "scheme": "heads"})
+
+
 def test_heads_exchanged_for_tokens(pool: RankPool) -> None:
     same_as_one_process(pool, 2, EVERY_KIND, VIDEO, {"backend": "reference", "scheme": "heads"})
     same_as_one_process(
@@ -203,6 +231,7 @@ def test_log_sum_exp_and_torch_compile(pool: RankPool) -> None:
         ("short", "ValueError", ["384 tokens are 3 tiles", "2 ranks need 4"]),
         ("share", "ValueError", ["q has 500 tokens", "holds 512 of 1024"]),
         ("heads", "ValueError", ["3 KV heads do not divide by 2 ranks", 'scheme="keys"']),
+        ("proxies", "ValueError", ["ProxyAttn", "2 KV heads together", "2 ranks share the 4 query heads and 2 KV"]),
         ("no lse", "ValueError", ["return_lse", "'cpu'", "reference"]),
         ("unlike", "ValueError", ["rank 0", "rank 1", "fingerprint", "same prompt"]),
         ("scheme", "ValueError", ["'ring'", '"keys" or "heads"']),
@@ -309,6 +338,7 @@ def test_logits_of_all_tokens_are_those_of_one_process(pool: RankPool, name: str
         ("no mesh", "ValueError", ["'sharded'", "mesh is None"]),
         ("word", "ValueError", ["'split'", "replicated", "sharded"]),
         ("kv heads", "ValueError", ["1 KV heads do not divide by 2 ranks"]),
+        ("proxies", "ValueError", ["ProxyAttn", "2 KV heads together", "2 ranks"]),
         ("unlike", "ValueError", ["checksum", "rank 1", "same prompt"]),
         ("hybrid", "NotImplementedError", ["something else than attention in 1 of 2 layers"]),
         ("rope", "NotImplementedError", ["'dynamic'", "length of the prompt"]),
@@ -352,6 +382,19 @@ def test_tensor_parallel(pool: RankPool, ranks: tuple[int, int], heads: int, kv_
     for tokens, logits, rank_tokens, rank_logits in pool.run(ranks, rank_cases.over_tensors, heads, kv_heads, options):
         assert torch.equal(rank_tokens, tokens)
         torch.testing.assert_close(rank_logits, logits, atol=2e-5, rtol=1e-4)
+
+
+def test_proxies_over_tensor_parallel_ranks(pool: RankPool) -> None:
+    """Of the heads of one KV head, which one rank has; of more, they would not be those of one process."""
+    few, many = ProxyAttn(0.8, 5, 0), ProxyAttn(0.8, 5, 0, kv_heads=2)
+    for tokens, logits, rank_tokens, rank_logits in pool.run((1, 2), rank_cases.over_tensors, 4, 2, None, few):
+        assert torch.equal(rank_tokens, tokens)
+        torch.testing.assert_close(rank_logits, logits, atol=2e-5, rtol=1e-4)
+    with pytest.raises(RankError) as raised:
+        pool.run((1, 2), rank_cases.over_tensors, 4, 2, None, many)
+    for name, message, _ in raised.value.errors:
+        assert name == "ValueError"
+        assert "2 KV heads together, but 2 ranks share the 4 query heads and 2 KV heads" in message
 
 
 def test_heads_that_tensor_parallel_ranks_do_not_divide(pool: RankPool) -> None:

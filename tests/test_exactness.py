@@ -32,8 +32,11 @@ from mask_builders import (
     Boundary2D,
     Dense,
     Dilated,
+    FlashPrefill,
     FlexPrefill,
     Grid,
+    Prism,
+    ProxyAttn,
     QBoundary,
     Strided,
     StridedFixed,
@@ -113,8 +116,12 @@ def layouts(draw: st.DrawFn, batch: int, longest: int) -> mmflex.TokenLayout:
 # ---- patterns ----
 
 
+NEAR = st.sampled_from([1, 1, 0, 20, 100])
+"""Nearest keys that are forced: 100 are most of so short prompts."""
+
+
 def adaptive(tile: int, last: int) -> st.SearchStrategy:
-    """Patterns that keep a share of the mass."""
+    """Patterns that keep a share of the mass, or what is heavy beside the heaviest."""
     share, budget = st.sampled_from([0.3, 0.7, 0.9, 0.95, 1.0]), st.sampled_from([1, 20, 64, 5000])
     runs = [(4, tile), (8, tile), (tile, 2 * tile), (1, tile // 2)]
     flex = st.builds(
@@ -127,14 +134,47 @@ def adaptive(tile: int, last: int) -> st.SearchStrategy:
         minimum=st.sampled_from([0, 10, tile, 5000]),
         block_size=st.sampled_from([tile, tile, 2 * tile, tile // 2]),
         last_q=st.just(last),
+        near=NEAR,
     )
     crossed = st.builds(
-        lambda run, share, blocks: XAttention(run[0], share, blocks, run[1]),
+        lambda run, share, blocks, near: XAttention(run[0], share, blocks, run[1], near),
         st.sampled_from(runs),
         share,
         st.integers(1, 6),
+        NEAR,
     )
-    return st.one_of(flex, crossed)
+    blocks, size = st.integers(1, 6), st.sampled_from([tile, tile, 2 * tile, tile // 2, 7])
+    bands = st.builds(
+        Prism,
+        threshold=share,
+        blocks=blocks,
+        block_size=size,
+        rotary_dim=st.sampled_from([None, 4, 10, 16]),
+        pairs=st.sampled_from(["halves", "interleaved"]),
+        near=NEAR,
+    )
+    cut = st.builds(
+        FlashPrefill,
+        alpha=st.sampled_from([0.01, 0.3, 0.9]),
+        blocks=blocks,
+        rescue=st.sampled_from([0.0, 0.0, 0.2, 0.9]),
+        near=NEAR,
+        sink=st.sampled_from([0, 1, 30]),
+        last=st.sampled_from([0, 1, 20]),
+        block_size=size,
+    )
+    proxy = st.builds(
+        ProxyAttn,
+        gamma=share,
+        blocks=blocks,
+        minimum=st.sampled_from([0, 10, tile, 5000]),
+        stride=st.sampled_from([1, 4, 4, 5]),
+        kv_heads=st.sampled_from([1, 1, 2, 3]),
+        last_q=st.just(last),
+        block_size=size,
+        near=NEAR,
+    )
+    return st.one_of(flex, crossed, bands, cut, proxy)
 
 
 @st.composite
@@ -153,8 +193,15 @@ def leaves(draw: st.DrawFn, layout: mmflex.TokenLayout, tile: int, key: int | No
             st.just(Dense()),
             st.builds(AShape, size, size),
             st.builds(TriShape, size, size, size),
-            st.builds(VerticalSlash, size, size, st.just(last)),
-            st.builds(BlockTopK, st.integers(1, 6), st.sampled_from([tile, tile, 2 * tile, tile // 2, 7])),
+            st.builds(VerticalSlash, size, size, st.just(last), NEAR),
+            st.builds(
+                BlockTopK,
+                st.integers(1, 6),
+                st.sampled_from([tile, tile, 2 * tile, tile // 2, 7]),
+                NEAR,
+                st.sampled_from([1.0, 0.7, 0.3]),
+                st.sampled_from([0.0, 0.0, 0.5]),
+            ),
             adaptive(tile, last),
             st.builds(
                 Grid,
@@ -280,7 +327,7 @@ def prove(case: Case) -> mmflex.Plan:
     with lowered(case["lowering"]) as lowering:
         plan = mmflex.plan(
             q, k, spec, layout=layout, scale=case["scale"], backend="reference", block_size=case["tile"],
-            lowering=lowering,
+            lowering=lowering, v=v,
         )  # fmt: skip
     mask = oracle.token_mask(plan, spec)
     found = plan.dense_mask().numpy()
@@ -289,7 +336,7 @@ def prove(case: Case) -> mmflex.Plan:
     assert not len(wrong), f"dense_mask differs in {len(wrong)} pairs, first {wrong[0]}: {found[tuple(wrong[0])]}"
 
     prove_lists(plan, mask)
-    oracle.check_selection(plan, q, k)
+    oracle.check_selection(plan, q, k, v)
 
     out, lse = plan._attend(q, k, v, True)
     wanted, sums = oracle.softmax(q, k, v, mask, case["scale"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,11 +17,12 @@ transformers = pytest.importorskip("transformers")
 
 import mmflex.runtime.attention as runtime  # noqa: E402
 from mask_builders import AShape, Dense, Grid, VerticalSlash  # noqa: E402
-from mmflex import TokenLayout, plan  # noqa: E402
+from mmflex import TokenLayout, intercept, plan  # noqa: E402
 from mmflex.integrations import prefill  # noqa: E402
 from mmflex.integrations.layouts import layout_for  # noqa: E402
 from mmflex.integrations.long_prefill import last_token_logits  # noqa: E402
 from mmflex.integrations.transformers import DenseFallback, patch, patched, token_layout, unpatch  # noqa: E402
+from mmflex.integrations.vision import TOWERS, VISION_NAME  # noqa: E402
 from mmflex.tuning.config import Config  # noqa: E402
 
 SPARSE = AShape(128, 128)
@@ -219,7 +221,8 @@ def test_unpatch_restores_everything(name: str, tmp_path: Any) -> None:
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and config is not text:
-            assert config._attn_implementation == "sdpa", type(module).__name__
+            expected = VISION_NAME if config.model_type in TOWERS else "sdpa"
+            assert config._attn_implementation == expected, type(module).__name__
     model(**batch.inputs)
     model.generate(**batch.inputs, max_new_tokens=2)
     model.save_pretrained(tmp_path / "during")
@@ -440,9 +443,30 @@ def test_latent_attention_has_narrower_values(calls: Calls) -> None:
 def test_models_that_are_not_language_models() -> None:
     with pytest.raises(TypeError, match="holds 0 transformers language models"):
         patch(nn.Linear(2, 2), Dense())
+    with pytest.raises(TypeError, match=r"mmflex\.intercept\(model, spec\)"):
+        patch(nn.Linear(2, 2), Dense())
     both = nn.ModuleList([llama(), small("Mistral")])
     with pytest.raises(TypeError, match=r"2 transformers language models .*patch the one that reads the prompt"):
         patch(both, Dense())
+
+
+def test_older_transformers_have_intercept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.46.3")
+    with pytest.raises(ImportError, match=r"5\.17 or newer, got 4\.46\.3: .*mmflex\.intercept"):
+        patch(model, Dense())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_intercept_names_patch(calls: Calls) -> None:
+    """And works all the same: transformers' own attention calls SDPA."""
+    model, inputs = llama(), prompt(1, 150)
+    wanted = model(**inputs).logits
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM .*mmflex\.patch"), intercept(model, Dense()) as seen:
+        torch.testing.assert_close(model(**inputs).logits, wanted, **CLOSE)
+    assert seen.taken == {0: 1, 1: 1}
+    with patched(model, Dense()), pytest.raises(ValueError, match=r"LlamaForCausalLM is patched: call mmflex\.unpatch"):
+        intercept(model, Dense()).__enter__()
 
 
 def test_a_model_that_does_not_call_the_attention() -> None:
@@ -473,6 +497,38 @@ class Composite(nn.Module):
         visual = self.projector(frames).flatten(0, 1)[None]
         embeds = torch.cat([visual, self.llm.model.embed_tokens(ids)], dim=1)
         return self.llm.generate(inputs_embeds=embeds, max_new_tokens=4, do_sample=False)
+
+
+class TowerInside(transformers.Qwen2ForCausalLM):
+    """A language model that builds its vision tower within itself and joins embeddings in its own code."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        tower = transformers.SiglipVisionConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=24,
+            patch_size=4, attn_implementation="eager",
+        )  # fmt: skip
+        self.model.vision_tower = transformers.SiglipVisionModel(tower)
+        self.model.projector = nn.Linear(32, config.hidden_size)
+
+    def join(self, frames: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        visual = self.model.projector(self.model.vision_tower(frames).last_hidden_state).flatten(0, 1)
+        return torch.cat([visual[None], self.model.embed_tokens(ids)], dim=1)
+
+
+def test_a_vision_tower_inside_the_language_model_keeps_its_attention(calls: Calls) -> None:
+    torch.manual_seed(0)
+    model = TowerInside(transformers.Qwen2Config(**text_config())).eval()
+    frames, ids = torch.randn(5, 3, 24, 24), torch.randint(5, 90, (1, 41))
+    layout = TokenLayout.from_segments([("video", (5, 6, 6)), ("text", 41)])
+    tower = model.model.vision_tower
+    before = model(inputs_embeds=model.join(frames, ids)).logits
+    with patched(model, Dense()), token_layout(layout):
+        assert (tower.config._attn_implementation, model.config._attn_implementation) == ("eager", "mmflex")
+        inside = model(inputs_embeds=model.join(frames, ids)).logits
+    assert calls.sizes == [(221, 221)] * 2
+    torch.testing.assert_close(inside, before, **CLOSE)
+    assert (tower.config._attn_implementation, model.config._attn_implementation) == ("eager", "sdpa")
 
 
 def test_a_layout_for_models_fed_by_their_own_code(calls: Calls) -> None:

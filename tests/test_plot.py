@@ -197,6 +197,7 @@ def draw_each(plan: Plan, **options: Any) -> dict[str, Any]:
         "plot_masks": lambda: plot.plot_masks(plan, [0, 1], **options),
         "plot_orders": lambda: plot.plot_orders(plan, 1, **options),
         "plot_estimate": lambda: plot.plot_estimate(plan, 0, **options),
+        "plot_graph": lambda: plot.plot_graph(plan, **options),
         "plot_heads": lambda: plot.plot_heads(plan, **options),
         "plot_config": lambda: plot.plot_config(config, **options),
         "plot_importance": lambda: plot.plot_importance(WEIGHTS, VIDEO, {"questions": [890, 900]}, **options),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import oracle
@@ -25,9 +23,6 @@ from mask_builders import (
     VerticalSlash,
 )
 from mmflex.compiler import lower as compiler
-
-ROOT = Path(mmflex.__file__).resolve().parent
-LAYERS = ["ir", "compiler", "runtime", "distributed", "tuning", "integrations", "evaluation", "cli"]
 
 
 def make(heads: int, kv_heads: int, m: int, n: int | None = None, dim: int = 16, seed: int = 0, batch: int = 1):
@@ -289,63 +284,6 @@ def test_planning_holds_nothing_of_n_by_n(spec: mmflex.Pattern) -> None:
     with Largest() as largest:
         mmflex.plan(q, k, spec, layout=layout, backend="reference")
     assert largest.numel <= n * n // 32, f"{largest.numel / 2**20:.0f} MiB by {largest.where}"
-
-
-# ---- imports ----
-
-
-def imported(path: Path) -> set[str]:
-    """Absolute names of the modules that a file imports anywhere in it (not only at the top)."""
-    package = ["mmflex", *path.relative_to(ROOT).with_suffix("").parts[:-1]]
-    out: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            out |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            out |= {module} | {f"{module}.{alias.name}" for alias in node.names}
-    return out
-
-
-FILES = sorted(p for p in ROOT.rglob("*.py"))
-
-
-def layer(module: str) -> str | None:
-    parts = module.split(".")
-    return parts[1] if parts[0] == "mmflex" and len(parts) > 1 and parts[1] in LAYERS else None
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_one_way(path: Path) -> None:
-    """ir <- compiler <- runtime <- distributed <- tuning <- integrations <- cli: each imports those to its left."""
-    own = path.relative_to(ROOT).with_suffix("").parts[0]
-    if own not in LAYERS:
-        return
-    for module in imported(path):
-        there = layer(module)
-        assert there is None or LAYERS.index(there) <= LAYERS.index(own), f"{path.name} imports {module}"
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_patterns_are_not_imported(path: Path) -> None:
-    """mmflex finds patterns by their entry points; only the command line and the demo name them."""
-    own = path.relative_to(ROOT).with_suffix("").parts[0]
-    if own in ("cli", "demo", "__main__"):
-        return
-    names = {m for m in imported(path) if m.split(".")[0] == "mask_builders"}
-    assert not names, f"{path.name} imports {names}"
-
-
-def test_patterns_need_no_search_and_no_models() -> None:
-    """mask_builders -> mmflex: patterns use what is below the tuning, nothing that is built on patterns."""
-    import mask_builders
-
-    folder = Path(mask_builders.__file__).parent
-    for path in sorted(folder.glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mmflex"):
-                assert layer(node.module) not in LAYERS[3:], f"{path.name} imports {node.module}"
 
 
 # ---- what a plan says ----

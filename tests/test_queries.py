@@ -11,7 +11,20 @@ from hypothesis import given
 from test_exactness import Case, cases, lowered, run_settings, tensors
 
 import mmflex
-from mask_builders import AShape, BlockTopK, Boundary2D, Dense, FlexPrefill, Grid, QBoundary, VerticalSlash, XAttention
+from mask_builders import (
+    AShape,
+    BlockTopK,
+    Boundary2D,
+    Dense,
+    FlashPrefill,
+    FlexPrefill,
+    Grid,
+    Prism,
+    ProxyAttn,
+    QBoundary,
+    VerticalSlash,
+    XAttention,
+)
 from mmflex import QueryTokens
 
 torch.set_num_threads(1)
@@ -49,6 +62,7 @@ def test_any_rows_of_a_prompt_are_exact(case: Case, data: st.DataObject) -> None
         rows = np.flatnonzero(mark)
     index = torch.as_tensor(rows)
     options = {"layout": case["layout"], "scale": case["scale"], "backend": "reference", "block_size": case["tile"]}
+    options["v"] = v
     with lowered(case["lowering"]) as lowering:
         part = mmflex.plan(q[:, :, index], k, spec, query_positions=rows, lowering=lowering, **options)
     out, lse = part._attend(q[:, :, index], k, v, True)
@@ -86,7 +100,15 @@ def test_chunks_that_estimate_from_the_prompts_last_queries_are_the_whole_prompt
         assert oracle.error(part.attend(rows, k, v), wanted[:, :, first:end].double().numpy()) <= 2e-6
 
 
-BY_BLOCK = [BlockTopK(3, 16), XAttention(8, 0.8, 4, 16), FlexPrefill(0.9, 0.2, 40, 64, 4, 16, 16)]
+BY_BLOCK = [
+    BlockTopK(3, 16, 1),
+    BlockTopK(9, 16, 20, decay=0.5),
+    XAttention(8, 0.8, 4, 16, 20),
+    FlashPrefill(0.2, 4, 0.5, 20, 16, 20, 16),
+    ProxyAttn(0.8, 6, 0, block_size=16, near=1),
+    FlexPrefill(0.9, 0.2, 40, 64, 4, 16, 16, near=1),
+    Prism(0.7, 4, 16, near=1),
+]
 
 
 @pytest.mark.parametrize("spec", BY_BLOCK, ids=str)
@@ -100,7 +122,7 @@ def test_patterns_of_every_query_block_go_by_the_calls_queries(spec: mmflex.Patt
             q[:, :, first:end], k, spec, layout=VIDEO, backend="reference", block_size=16, query_start=first,
             estimate_from=(q, None),
         )  # fmt: skip
-        if not isinstance(spec, FlexPrefill):  # its share is of all rows of the call
+        if not isinstance(spec, (FlexPrefill, Prism)):  # their share, or temperature, is of all rows of the call
             assert torch.equal(part.dense_mask(), whole[:, :, first:end])
         assert part.dense_mask().any()
 

@@ -30,7 +30,13 @@ LAYOUT = mmflex.TokenLayout.from_segments(
     [("text", 45), ("video", (8, 5, 5), {"timestamps": (3, 6, 2, 7, 1, 4, 9, 0)}), ("text", 60), ("video", (6, 4, 4))]
 )
 TEXT, VIDEO = 0, 2
-TABLE = (AShape(16, 48), VerticalSlash(40, 48, 16), BlockTopK(4, 16), Grid(27, local=32, sink=16, last_q=16))
+TABLE = (
+    AShape(16, 48),
+    VerticalSlash(40, 48, 16, near=1),
+    BlockTopK(4, 16, near=1),
+    Grid(27, local=32, sink=16, last_q=16),
+)
+"""On prompts of which 100 nearest keys would be a good part."""
 
 
 def qkv(heads: int = 4, kv_heads: int = 2, n: int = LAYOUT.length, dim: int = 16, seed: int = 0, sharp: float = 2.0):
@@ -188,9 +194,9 @@ def test_a_mask_by_tiles_is_the_mask() -> None:
     group = Rows(None).groups(LAYOUT)[1]
     look = Probe(held, group, slice(0, 2), (TEXT, VIDEO))
     for pattern, key in (
-        (VerticalSlash(40, 64, 16) | BlockTopK(3, 16), None),
-        (VerticalSlash(40, 64, 16).on(query="video", key="video"), VIDEO),
-        (BlockTopK(3, 32).on(query="video", key="text") | AShape(16, 20).on("video", "text"), TEXT),
+        (VerticalSlash(40, 64, 16, near=1) | BlockTopK(3, 16, near=1), None),
+        (VerticalSlash(40, 64, 16, near=1).on(query="video", key="video"), VIDEO),
+        (BlockTopK(3, 32, near=1).on(query="video", key="text") | AShape(16, 20).on("video", "text"), TEXT),
     ):
         plan = mmflex.plan(held.q, held.k, pattern, layout=LAYOUT, backend="reference", block_size=16)
         mask = plan.dense_mask(group.rows.tolist())[0]
@@ -269,6 +275,16 @@ def test_scaling() -> None:
     assert BlockTopK(3).scaled(0.01) == BlockTopK(1)
 
 
+def test_errors_are_measured_at_every_place_in_a_tile() -> None:
+    """Of a length that is a multiple of the tile as of others, in the last rows and in the sampled ones."""
+    for n in (1024, 1500, 2048):
+        (group,) = Rows().groups(mmflex.TokenLayout.text(n))
+        sampled, last = (np.bincount(group.rows % 128, weights=share, minlength=128) for share in group.share)
+        assert (last == 1).all(), "the last rows stand at every place once"
+        sixteenths = sampled.reshape(8, 16).sum(1)
+        assert sixteenths.min() >= 0.6 * sixteenths.mean()
+
+
 # ---- planted heads ---------------------------------------------------------------------------------------------------
 
 
@@ -281,8 +297,8 @@ def test_planted_heads_are_found() -> None:
     tile, last_q = scale.tile, scale.last_q
     wanted = (
         AShape(2 * tile, 8 * tile),
-        VerticalSlash(64, 32, last_q),
-        BlockTopK(5, 2 * tile),
+        VerticalSlash(64, 32, last_q, near=1),
+        BlockTopK(5, 2 * tile, near=1),
         Grid("search", local=4 * tile, sink=2 * tile, last_q=last_q, shortest=tile, longest=8 * tile),
         Grid("frame", local=4 * tile, sink=2 * tile, last_q=last_q),
         Grid("search", False, False, True, 4 * tile, 2 * tile, last_q=last_q, shortest=tile, longest=8 * tile),
@@ -623,11 +639,11 @@ def test_the_model_that_comes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     table, out = tmp_path / "table.json", tmp_path / "found.json"
     table.write_text(json.dumps([p.to_json() for p in SMALL]))
     output_of(
-        "v-niah", "--tokens", "512", "--budget", "density=0.9", "--candidates", str(table), "--rows", "20",
+        "v-niah", "--tokens", "1024", "--budget", "density=0.9", "--candidates", str(table), "--rows", "20",
         "--backend", "reference", "--device", "cpu", "-o", str(out),
     )  # fmt: skip
     config = load_config(out)
-    assert config.provenance["tokens"] == 512
+    assert config.provenance["tokens"] == 1024
     assert "video" in config.provenance["prompt"]
 
 

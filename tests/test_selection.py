@@ -249,8 +249,8 @@ def test_block_top_k_finds_blocks_of_shared_content() -> None:
         rows, keys = np.arange(block * size, (block + 1) * size), np.arange(target * size, (target + 1) * size)
         planted.link(rows, keys, 20.0)
         pairs |= outer(rows, keys, n)
-    assert recall(planted, BlockTopK(3, size), pairs)[0] >= 0.99
-    assert recall(planted, BlockTopK(2, size), pairs)[0] < 0.05, "two blocks are the forced first and own"
+    assert recall(planted, BlockTopK(3, size, near=1), pairs)[0] >= 0.99
+    assert recall(planted, BlockTopK(2, size, near=1), pairs)[0] < 0.05, "two blocks are the forced first and own"
 
 
 @pytest.mark.parametrize("queries", [None, 64, 5])
@@ -263,8 +263,8 @@ def test_selection_is_the_docstrings(queries: int | None) -> None:
     spec = [
         VerticalSlash(64, 200, last_q=16),
         QBoundary({"text": VerticalSlash(50, 150), "video": Grid("frame", local=32, sink=16, last_q=16)}),
-        BlockTopK(4, 16) | Grid(28, rows=True, local=16, sink=16),
-        Boundary2D({("video", "video"): BlockTopK(3, 16), ("text", "video"): VerticalSlash(40, 48, last_q=8)}),
+        BlockTopK(4, 16, near=20) | Grid(28, rows=True, local=16, sink=16),
+        Boundary2D({("video", "video"): BlockTopK(3, 16), ("text", "video"): VerticalSlash(40, 48, 8, near=0)}),
     ]
     plan = mmflex.plan(q[:, :, n - m :], k, spec, layout=VIDEO, backend="reference", block_size=16)
     assert oracle.check_selection(plan, q[:, :, n - m :], k) >= 10

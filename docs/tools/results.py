@@ -37,7 +37,11 @@ def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]], right: bool 
 
 def where(data: dict[str, Any]) -> str:
     """Device and versions, wherever a file keeps them."""
-    facts = {**data, **data.get("machine", {})}
+    run = (data.get("runs") or [{}])[-1]
+    versions = run.get("versions") if isinstance(run, dict) else None
+    machine = data.get("machine")
+    machine = {"device": machine} if isinstance(machine, str) else machine
+    facts = data | {k: v for d in (machine, versions) if isinstance(d, dict) for k, v in d.items()}
     names = ("device", "torch", "flash-attn-4", "triton", "transformers", "mmflex")
     return ", ".join(str(facts[n]) if n == "device" else f"{n} {facts[n]}" for n in names if facts.get(n))
 
@@ -117,8 +121,12 @@ def prefill() -> str:
         rows, settings = data.get("rows", []), data.get("settings", {})
         dense = [m for m in ("sdpa", "fa2", "cudnn", "fa4") if any(m in row.get("methods", {}) for row in rows)]
         names = [DENSE[m] for m in dense]
-        columns = ["tokens", *names, "mmflex", *(f"vs {n}" for n in names), "peak memory"]
-        table = markdown(columns, (_prefill_row(row, dense) for row in rows))
+        if settings.get("whole"):
+            columns = ["tokens", "frames", "SDPA", "its tower", "mmflex", "its tower", "vs SDPA", "peak memory"]
+            table = markdown(columns, (_whole_prefill_row(row) for row in rows))
+        else:
+            columns = ["tokens", *names, "mmflex", *(f"vs {n}" for n in names), "peak memory"]
+            table = markdown(columns, (_prefill_row(row, dense) for row in rows))
         about = [f"`{name}`: {where(data)}."]
         if "model" in settings:
             about.append(f"{settings['model']}, {settings.get('dtype', '-')}.")
@@ -139,6 +147,42 @@ def _prefill_row(row: dict[str, Any], dense: list[str]) -> list[str]:
         faster.append(_times(other["seconds"] / own["seconds"] if own and other else None))
     peak = f"{own['peak_gb']:.0f} GB" if "peak_gb" in own else "-"
     return [tokens(row.get("tokens")), *taken, seconds(own.get("seconds")), *faster, peak]
+
+
+def _whole_prefill_row(row: dict[str, Any]) -> list[str]:
+    """A row with the vision tower in it."""
+    found = {m: r for m, r in row.get("methods", {}).items() if isinstance(r.get("seconds"), (int, float))}
+    cells = []
+    for name in ("sdpa", "mmflex"):
+        result = found.get(name, {})
+        star = "\\*" if result.get("extrapolated") else ""
+        cells += [seconds(result.get("seconds")) + star, seconds(result.get("vision_s"))]
+    faster = (
+        found["sdpa"]["seconds"] / found["mmflex"]["seconds"] if len(found.keys() & {"sdpa", "mmflex"}) == 2 else None
+    )
+    peak = f"{found['mmflex']['peak_gb']:.0f} GB" if "peak_gb" in found.get("mmflex", {}) else "-"
+    return [tokens(row.get("tokens")), str(row.get("frames", "-")), *cells, _times(faster), peak]
+
+
+def vision() -> str:
+    """The vision tower alone."""
+    parts = []
+    for name, data in load("vision*.json"):
+        rows = data.get("tower", [])
+        if not rows:
+            continue
+        methods = list(dict.fromkeys(method for row in rows for method in row.get("methods", {})))
+        methods = [method for method in methods if any("seconds" in row["methods"].get(method, {}) for row in rows)]
+        lines = []
+        for row in rows:
+            cells = []
+            for method in methods:
+                result = row["methods"].get(method, {})
+                peak = f" ({result['peak_gb']:.0f} GB)" if isinstance(result.get("peak_gb"), (int, float)) else ""
+                cells.append(seconds(result.get("seconds")) + peak)
+            lines.append([str(row.get("frames", "-")), f"{row.get('patches', 0):,}", *cells])
+        parts.append(f"`{name}`: {where(data)}.\n\n{markdown(['frames', 'patches', *methods], lines)}")
+    return "\n\n".join(parts)
 
 
 def cpu() -> str:
@@ -171,29 +215,27 @@ def cpu() -> str:
 
 
 def check() -> str:
-    """The correctness runs on a device: cases, verdicts, worst error."""
+    """What `mmflex check` found: how many checks of each kind passed, and the largest errors."""
+    from mmflex.selfcheck.report import summary
+
     parts = []
+    columns = ("checks", "backend", "right", "largest error", "of its bound", "largest log-sum-exp error")
     for name, data in load("check*.json"):
-        rows = []
-        for run in ("short", "long"):
-            cases = [case for case in data.get(run, []) if isinstance(case, dict)]
-            for backend in dict.fromkeys(case.get("backend", "-") for case in cases):
-                own = [case for case in cases if case.get("backend", "-") == backend]
-                errors = [e for case in own if (e := _float(case.get("error"))) is not None]
-                verdicts = [str(case.get("verdict", "-")) for case in own]
-                said = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
-                rows.append((run, str(backend), str(len(own)), said, f"{max(errors):.1e}" if errors else "-"))
-        table = markdown(("run", "backend", "cases", "verdicts", "largest error"), rows)
-        note = f" {data['note']}." if "note" in data else ""
-        parts.append(f"`{name}`: {where(data)}.{note}\n\n{table}")
+        rows = [
+            (
+                kind.what,
+                kind.backend,
+                f"{kind.ran - kind.wrong} of {kind.ran}",
+                _number(kind.error, ".1e"),
+                _number(kind.share, ".0%"),
+                _number(kind.lse_error, ".1e"),
+            )
+            for kind in summary(data.get("rows", []))
+        ]
+        if rows:
+            about = f"{where(data)}, sources {data['source'][:12]}, {seconds(data['seconds'])} on {data['cores']} cores"
+            parts.append(f"`{name}`: {about}.\n\n{markdown(columns, rows)}")
     return "\n\n".join(parts)
-
-
-def _float(value: Any) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
 
 
 def evaluation() -> str:
@@ -216,6 +258,48 @@ def evaluation() -> str:
     return "\n\n".join(parts)
 
 
+def real() -> str:
+    """A model that was not trained here: predictions and answers, a table for each file, text and length."""
+    columns = ("method", "setting", "ran", "estimates", "perplexity", "over dense", "KL, all rows", "KL, last rows",
+               "rows 0-15 of a tile", "other rows", "first choice as dense")  # fmt: skip
+    parts = []
+    for name, data in load("real-*.json"):
+        run = (data.get("runs") or [{}])[-1]
+        parts.append(f"`{name}`: {run.get('model', '-')}, {where(run.get('versions', {}))}.")
+        texts = data.get("texts", [])
+        for text, length in dict.fromkeys((row["text"], row["tokens"]) for row in texts):
+            rows = [row for row in texts if (row["text"], row["tokens"]) == (text, length)]
+            dense = rows[0]["scores"]["dense"]
+            lines = [["dense", "-", "100%", "-", f"{dense:.2f}", *["-"] * 6], *map(_predictions, rows)]
+            about = f"*{text}*, {tokens(length)} tokens, {rows[0]['windows']} windows:"
+            parts.append(f"{about}\n\n{markdown(columns, lines)}")
+        if data.get("needles"):
+            head = ("task", "tokens", "method", "setting", "ran", "right", "dense", "of dense's right")
+            parts.append(f"Needles:\n\n{markdown(head, map(_needles, data['needles']))}")
+    return "\n\n".join(parts)
+
+
+def _predictions(row: dict[str, Any]) -> list[str]:
+    s, m = row["scores"], row["method"]
+    low, high = (_number(s["excess"][end], "+.1%") for end in ("low", "high"))
+    return [
+        m["label"], f"`{m['setting']}`", _number(m["ran"], ".0%"), _number(m["estimates"], ".1%"),
+        _number(s["perplexity"], ".2f"), f"{_number(s['excess']['value'], '+.1%')} ({low} to {high})",
+        _number(s["kl"]["value"], ".3f"), _number(s["kl_last"]["value"], ".3f"), _number(s["kl_first"], ".3f"),
+        _number(s["kl_rest"], ".3f"), _number(s["top1"], ".1%"),
+    ]  # fmt: skip
+
+
+def _needles(row: dict[str, Any]) -> list[str]:
+    m = row["method"]
+    shares = [_share(row[name]) for name in ("score", "dense", "kept")]
+    return [row["task"], tokens(row["tokens"]), m["label"], f"`{m['setting']}`", _number(m["ran"], ".0%"), *shares]
+
+
+def _share(score: dict[str, Any]) -> str:
+    return f"{score['accuracy']:.1%} of {score['asked']}" if score["asked"] else "-"
+
+
 def _answers(row: dict[str, Any] | None) -> str:
     """Accuracy, and what was computed of dense attention."""
     return "-" if row is None else f"{100 * row['score']['accuracy']:.1f} ({row['ran']:.0%})"
@@ -233,8 +317,10 @@ def files() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "prefill": prefill,
+    "vision": vision,
     "cpu": cpu,
     "check": check,
     "evaluation": evaluation,
+    "real": real,
     "files": files,
 }

@@ -26,19 +26,52 @@ def evaluate_(
             """JSON itself, such as '{"pattern": "AShape", "version": 1, "local": 2048}'.""",
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Evaluate this model instead: a folder, a name that transformers finds, or a GGUF file."),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="With --model: a text to read, FILE or NAME=FILE; several times for several."),
+    ] = None,
+    windows: Annotated[int, typer.Option(help="With --model: windows of each text.")] = 3,
+    last: Annotated[
+        int, typer.Option(help="With --model: rows at the end of a window that are also reported alone.")
+    ] = 512,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="With --model: allow prompts longer than it was trained for.")
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="With --model: a folder that keeps what is measured, and from which it goes on."),
+    ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="v-niah, mm-niah, retrieval or tracking; several times for several. Default: the first two."),
+        typer.Option(
+            help="v-niah, mm-niah, retrieval or tracking; several times for several. Default: the first two. With "
+            "--model: passkey, multikey or tracking; default: none, the text alone."
+        ),
     ] = None,
-    lengths: Annotated[str, typer.Option(help="Tokens of a prompt, separated by commas.")] = "1024,2048,4096,8192",
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of a prompt, separated by commas.", show_default="1024,2048,4096,8192; with --model 4096"
+        ),
+    ] = None,
     depths: Annotated[int, typer.Option(help="Parts of the prompt that needles are sorted into.")] = 5,
-    prompts: Annotated[int, typer.Option(help="Prompts of a seed.")] = 8,
+    prompts: Annotated[
+        int | None, typer.Option(help="Prompts of a seed; with --model of a task.", show_default="8; with --model 20")
+    ] = None,
     questions: Annotated[int, typer.Option(help="Questions in a prompt.")] = 8,
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
     first_seed: Annotated[int, typer.Option(help="The first seed; the sample prompt has the one before.")] = 1000,
     flops: Annotated[
-        str, typer.Option(help="Shares of the dense attention FLOPs to bring methods to, separated by commas.")
-    ] = "0.15,0.25,0.4",
+        str | None,
+        typer.Option(
+            help="Shares of the dense attention FLOPs to bring methods to, separated by commas.",
+            show_default="0.15,0.25,0.4; with --model 0.3,0.5",
+        ),
+    ] = None,
     sweep: Annotated[
         int | None,
         typer.Option(help="The length at which all shares are run (the others: the largest); default: the longest."),
@@ -68,9 +101,21 @@ def evaluate_(
     Every method is brought to the same share of the dense attention FLOPs (pairs in computed blocks, read from plans on
     the model's own queries and keys) and answers the same prompts. Intervals are Wilson's, over the questions of all
     seeds.
+
+    With [bold]--model[/], any causal language model of transformers reads text of yours: perplexity, KL divergence and
+    first choices beside the dense model's, and needles in that text.
+
+      mmflex eval --model ./SmolLM2-135M-Instruct --text prose=book.txt --text code=code.txt --flops 0.3,0.5
     """
     if importlib.util.find_spec("transformers") is None:
         raise fail("the evaluation needs transformers: pip install 'mmflex\\[transformers,plot]'")
+    if model is not None or text:
+        from .real import evaluate_model
+
+        return evaluate_model(
+            model, text or [], specs or [], task or [], lengths, flops, windows, last, depths, prompts, methods, config,
+            device, backend, extend, resume, add or [], json_file, picture,
+        )  # fmt: skip
     import torch
 
     from ..evaluation.evaluate import Settings, evaluate
@@ -83,16 +128,16 @@ def evaluate_(
     console = Console()
     try:
         tasks = _tasks(task or ([] if add else ["v-niah", "mm-niah"]))
-        given = dict(map(_spec, specs or ())) or None
+        given = dict(map(spec_of, specs or ())) or None
         wanted = [] if methods == "none" else [name.strip() for name in methods.split(",")]
         chosen(wanted)
-        numbers = _numbers(lengths, int, "--lengths")
+        numbers = numbers_of(lengths or "1024,2048,4096,8192", int, "--lengths")
         options: dict[str, Any] = {
             "lengths": tuple(numbers),
-            "flops": tuple(_numbers(flops, float, "--flops")),
+            "flops": tuple(numbers_of(flops or "0.15,0.25,0.4", float, "--flops")),
             "sweep": max(numbers) if sweep is None else sweep,
             "depths": depths,
-            "prompts": prompts,
+            "prompts": 8 if prompts is None else prompts,
             "questions": questions,
             "seeds": seeds,
             "first_seed": first_seed,
@@ -111,14 +156,14 @@ def evaluate_(
             console.print(f"seeds of the prompts: {used}; of the sample prompts: {checked.sample}; on {where}")
         with console.status("loading") as status:
             for group in _models(tasks):
-                model = load(group[0], device=where, dtype=dtype)
+                shipped = load(group[0], device=where, dtype=dtype)
                 before = report
 
                 def keep(part: Report, before: Report = before) -> None:
                     if json_file is not None:  # what is measured stays, if the rest is cut off
                         (before + part).save(json_file)
 
-                report = before + evaluate(model, given, group, progress=status.update, found=keep, **options)
+                report = before + evaluate(shipped, given, group, progress=status.update, found=keep, **options)
         _show(report, console)
         if json_file is not None:
             report.save(json_file)
@@ -162,14 +207,14 @@ def _models(tasks: list[str]) -> list[list[str]]:
     return [group for group in groups if group]
 
 
-def _numbers(text: str, kind: type, option: str) -> list[Any]:
+def numbers_of(text: str, kind: type, option: str) -> list[Any]:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{option} is {text!r}: give numbers separated by commas, such as 0.25 or 1024,2048") from None
 
 
-def _spec(text: str) -> tuple[str, Any]:
+def spec_of(text: str) -> tuple[str, Any]:
     """(label, spec) of an argument: a file, or a pattern's JSON itself."""
     from ..ir.pattern import Pattern
     from ..tuning.config import load_config, load_minference_config

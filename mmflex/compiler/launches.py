@@ -41,7 +41,8 @@ class HeadMap:
     """The query heads of a launch, the same number for each of its KV heads.
 
     Kernels take a KV head's query heads as equally many neighbours, so KV heads that serve fewer of them get empty
-    ones.
+    ones. An empty head lists no block and costs next to nothing: where it saves a copy of q, k and v, a launch takes
+    neighbouring heads as they stand in memory, those of other launches left empty.
 
     Attributes:
         kv_heads: KV heads of the layer that take part.
@@ -53,12 +54,21 @@ class HeadMap:
 
     @classmethod
     def of(cls, heads: Sequence[int], group: int) -> HeadMap:
-        """Of some heads of a layer whose KV heads serve ``group`` query heads each."""
+        """Of some heads of a layer whose KV heads serve ``group`` query heads each, with as few empty ones as can
+        be."""
         by_kv: dict[int, list[int]] = {}
         for h in sorted(heads):
             by_kv.setdefault(h // group, []).append(h)
         most = max(map(len, by_kv.values()))
         return cls(tuple(by_kv), tuple(h for own in by_kv.values() for h in own + [-1] * (most - len(own))))
+
+    @classmethod
+    def span(cls, heads: Sequence[int], group: int, kv_heads: int | None = None) -> HeadMap:
+        """Of some heads of a layer, in the places that they have there: of all ``kv_heads``, or (None) of the KV heads
+        from their first to their last."""
+        first, end = (min(heads) // group, max(heads) // group + 1) if kv_heads is None else (0, kv_heads)
+        own = set(heads)
+        return cls(tuple(range(first, end)), tuple(h if h in own else -1 for h in range(first * group, end * group)))
 
     @property
     def group(self) -> int:
@@ -76,8 +86,27 @@ class HeadMap:
         return {h: i for i, h in enumerate(self.heads) if h >= 0}
 
     def all(self, heads: int) -> bool:
-        """Whether these are all ``heads`` of the layer in order: q and k are used as they are."""
+        """Whether these are all ``heads`` of the layer in order."""
         return self.heads == tuple(range(heads))
+
+    def in_place(self, heads: int) -> bool:
+        """Whether every one of the ``heads`` of the layer has its place: q is used, and the output made, as it is."""
+        return len(self.heads) == heads and all(h in (-1, i) for i, h in enumerate(self.heads))
+
+
+def view_of(heads: tuple[int, ...], count: int) -> slice | None:
+    """Some of the ``count`` heads of a layer as a slice, if they are a view of them: equally far apart. Empty ones may
+    be any."""
+    real = [(i, h) for i, h in enumerate(heads) if h >= 0]
+    if not real:
+        return None
+    (first, low), (last, high) = real[0], real[-1]
+    step = (high - low) // (last - first) if last > first else 1
+    start = low - first * step
+    stop = start + (len(heads) - 1) * step + 1
+    if step < 1 or start < 0 or stop > count or any(h != start + i * step for i, h in real):
+        return None
+    return slice(start, stop, step)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +211,11 @@ class Launch:
         """Key slots of each KV head."""
         return self.keys.slots
 
+    @classmethod
+    def map_heads(cls, heads: Sequence[int], rows: TokenOrder, group: int, kv_heads: int) -> HeadMap:
+        """The places of some heads of a layer in a launch with these queries."""
+        return HeadMap.of(heads, group)
+
     def underfills(self, length: int) -> bool:
         """Whether few queries see so much that the launch alone would leave most of a device idle: it then runs on a
         side stream, for prompts of this many keys or more."""
@@ -200,13 +234,20 @@ class Launch:
 
     def _moved(self, layout: TokenLayout, heads: int | None, any_length: bool, gathers: bool = False) -> float:
         """Where queries and keys are used as they stand if they can be."""
-        whole = heads is None or self.heads.all(heads)
         tile, out = self.rows.tile, 0.0
-        if not (whole and self.rows.stays(any_length)):
+        if not self.rows.stays(any_length):
             out += 2.0 * len(self.heads.heads) * (self.row_slots // tile)
-        if gathers or not (whole and self.keys.stays(any_length)):
+        elif heads is not None and not self.heads.in_place(heads):
+            ways = 2.0 if view_of(self.heads.heads, heads) is None else 1.0  # only the output has to be put there
+            out += ways * len(self.heads.heads) * (self.row_slots // tile)
+        if gathers or not self._keys_stay(layout, any_length):
             out += 2.0 * len(self.heads.kv_heads) * (self.key_slots // tile)
         return out
+
+    def _keys_stay(self, layout: TokenLayout, any_length: bool) -> bool:
+        """Whether k and v are used as they stand."""
+        kv = self.heads.kv_heads
+        return view_of(kv, max(kv) + 1) is not None and self.keys.stays(any_length)
 
     def expected_work(self, layout: TokenLayout, heads: int | None = None, any_length: bool = False) -> Work:
         """For one prompt of a batch.
@@ -273,6 +314,12 @@ class BlockLaunch(Launch):
 
     name = "blocks"
     turn = 0
+
+    @classmethod
+    def map_heads(cls, heads: Sequence[int], rows: TokenOrder, group: int, kv_heads: int) -> HeadMap:
+        if rows.natural and 2 * len(heads) >= group * kv_heads:
+            return HeadMap.span(heads, group, kv_heads)
+        return HeadMap.of(heads, group)
 
     @property
     def compares(self) -> bool:
@@ -388,6 +435,10 @@ class GatheredRows(Launch):
     name = "gathered rows"
     turn = 3
 
+    @classmethod
+    def map_heads(cls, heads: Sequence[int], rows: TokenOrder, group: int, kv_heads: int) -> HeadMap:
+        return HeadMap.span(heads, group)
+
     @property
     def row_slots(self) -> int:
         return self.capacity
@@ -396,10 +447,9 @@ class GatheredRows(Launch):
         return length >= SIDE_STREAM_KEYS
 
     def moved_tiles(self, layout: TokenLayout, heads: int | None, any_length: bool) -> float:
-        stays = (heads is None or self.heads.all(heads)) and self.keys.stays(any_length)
         tile = self.rows.tile
-        keys = 0 if stays else 2 * len(self.heads.kv_heads) * (self.key_slots // tile)
-        return 2.0 * len(self.heads.heads) * (self.row_slots // tile) + keys
+        keys = 0 if self._keys_stay(layout, any_length) else 2 * len(self.heads.kv_heads) * (self.key_slots // tile)
+        return 2.0 * len(self.heads.real) * (self.row_slots // tile) + keys
 
     def expected_counts(self, part: Part, tiles: Tiles) -> Counts:
         """Key tiles between those of the first and of the last row of a query tile are partial."""

@@ -24,7 +24,7 @@ from ..ir.pattern import Pattern, Scope, Tokens
 from ..ir.queries import QueryTokens
 from .constants import GENERIC, Constants
 from .launches import BlockLaunch, DenseLaunch, GatheredRows, HeadMap, Launch, Part, ResidueLaunch
-from .orders import bucket, key_order, row_order
+from .orders import TokenOrder, bucket, key_order, row_order
 from .prices import cost_in_blocks
 from .program import Alternative, Group, Leaf, Program
 from .reach import causal_tiles, last_visible, touched_at_most
@@ -76,10 +76,14 @@ class _Context:
     layout: TokenLayout
     queries: QueryTokens
     group: int
+    kv_heads: int
     tile: int
     lse: bool
     constants: Constants
     lowering: Lowering
+
+    def places(self, kind: type[Launch], heads: Sequence[int], rows: TokenOrder) -> HeadMap:
+        return kind.map_heads(heads, rows, self.group, self.kv_heads)
 
     def priced(self, launch: Launch) -> Launch:
         return replace(launch, cost=cost_in_blocks(launch, self.layout, self.constants))
@@ -108,7 +112,7 @@ def lower(
         constants: what blocks, launches and copies cost: orders are weighed by it.
         lowering: which orders and launches to take, whatever they cost.
     """
-    context = _Context(layout, queries, len(spec) // kv_heads, tile, lse, constants, lowering or Lowering())
+    context = _Context(layout, queries, len(spec) // kv_heads, kv_heads, tile, lse, constants, lowering or Lowering())
     heads_of: dict[Boolean, tuple[Pattern, list[int]]] = {}
     selecting: dict[str, tuple[Pattern, Scope]] = {}
     for pattern in dict.fromkeys(spec):
@@ -146,7 +150,7 @@ def _ways(expr: Boolean, heads: tuple[int, ...], context: _Context) -> list[tupl
     layout, queries, tile = context.layout, context.queries, context.tile
     if expr == sympy.true:
         rows, keys = row_order(layout, queries, tile), key_order(layout, tile)
-        launch = DenseLaunch(rows, keys, (Part(heads, expr),), HeadMap.of(heads, context.group))
+        launch = DenseLaunch(rows, keys, (Part(heads, expr),), context.places(DenseLaunch, heads, rows))
         return [("dense", [context.priced(launch)])]
     benefits = by_modality(expr)
     ways = []
@@ -209,7 +213,7 @@ def _blocks(part: Part, tiles: Tiles, context: _Context) -> Launch:
         part = replace(part, visible_until=last_visible(part.mask, tiles) if tile_constant else None)
         section = bucket(count_at_most(part.gathered_keys, tiles.layout), context.tile)
     width = int(touched_at_most(part.mask, tiles).max(initial=0)) + section // context.tile
-    heads = HeadMap.of(part.heads, context.group)
+    heads = context.places(BlockLaunch, part.heads, tiles.rows)
     return context.priced(
         BlockLaunch(tiles.rows, tiles.keys, (part,), heads, width, section=section, tile_constant=tile_constant)
     )
@@ -217,7 +221,7 @@ def _blocks(part: Part, tiles: Tiles, context: _Context) -> Launch:
 
 def _gathered_rows(part: Part, tiles: Tiles, context: _Context) -> Launch:
     count = min(count_at_most(part.gathered_queries, tiles.layout), tiles.rows.tokens)
-    heads, capacity = HeadMap.of(part.heads, context.group), bucket(count, context.tile)
+    heads, capacity = context.places(GatheredRows, part.heads, tiles.rows), bucket(count, context.tile)
     return context.priced(GatheredRows(tiles.rows, tiles.keys, (part,), heads, tiles.key_tiles, capacity=capacity))
 
 
@@ -226,7 +230,7 @@ def _gathered_rows(part: Part, tiles: Tiles, context: _Context) -> Launch:
 
 def _residue(part: Part, tiles: Tiles, context: _Context) -> Launch:
     assert part.residues is not None
-    heads, width = HeadMap.of(part.heads, context.group), _residue_width(part.residues, tiles)
+    heads, width = context.places(ResidueLaunch, part.heads, tiles.rows), _residue_width(part.residues, tiles)
     return context.priced(ResidueLaunch(tiles.rows, tiles.keys, (part,), heads, width))
 
 
@@ -275,7 +279,7 @@ def _joined(launches: list[Launch], context: _Context) -> list[Launch]:
     out = []
     for members in alike.values():
         parts = tuple(part for launch in members for part in launch.parts)
-        heads = HeadMap.of([h for part in parts for h in part.heads], context.group)
+        heads = context.places(type(members[0]), [h for part in parts for h in part.heads], members[0].rows)
         saved = context.constants.launch / context.constants.full * (len(members) - 1)
         facts: dict[str, Any] = {"width": max(launch.width for launch in members)}
         for name in ("section", "capacity"):

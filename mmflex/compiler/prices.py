@@ -121,7 +121,7 @@ def estimates(program: Program) -> list[tuple[int, float | None]]:
     out = []
     for estimator, scope, heads in program.estimates:
         scored = getattr(estimator, "scored", None)
-        view = View(program.layout, scope, program.queries, program.tile)
+        view = View(program.layout, scope, program.queries, program.tile, program.heads // program.kv_heads)
         out.append((len(heads.real), None if scored is None else float(scored(view))))
     return out
 

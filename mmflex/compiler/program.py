@@ -103,9 +103,10 @@ class Program:
         heads: dict[tuple[Estimator, Scope], set[int]] = {}
         for leaf in self.leaves.values():
             if leaf.estimator is not None:
-                heads.setdefault((leaf.estimator, leaf.scope), set()).update(leaf.heads)
+                whole = getattr(leaf.estimator, "whole_layer", False)
+                heads.setdefault((leaf.estimator, leaf.scope), set()).update(range(self.heads) if whole else leaf.heads)
         self.estimates = tuple(
-            (estimator, scope, HeadMap.of(sorted(own), self.heads // self.kv_heads))
+            (estimator, scope, _estimated(tuple(own), self.heads // self.kv_heads))
             for (estimator, scope), own in heads.items()
         )
 
@@ -120,3 +121,10 @@ class Program:
 
     def launch_number(self, launch: Launch) -> int:
         return next(i for i, other in enumerate(self.launches) if other is launch)
+
+
+def _estimated(heads: tuple[int, ...], group: int) -> HeadMap:
+    """The heads that an estimator looks at: neighbours of them too, where q and k are then views and it is little
+    more."""
+    few, neighbours = HeadMap.of(heads, group), HeadMap.span(heads, group)
+    return neighbours if len(neighbours.heads) <= 2 * len(few.heads) else few

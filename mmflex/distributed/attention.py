@@ -22,7 +22,7 @@ from ..runtime.caches import bounded
 from ..runtime.calls import Request, planned, settled_backend
 from ..runtime.inputs import Spec, check
 from .dealing import TILE, Dealing
-from .estimates import estimate_tokens
+from .estimates import check_whole_layers, estimate_tokens, estimates_from_values, patterns_of
 from .ranks import Pending, Ranks
 
 Scheme = Literal["keys", "heads"]
@@ -135,10 +135,9 @@ class Estimate:
     def __init__(
         self, q: Tensor, spec: Spec, layout: TokenLayout, ranks: Ranks, dealing: Dealing, first: int = 0
     ) -> None:
-        patterns = (spec,) if isinstance(spec, Pattern) else tuple(dict.fromkeys(spec))
         self.ranks = ranks
         self.all_queries = QueryTokens(((first, first + dealing.total),))
-        self.tokens = estimate_tokens(patterns, layout, dealing, first)
+        self.tokens = estimate_tokens(patterns_of(spec), layout, dealing, first)
         self.pending: Pending | None = None
         if self.tokens:
             self.pending = ranks.pick_tokens(q, dealing, tuple(token - first for token in self.tokens))
@@ -164,7 +163,8 @@ def attend(
     backend: str,
     lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of some queries of a prompt to all its keys; values may arrive while it is planned.
+    """Attention of some queries of a prompt to all its keys; values may arrive while it is planned, unless patterns
+    select by them.
 
     Args:
         q: [B, Hq, M, D]. k: [B, Hkv, N, D]. v: likewise, awaited when planning is done.
@@ -179,12 +179,13 @@ def attend(
         v.finish()
         return q.clone(), q.new_empty(q.shape[:3], dtype=torch.float32) if lse else None
     request = Request(scale, backend, lse, queries)
+    values = v.finish() if estimates_from_values(patterns_of(spec), layout) else None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        plan = planned(q, k, None, spec, layout, request, estimate_from)
-        return _ForwardOnly.apply(q, k, v.finish(), plan, lse)
+        plan = planned(q, k, values, spec, layout, request, estimate_from)
+        return _ForwardOnly.apply(q, k, v.finish() if values is None else values, plan, lse)
     with torch.no_grad():  # kernels are compiled for this mode
-        plan = planned(q, k, None, spec, layout, request, estimate_from)
-        return plan._attend(q, k, v.finish(), lse)
+        plan = planned(q, k, values, spec, layout, request, estimate_from)
+        return plan._attend(q, k, v.finish() if values is None else values, lse)
 
 
 def attend_by_heads(
@@ -203,9 +204,11 @@ def attend_by_heads(
     """As `attention` with ``scheme="heads"``: q [B, Hq, M, D], k and v [B, Hkv, M, D], this rank's shares.
 
     Raises:
-        ValueError: KV heads that the ranks do not divide; both numbers are named.
+        ValueError: KV heads that the ranks do not divide, or a pattern that needs more of them than a rank has; both
+            numbers are named.
     """
     check_heads(k.shape[1], ranks.size)
+    check_whole_layers(patterns_of(spec), layout, q.shape[1], k.shape[1], ranks.size)
     backend = _settled(q, k, spec, layout) if backend == "auto" else backend
     pending = [tokens_for_heads(t, ranks, dealing) for t in (q, k, v)]
     own = spec if isinstance(spec, Pattern) else tuple(spec)[own_heads(q.shape[1], ranks)]

@@ -9,6 +9,7 @@ import numpy as np
 from ..ir.layout import TokenLayout
 from ..ir.pattern import Pattern, Scope, Tokens, View
 from ..ir.queries import QueryTokens
+from ..runtime.inputs import Spec
 from .dealing import TILE, Dealing
 
 LAST_QUERIES = 64
@@ -45,6 +46,44 @@ def estimate_tokens(
         return tuple(sorted(tokens))
 
     return layout.once(("tokens to estimate from", patterns, dealing, first), build)
+
+
+def estimates_from_values(patterns: tuple[Pattern, ...], layout: TokenLayout) -> bool:
+    """Whether a pattern selects by values too, so that planning waits for them (kept with the layout)."""
+    return layout.once(
+        ("estimates from values", patterns),
+        lambda: any(getattr(pattern.estimator(), "values", False) for pattern, _ in _leaves(patterns, layout)),
+    )
+
+
+def check_whole_layers(
+    patterns: tuple[Pattern, ...], layout: TokenLayout, heads: int, kv_heads: int, ranks: int
+) -> None:
+    """ValueError for a pattern that estimates from more heads of a layer together than each of ``ranks`` has, which
+    share its ``heads`` and ``kv_heads``: it would select other sets than in one process."""
+
+    def build() -> str:
+        for pattern, _ in _leaves(patterns, layout):
+            estimator: Any = pattern.estimator()
+            if not getattr(estimator, "whole_layer", False):
+                continue
+            together = min(getattr(estimator, "kv_heads", kv_heads), kv_heads)
+            if kv_heads % ranks or kv_heads // ranks % together:
+                return f"{pattern} estimates from the heads of {together} KV heads together"
+        return ""
+
+    problem = layout.once(("heads estimated together", patterns, kv_heads, ranks), build) if ranks > 1 else ""
+    if problem:
+        raise ValueError(
+            f"{problem}, but {ranks} ranks share the {heads} query heads and {kv_heads} KV heads of a layer: use "
+            'scheme="keys" without tensor parallelism, under which every rank has all heads, or let fewer KV heads '
+            "be taken together"
+        )
+
+
+def patterns_of(spec: Spec) -> tuple[Pattern, ...]:
+    """The patterns of a spec, each once."""
+    return (spec,) if isinstance(spec, Pattern) else tuple(dict.fromkeys(spec))
 
 
 def _divided_blocks(layout: TokenLayout, scope: Scope, dealing: Dealing, first: int, size: int) -> set[int]:

@@ -302,7 +302,9 @@ class _Run:
             if call.patterns is None:
                 densities.append(1.0)
                 return
-            made = plan(call.q, call.k, call.patterns, layout=call.layout, scale=call.scale, backend=backend)
+            made = plan(
+                call.q, call.k, call.patterns, layout=call.layout, scale=call.scale, backend=backend, v=call.v
+            )  # fmt: skip
             densities.append(made.density.total)
             if check:
                 off = float(relative(made.attend(call.q, call.k, call.v), call.out))
@@ -327,7 +329,7 @@ class _Run:
         found = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self.settings).items()}
         found |= {"tasks": tasks, "seeds": self.settings.numbers(), "sample_seed": self.settings.sample}
         seconds = round(time.perf_counter() - self.started, 1)
-        return {**found, "seconds": seconds, "versions": _versions(self.model)}
+        return {**found, "seconds": seconds, "versions": versions(self.model)}
 
 
 def _as_given(spec: Any, trace: Trace) -> Fitted:
@@ -348,10 +350,11 @@ def _text(spec: Spec | Config) -> str:
     return str(spec) if hasattr(spec, "mask") else "as given"
 
 
-def _versions(model: Any) -> dict[str, str]:
+def versions(model: Any) -> dict[str, str]:
+    """What a result is measured with: packages, device, dtype and class of the model."""
     import transformers
 
-    from .. import __version__
+    from ..version import __version__
 
     parameter = next(model.parameters())
     device = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else platform.processor() or "CPU"

@@ -128,8 +128,12 @@ def _minference(trace: Trace, config: Config | None) -> list[Ladder]:
     return [ladder(share) for share in (0.25, 0.5, 0.75)]
 
 
-SHARES = tuple(1 - 2 ** (-k / 2) for k in range(1, 21))
-"""Shares of the attention mass to keep, denser towards 1: 0.29, 0.5, 0.65, 0.75 ... 0.999."""
+def _block_topk(trace: Trace, config: Config | None) -> list[Ladder]:
+    return [_of("BlockTopK", _tiles(trace), blocks=lambda i: i + 1)]
+
+
+SHARES = tuple(1 - 2 ** (-k / 8) for k in range(1, 81))
+"""Shares of the attention mass to keep, denser towards 1: 0.083, 0.16, 0.23 ... 0.5 ... 0.9, 0.92 ... 0.999."""
 
 
 def _flex_prefill(trace: Trace, config: Config | None) -> list[Ladder]:
@@ -180,7 +184,7 @@ def _checked(config: Config | None, trace: Trace) -> Config:
     if config is None:
         raise Unavailable("it needs a searched config: --config FILE (mmflex search writes one)")
     try:
-        config.for_model(len(trace.layers), trace.heads)
+        config.for_model(trace.depth, trace.heads)
     except ValueError as error:
         raise Unavailable(str(error)) from None
     return config
@@ -233,6 +237,8 @@ METHODS = {
         Method("sf-fixed", "SF-fixed", "own frame and the first tokens of every frame, which grow", _sf_fixed),
         Method("sf-strided", "SF-strided", "every frame's same place and a local window, which grows", _sf_strided),
         Method("minference", "MInference", "vertical-slash on every head; of three ratios the best", _minference),
+        Method("block-topk", "block top-k", "the best key blocks by mean-pooled scores, as many for each query block",
+               _block_topk),
         Method("flexprefill", "FlexPrefill", "blocks or lines that hold gamma of the mass, tau 0.1", _flex_prefill),
         Method("xattention", "XAttention", "antidiagonal scores to a threshold; of two strides the best",
                _x_attention),

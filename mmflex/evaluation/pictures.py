@@ -29,6 +29,7 @@ LOOKS = {
     "sf-fixed": (FAMILIES["StridedFixed"][1], "s"),
     "sf-strided": (FAMILIES["Strided"][1], "D"),
     "minference": (FAMILIES["VerticalSlash"][1], "P"),
+    "block-topk": (FAMILIES["BlockTopK"][1], ">"),
     "flexprefill": (SPARE[1], "X"),
     "xattention": (SPARE[0], "<"),
     "mminference-intra": (FAMILIES["QBoundary"][1], "o"),

@@ -94,6 +94,11 @@ class Trace:
     densities: dict[Any, float] = field(default_factory=dict)
 
     @property
+    def depth(self) -> int:
+        """Attention layers of the model."""
+        return len(self.layers)
+
+    @property
     def layout(self) -> TokenLayout:
         return next(iter(self.layers.values())).layout
 
@@ -113,13 +118,13 @@ class Trace:
     def per_layer(self, spec: Spec | Config) -> dict[int, tuple[Pattern, ...]]:
         """A spec written out for these layers; ValueError where it is made for another model."""
         if isinstance(spec, Config):
-            return spec.for_model(len(self.layers), self.heads)
+            return spec.for_model(self.depth, self.heads)
         return per_layer(spec, sorted(self.layers), self.heads)
 
     def plan(self, layer: int, patterns: tuple[Pattern, ...]) -> Plan:
         """The plan of a layer on the backend of this trace."""
         seen = self.layers[layer]
-        return plan(seen.q, seen.k, patterns, layout=seen.layout, scale=seen.scale, backend=self.backend)
+        return plan(seen.q, seen.k, patterns, layout=seen.layout, scale=seen.scale, backend=self.backend, v=seen.v)
 
     def density(self, spec: Spec | Config) -> float:
         """Pairs in computed blocks over causal pairs, from the plans of all layers (kept, by pattern and layer)."""

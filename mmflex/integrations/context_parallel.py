@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,17 +41,13 @@ from mmflex.distributed.ranks import Pending, Ranks
 from mmflex.ir.layout import TokenLayout
 from mmflex.ir.pattern import Dense
 from mmflex.ir.queries import QueryTokens
-from mmflex.tuning.config import head_slice
 
 from .layouts import call_arguments
 from .masks import DECODE_QUERIES, MaskDescription
-from .prefill import kv_heads_of, own_kv_heads, tensor_parallel_rank
+from .prefill import PatchedModel, kv_heads_of, own_kv_heads, own_patterns
 from .prompts import LayoutUnknown
 from .tensor_parallel import check_tensor_ranks
 from .window import SlidingWindow
-
-if TYPE_CHECKING:
-    from .transformers import Patch
 
 CacheKind = Literal["replicated", "sharded"]
 
@@ -99,7 +95,7 @@ class ContextParallel:
         NotImplementedError: a model whose tokens cannot be dealt out, with the reason.
     """
 
-    def __init__(self, patch: Patch, mesh: DeviceMesh, cache: CacheKind, scheme: Scheme) -> None:
+    def __init__(self, patch: PatchedModel, mesh: DeviceMesh, cache: CacheKind, scheme: Scheme) -> None:
         for name, value, known in (("cache", cache, CacheKind), ("scheme", scheme, Scheme)):
             if value not in known.__args__:  # type: ignore[attr-defined]
                 raise ValueError(f"{name} is {value!r}: use one of {known.__args__}")  # type: ignore[attr-defined]
@@ -492,8 +488,8 @@ class ContextParallel:
                 return SlidingWindow(mask.window), patch.prompt.plain(padding, store.first, end), backend
             if layer in patch.spec:
                 layout = patch.prompt.layout(batch, padding, store.first, forward.past, end)
-                rank = tensor_parallel_rank(patch, heads)
-                return head_slice(patch.spec[layer], heads, rank), layout, patch.backend
+                by_heads = self.ranks.size if self.scheme == "heads" else 1
+                return own_patterns(patch, layer, heads, layout, by_heads), layout, patch.backend
         except LayoutUnknown as error:
             patch.notice(f"{error}", kind="layout")
         return Dense(), patch.prompt.as_text(padding, store.first, end), patch.backend

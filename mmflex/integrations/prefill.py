@@ -4,24 +4,47 @@ refused. The rules are the table in `integrations.transformers`."""
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from mmflex.distributed.estimates import check_whole_layers
+from mmflex.ir.layout import TokenLayout
+from mmflex.ir.pattern import Pattern
 from mmflex.tuning.config import head_slice
 
 from .masks import DECODE_QUERIES, MaskDescription, causal_description, dense_function, previous_implementation
 from .prompts import LayoutUnknown
 from .window import SlidingWindow
 
-if TYPE_CHECKING:
-    from .transformers import Patch
+
+class PatchedModel(Protocol):
+    """What the attention function asks of a patch (`transformers.Patch`): its documentation is there."""
+
+    root: nn.Module
+    owner: Any
+    text_model: nn.Module
+    config: Any
+    modules: list[nn.Module]
+    spec: dict[int, tuple[Any, ...]]
+    backend: str
+    previous: str
+    number: int
+    called: bool
+    noticed: set[str]
+    prompt: Any
+    observer: Callable[..., None] | None
+    context_parallel: Any
+
+    def notice(self, reason: str, kind: str = "") -> None: ...
+
 
 SMALL_WINDOWED = 4096
 """Up to this many keys a sliding-window layer stays with the previous attention: its mask tensor is small."""
 
-live: weakref.WeakValueDictionary[int, Patch] = weakref.WeakValueDictionary()
+live: weakref.WeakValueDictionary[int, PatchedModel] = weakref.WeakValueDictionary()
 """The patches in place, by number: what a compiled graph can hold on to."""
 
 
@@ -138,7 +161,7 @@ def _why_dense(
 
 
 def _accelerate(
-    patch: Patch,
+    patch: PatchedModel,
     layer: int,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -159,7 +182,7 @@ def _accelerate(
 
 
 def _run(
-    patch: Patch,
+    patch: PatchedModel,
     layer: int,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -191,7 +214,7 @@ def _run(
             backend = resolve(backend, query.device, width, query.dtype).name
         else:
             layout = patch.prompt.layout(batch, padding, first, past, end)
-            spec = head_slice(patch.spec[layer], heads, tensor_parallel_rank(patch, heads))
+            spec = own_patterns(patch, layer, heads, layout)
     except LayoutUnknown as error:
         patch.notice(f"{error}", kind="layout")
         return None
@@ -248,7 +271,7 @@ def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
     return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
-def tensor_parallel_rank(patch: Patch, heads: int) -> int | None:
+def tensor_parallel_rank(patch: PatchedModel, heads: int) -> int | None:
     """Which of the tensor-parallel ranks this process is, where a layer computes only so many of its heads."""
     if heads == int(patch.config.num_attention_heads):
         return None
@@ -260,7 +283,20 @@ def tensor_parallel_rank(patch: Patch, heads: int) -> int | None:
     return int(mesh.get_local_rank("tp") if mesh.ndim > 1 else mesh.get_local_rank())
 
 
-def own_kv_heads(patch: Patch, heads: int, t: torch.Tensor) -> torch.Tensor:
+def own_patterns(
+    patch: PatchedModel, layer: int, heads: int, layout: TokenLayout, ranks: int = 1
+) -> tuple[Pattern, ...]:
+    """A layer's patterns for this process's ``heads`` query heads, which it is to share with so many further ``ranks``.
+
+    Raises:
+        ValueError: a pattern that estimates from more heads of the layer together than that leaves.
+    """
+    patterns, every = patch.spec[layer], int(patch.config.num_attention_heads)
+    check_whole_layers(tuple(dict.fromkeys(patterns)), layout, every, kv_heads_of(patch.config), every // heads * ranks)
+    return head_slice(patterns, heads, tensor_parallel_rank(patch, heads))
+
+
+def own_kv_heads(patch: PatchedModel, heads: int, t: torch.Tensor) -> torch.Tensor:
     """Keys or values [B, H, N, D] of this process's ``heads`` query heads: one of all KV heads, where tensor
     parallelism has left them all here because it has more ranks than there are KV heads; else ``t``."""
     every = int(patch.config.num_attention_heads)

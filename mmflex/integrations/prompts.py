@@ -247,7 +247,7 @@ class Prompt:
                     f"the language model was given {self.queries} tokens but attention sees {end - past} new ones "
                     "(dropped between layers?), so token_layout no longer says which is which"
                 )
-            whole = _checked(given, batch, valid, end)
+            whole = checked_layout(given, batch, valid, end)
         else:
             whole = self._after(past, self._new(batch, valid, past, end))
             if valid is not None:
@@ -349,10 +349,14 @@ def _rows(layout: TokenLayout, batch: int) -> TokenLayout:
     return repeat_layout(layout, batch // layout.batch_size)
 
 
-def _checked(given: TokenLayout, batch: int, valid: np.ndarray | None, end: int) -> TokenLayout:
+def checked_layout(
+    given: TokenLayout, batch: int, valid: np.ndarray | None, end: int, *, name: str = "token_layout"
+) -> TokenLayout:
+    """The first ``end`` tokens of a layout that a user gave under ``name``, for ``batch`` prompts; ValueError unless
+    its padding is where the attention mask has it (``valid`` bool ``[B, end]``, None without a mask)."""
     if given.length < end:
         raise ValueError(
-            f"token_layout has {given.length} tokens but the model is at token {end}: give the layout of the "
+            f"{name} has {given.length} tokens but the model is at token {end}: give the layout of the "
             "whole prompt, padding included"
         )
     layout = _rows(given, batch)[:end]
@@ -361,7 +365,7 @@ def _checked(given: TokenLayout, batch: int, valid: np.ndarray | None, end: int)
         row = int((layout.valid != want).any(axis=1).argmax())
         counts = [int(np.broadcast_to(x, (batch, end))[row].sum()) for x in (layout.valid, want)]
         raise ValueError(
-            f"token_layout has {counts[0]} tokens in prompt {row} (or other places for its padding) but attention_mask "
+            f"{name} has {counts[0]} tokens in prompt {row} (or other places for its padding) but attention_mask "
             f"{counts[1]}: build it with TokenLayout.batch(layouts, side=...), padded as the tokenizer pads"
         )
     return layout

@@ -26,6 +26,7 @@ from mmflex.tuning.config import Config
 from mmflex.tuning.probe import Layer
 from mmflex.tuning.rows import Rows
 from mmflex.tuning.search import Search, Settings
+from mmflex.version import __version__
 
 Given = Layer | tuple[int, str]
 """A layer, or the number of one that keeps the model's own attention and why."""
@@ -164,7 +165,7 @@ def search(
         layout: what the tokens are; read from a model's sample if None, text for tensors.
         backend: whose costs count; "auto" for the one that would run here.
         rows: where errors are measured: a number of rows of each query modality, or `Rows`; by default 512 of each
-            and the last 64, which count alike.
+            and the last 128, which count alike.
         checkpoint: JSON lines, written after every layer. If the file is there, the search goes on where it stopped.
         progress: show a bar.
         levels, tie: as in `mmflex.tuning.search.Settings`.
@@ -220,12 +221,11 @@ def search(
 
 
 def _settings_hash(settings: Settings, block_size: int, objective: str) -> str:
-    import mmflex
 
     table_ = [p.to_json() for p in settings.candidates]
     budget = None if settings.budget is None else settings.budget.to_json()
     rest = (asdict(settings.rows), settings.backend, settings.levels or (), settings.tie, block_size, objective)
-    return digest(mmflex.__version__, table_, budget or {}, *rest)
+    return digest(__version__, table_, budget or {}, *rest)
 
 
 def _run(source: _Source, settings: Settings, held: Checkpoint, same: dict[str, str], progress: bool) -> None:
@@ -300,7 +300,6 @@ def _same_layout(first: TokenLayout, layer: Layer) -> None:
 
 def _config(source: _Source, settings: Settings, held: Checkpoint) -> Config:
     """The options that the budget chooses, with where they come from."""
-    import mmflex
 
     header = held.header
     assert header is not None
@@ -312,7 +311,7 @@ def _config(source: _Source, settings: Settings, held: Checkpoint) -> Config:
         chosen.setdefault(layer, []).append(options[i])
     every = [o for options in chosen.values() for o in options]
     dense = sum(options[-1].ms for _, _, options in heads)
-    versions = {"mmflex": mmflex.__version__, "torch": torch.__version__}
+    versions = {"mmflex": __version__, "torch": torch.__version__}
     if source.wanted:
         import transformers
 

@@ -37,6 +37,7 @@ from mmflex.runtime.backends import BACKENDS
 from mmflex.tuning.config import Config, Spec, per_layer
 
 from .context_parallel import CacheKind, ContextParallel
+from .fallback import DenseFallback
 from .long_prefill import RowChunks, chunk_rows
 from .masks import (
     NAME,
@@ -48,12 +49,9 @@ from .masks import (
 )
 from .prefill import attention_forward, live
 from .prompts import Prompt, token_layout
+from .vision import VisionPatch
 
 __all__ = ["DenseFallback", "patch", "patched", "token_layout", "unpatch"]
-
-
-class DenseFallback(UserWarning):
-    """A layer ran the model's previous attention although its spec asked for less; the message says why."""
 
 
 # ---- patching ------------------------------------------------------------------------------------------------------
@@ -71,6 +69,8 @@ class Patch:
         mesh: DeviceMesh | None,
         cache: CacheKind,
         scheme: Scheme,
+        vision: bool,
+        fuse: bool | None,
     ) -> None:
         self.root, self.backend = root, backend
         self.config, self.owner, self.text_model, modules = _language_model(root)
@@ -81,6 +81,7 @@ class Patch:
         slots = [_Slot(self, module, self.previous) for module in modules]
         self.noticed: set[str] = set()
         self.called = False
+        self.vision: VisionPatch | None = None
         self.observer: Callable[..., None] | None = None  # sees q, k and v of every layer (`capture`)
         self.context_parallel = None if mesh is None else ContextParallel(self, mesh, cache, scheme)
         # from here on the model is changed
@@ -96,15 +97,18 @@ class Patch:
         for module, slot in zip(modules, slots, strict=True):
             vars(module)["_mmflex"] = slot
         _register()
-        self.owner.set_attn_implementation({"": NAME})
+        _select(self.owner, self.config, NAME)
         if self.config._attn_implementation != NAME:
             self.remove()
             raise NotImplementedError(
                 f"{type(self.owner).__name__} does not take another attention (set_attn_implementation had no effect): "
-                "its code does not go through transformers' AttentionInterface, so call mmflex.attention in it"
+                f"its code does not go through AttentionInterface; {_ELSE}, or call mmflex.attention in it"
             )
+        self.vision = VisionPatch(root, fuse=fuse) if vision else None
 
     def remove(self) -> None:
+        if self.vision is not None:
+            self.vision.remove()
         self.prompt.remove()
         if self.context_parallel is not None:
             self.context_parallel.remove()
@@ -114,7 +118,7 @@ class Patch:
         for module in self.modules:
             module.__dict__.pop("_mmflex", None)
         if forget_previous(self.config):
-            self.owner.set_attn_implementation({"": self.previous})
+            _select(self.owner, self.config, self.previous)
 
     @torch.compiler.disable
     def notice(self, reason: str, kind: str = "") -> None:
@@ -143,7 +147,7 @@ class Patch:
         if not self.called and self.prompt.queries > 1:
             raise RuntimeError(
                 f"{type(self.text_model).__name__} ran without calling mmflex: its attention does not go through "
-                "transformers' AttentionInterface; unpatch it and call mmflex.attention in its code"
+                f"transformers' AttentionInterface; unpatch it, and {_ELSE}, or call mmflex.attention in its code"
             )
 
     # The patch of a copied or unpickled model is its own.
@@ -169,11 +173,14 @@ def patch(
     mesh: DeviceMesh | None = None,
     cache: CacheKind = "replicated",
     scheme: Scheme = "keys",
+    vision: bool = True,
+    fuse: bool | None = None,
 ) -> nn.Module:
     """Make a transformers model prefill through `mmflex.attention`.
 
-    Only the language model changes; a vision tower, decode steps, weights and ``config.json`` stay as they are. The
-    table at the top of this module says which masks are honoured, which run dense with a notice, which are refused.
+    The table at the top of this module says which masks of the language model are honoured, which run dense with a
+    notice, which are refused. A vision tower of a family in `integrations.vision.TOWERS` computes what it computed
+    before, faster. Decode steps, weights and ``config.json`` stay as they are.
 
     Args:
         model: a causal language model or a vision-language model, or a module that holds one (also from
@@ -190,6 +197,10 @@ def patch(
             keeps those of its tokens, and decode steps merge attention over the ranks.
         scheme: with a mesh, "keys" gathers all keys and values; "heads" exchanges tokens for heads, for as many ranks
             as divide the KV heads (`mmflex.distributed.attention`).
+        vision: also the vision tower, where its family is known: attention in one call a layer, frames in chunks so
+            that long videos fit. False leaves it alone.
+        fuse: compile the vision tower's layers, all of them at once; None does so on CUDA for 16384 patches or more
+            in one call, True always, False never. Exact to rounding.
 
     Returns:
         The model itself.
@@ -210,7 +221,7 @@ def patch(
         raise ValueError(f"{type(root).__name__} is already patched: call mmflex.unpatch(model) first")
     if mesh is None and (cache, scheme) != ("replicated", "keys"):
         raise ValueError(f"cache is {cache!r} and scheme {scheme!r}, but mesh is None: they are for several ranks")
-    root.__dict__["_mmflex_patch"] = Patch(root, spec_or_config, backend, mlp_chunk, mesh, cache, scheme)
+    root.__dict__["_mmflex_patch"] = Patch(root, spec_or_config, backend, mlp_chunk, mesh, cache, scheme, vision, fuse)
     return model
 
 
@@ -239,9 +250,13 @@ def _language_model(root: nn.Module) -> tuple[Any, Any, nn.Module, list[nn.Modul
     The config is found from the attention modules: those of text know their ``layer_idx``, those of vision do not.
     """
     try:
+        import transformers
         from transformers import PreTrainedModel
     except ImportError as error:
-        raise ImportError("mmflex.patch needs transformers 5.17 or newer: pip install 'transformers>=5.17'") from error
+        raise ImportError(f"mmflex.patch needs transformers 5.17 or newer, and there are none: {_ELSE}") from error
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2] if part.isdecimal())
+    if version < (5, 17):
+        raise ImportError(f"mmflex.patch needs transformers 5.17 or newer, got {transformers.__version__}: {_ELSE}")
 
     models = [m for m in root.modules() if isinstance(m, PreTrainedModel)]
     groups: dict[int, list[nn.Module]] = {}
@@ -256,7 +271,7 @@ def _language_model(root: nn.Module) -> tuple[Any, Any, nn.Module, list[nn.Modul
         choices = {wanted: choices[wanted]} if wanted in choices else choices
     if len(choices) != 1:
         names = sorted({type(owners[0]).__name__ for owners in choices.values()})
-        way_out = "patch the one that reads the prompt" if names else "pass one, such as LlamaForCausalLM"
+        way_out = "patch the one that reads the prompt" if names else f"pass one, such as LlamaForCausalLM; {_ELSE}"
         raise TypeError(
             f"{type(root).__name__} holds {len(choices)} transformers language models ({', '.join(names)}): {way_out}"
         )
@@ -284,6 +299,23 @@ def _refuse_at_patch(root: nn.Module, config: Any, modules: list[nn.Module]) -> 
 
 
 _NO_SCORES = "(mmflex changes which pairs are attended to, not their scores): run this model unpatched"
+
+
+_ELSE = "for a model of other code that calls scaled_dot_product_attention there is mmflex.intercept(model, spec)"
+
+
+def _select(owner: Any, config: Any, implementation: str) -> None:
+    """Select an attention for the language model alone.
+
+    transformers hands it on to every model inside that no ``sub_configs`` names, such as the vision tower that
+    LLaVA-NeXT builds within its language model: those get back what they had.
+    """
+    inside = {id(m.config): m.config for m in owner.modules() if hasattr(type(m), "set_attn_implementation")}
+    others = [(c, c._attn_implementation) for c in inside.values() if c is not config]
+    owner.set_attn_implementation({"": implementation})
+    for other, before in others:
+        if other._attn_implementation != before:
+            other._attn_implementation_internal = before
 
 
 def _register() -> None:

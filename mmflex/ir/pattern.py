@@ -67,21 +67,25 @@ class SharedQueries:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What selection knows of a prompt: its layout seen through a scope. All of it is host data.
+    """What selection knows of a prompt: its layout seen through a scope. Host data, but for the last two.
 
     Attributes:
         layout: the layout of the N keys.
         scope: whose queries and keys.
         queries: which of the N tokens the M queries are.
         tile: block size in tokens.
+        group: query heads that share a KV head.
         estimate_from: queries that estimates go by instead, if any (`last_queries`).
+        values: v [B, Hkv, N, Dv], for estimators that ask for it.
     """
 
     layout: TokenLayout
     scope: Scope
     queries: QueryTokens
     tile: int
+    group: int = 1
     estimate_from: EstimateFrom | None = None
+    values: torch.Tensor | None = None
 
     def last_queries(self, q: torch.Tensor) -> tuple[torch.Tensor, QueryTokens]:
         """(queries [B, H, L, D], which tokens they are) for estimators that look at the last ones: those of the call,
@@ -94,12 +98,17 @@ class View:
         """Where other processes hold the prompt's other queries: what all of them are, and how to add up over them."""
         return None if self.estimate_from is None else self.estimate_from.shared
 
-    def whole_blocks(self, q: torch.Tensor, size: int) -> tuple[torch.Tensor, QueryTokens]:
-        """(queries [B, H, L, D], which tokens they are) for estimators that score blocks of ``size`` queries in scope:
+    @property
+    def shared_queries(self) -> View:
+        """The prompt as seen with the queries of all processes; this view where no others hold any."""
+        return self if self.shared is None else dataclasses.replace(self, queries=self.shared.queries)
+
+    def whole_blocks(self, q: torch.Tensor, size: int) -> tuple[torch.Tensor, View]:
+        """(queries [B, H, L, D], the view with them) for estimators that score blocks of ``size`` queries in scope:
         those of the call, q, and of those that were given for it the ones that make its blocks whole."""
         given = self.estimate_from
         if given is None:
-            return q, self.queries
+            return q, self
 
         def build() -> tuple[np.ndarray, np.ndarray, QueryTokens] | None:
             block = np.where(self.layout.of(self.scope.query), self.layout.coordinate(self.scope.query) // size, -1)
@@ -116,9 +125,10 @@ class View:
         key = ("whole blocks", self.scope, self.queries, given.queries, size)
         more = self.layout.once(key, build)
         if more is None:
-            return q, self.queries
+            return q, self
         source, order = (torch.as_tensor(index).to(q.device) for index in more[:2])
-        return torch.cat([q, given.q.index_select(2, source)], 2).index_select(2, order), more[2]
+        every = torch.cat([q, given.q.index_select(2, source)], 2).index_select(2, order)
+        return every, dataclasses.replace(self, queries=more[2])
 
     @property
     def size(self) -> int:
@@ -155,8 +165,16 @@ class View:
 class Estimator(Protocol):
     """Estimates once what several heads' patterns select from. Equal estimators are run once for all heads.
 
-    A method ``scored(view) -> float``, the query-key products that it takes for one head and prompt, is welcome: the
-    cost model prices them, and `mmflex eval` reports them beside what a pattern computes.
+    Optional, besides being called:
+
+    ``scored(view) -> float``: the query-key products that it takes for one head and prompt. The cost model prices
+    them, and `mmflex eval` reports them beside what a pattern computes.
+    ``values = True``: it reads `View.values`. A plan that is made without v is then an error.
+    ``whole_layer = True``: it is called with all heads of the layer, whichever of them have the pattern. ``kv_heads``:
+    how many KV heads in a row it then takes together, if not all of them: processes that have some of the heads each
+    need a multiple of it.
+    ``query_block(view) -> int``: it scores blocks of so many queries in scope, and takes them whole
+    (`View.whole_blocks`): where several processes hold the queries, those of a block on a border are shared.
     """
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, view: View, scale: float) -> Any:
@@ -313,6 +331,8 @@ class Pattern:
     known: ClassVar[dict[str, type[Pattern]]] = {}
     budgets: ClassVar[tuple[str, ...]] = ()
     """Integer fields that say how much is kept, in tokens or blocks: what `scaled` multiplies."""
+    least: ClassVar[Mapping[str, int]] = {}
+    """What `scaled` leaves of a budget at least, where it is no less to begin with: a neighbourhood stays one."""
     serial: str
     """Names this object among all patterns and layouts alive, for graphs of torch.compile to refer to."""
     __signature__: ClassVar[Any] = _Signature()
@@ -363,12 +383,13 @@ class Pattern:
         brings candidates to equal cost with it. Rounded to five significant bits; what is not 0 stays at least 1."""
         if factor == 1:
             return self
-        names = set(type(self).budgets)
+        names, least = set(type(self).budgets), type(self).least
         fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))  # type: ignore[arg-type]
-        return dataclasses.replace(
-            self,  # type: ignore[type-var]
-            **{name: _rounded(value, factor) if name in names else _scaled(value, factor) for name, value in fields},
-        )
+        scaled = {
+            name: _rounded(value, factor, least.get(name, 1)) if name in names else _scaled(value, factor)
+            for name, value in fields
+        }
+        return dataclasses.replace(self, **scaled)  # type: ignore[type-var]
 
     def on(self, query: str | int | None = None, key: str | int | None = None) -> Pattern:
         """This pattern for the queries and keys of a modality alone; its lines then run in ranks within it."""
@@ -531,11 +552,11 @@ def _scaled(value: Any, factor: float) -> Any:
     return tuple(_scaled(v, factor) for v in value) if isinstance(value, tuple) else value
 
 
-def _rounded(value: int, factor: float) -> int:
+def _rounded(value: int, factor: float, least: int) -> int:
     if not value:
         return value
     step = 1 << max(0, int(value * factor).bit_length() - 5)
-    return max(1, round(value * factor / step) * step)
+    return max(min(value, least), round(value * factor / step) * step)
 
 
 def _plain(value: Any) -> Any:

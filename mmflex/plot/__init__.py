@@ -10,12 +10,13 @@ notebook theme.
     plot.plot_mask(plan, head=3).savefig("mask.png")
     plot.save_plan(plan, "plan.mmflex.npz")  # then: mmflex show plan.mmflex.npz
 
-One module per picture: `masks`, `orders`, `estimates`, `heads`, `importance`, `recall`, `text`; `bands` and `style`
-are theirs in common, `html` is what notebooks show of a plan, `files` holds `save_plan` and `load_plan`.
+One module per picture: `masks`, `orders`, `estimates`, `graph`, `heads`, `importance`, `recall`, `text`; `bands` and
+`style` are theirs in common, `html` is what notebooks show of a plan, `files` holds `save_plan` and `load_plan`.
 """
 
 from .estimates import plot_estimate
 from .files import load_plan, save_plan
+from .graph import plot_graph
 from .heads import plot_config, plot_heads
 from .html import layout_html, plan_html
 from .importance import plot_importance
@@ -23,9 +24,11 @@ from .masks import plot_mask, plot_masks
 from .orders import plot_orders
 from .recall import attention_recall, plot_recall
 from .recorded import recorded
-from .snapshot import family
+from .snapshot import Snapshot, family
 from .style import FAMILIES, look
 from .text import mask_text
+
+Snapshot._repr_html_ = lambda self: plan_html(self)  # type: ignore[attr-defined]
 
 __all__ = [
     "FAMILIES",
@@ -38,6 +41,7 @@ __all__ = [
     "plan_html",
     "plot_config",
     "plot_estimate",
+    "plot_graph",
     "plot_heads",
     "plot_importance",
     "plot_mask",

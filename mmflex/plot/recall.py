@@ -47,6 +47,7 @@ def plot_recall(
     layout: TokenLayout | None = None,
     scale: float | None = None,
     rows: int = 256,
+    v: torch.Tensor | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """Recall against density of several patterns on the same q ``[B, Hq, M, D]`` and k ``[B, Hkv, N, D]``.
@@ -55,6 +56,7 @@ def plot_recall(
         patterns: ``{"vertical-slash": [VerticalSlash(100, 512), VerticalSlash(1000, 2048)], ...}``, a curve for each;
             or a list of patterns, a curve for each family.
         rows: queries at which recall is measured, evenly spaced.
+        v: for patterns that select by values as well.
     """
     from ..runtime.attention import plan as make_plan
 
@@ -72,7 +74,7 @@ def plot_recall(
     for i, (name, found) in enumerate(curves.items()):
         points = []
         for pattern in found:
-            made = make_plan(q, k, pattern, layout=layout, scale=scale, backend="reference")
+            made = make_plan(q, k, pattern, layout=layout, scale=scale, backend="reference", v=v)
             points.append((made.density.total, float(attention_recall(q, k, made, rows).mean())))
         points.sort()
         lowest = min(lowest, points[0][0])

@@ -179,11 +179,6 @@ class Snapshot:
         kinds = ", ".join(launch.label for launch in self.launches)
         return f"Snapshot({self.q} x {self.k}, backend={self.backend!r}, launches: {kinds})"
 
-    def _repr_html_(self) -> str:
-        from .html import plan_html
-
-        return plan_html(self)
-
 
 def snapshot(plan: Plan | Snapshot) -> Snapshot:
     """The snapshot of a plan (itself, if it is one)."""

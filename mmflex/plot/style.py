@@ -43,6 +43,9 @@ FAMILIES = {
     "Dilated": ("I", "#9aa5b1"),
     "FlexPrefill": ("P", "#bfe3c0"),
     "XAttention": ("X", "#5d2e8c"),
+    "Prism": ("R", "#c44e52"),
+    "FlashPrefill": ("L", "#8da0cb"),
+    "ProxyAttn": ("Y", "#a6761d"),
 }
 """Pattern families: the letter and the colour they have in overviews."""
 

@@ -14,7 +14,7 @@ from ..compiler.graph import Step
 from ..compiler.launches import DenseLaunch
 from . import backends
 from .backends import Backend
-from .launches import DenseExecution, execution, real_heads
+from .launches import DenseExecution, execution
 from .state import PlanState
 from .streams import SideStream
 
@@ -98,19 +98,20 @@ class Attending:
     def _merge(self, step: Step) -> None:
         launch, (result, sums) = self.launches[step.of], self.results[Step("attend", step.of)]
         run = execution(launch)
-        if run.covers(self.state, launch, result.shape[2], self.q.shape[2]):
+        if self.out is None and run.covers(self.state, launch, result.shape[2], self.q.shape[2]):
             self.out, self.sums = result, sums
             return
         if self.out is None:
             self._begin_output()
         assert self.out is not None
-        result = real_heads(self.state, launch, result)
-        sums = None if sums is None else real_heads(self.state, launch, sums)
         prepared = self.state.prepared.get(step.of)
         run.merge(self.state, launch, prepared, self.out, self.sums, result, sums)
 
     def _begin_output(self) -> None:
         """An output in which no row sees a key."""
-        shape = self.q.shape[:3]
-        self.out = self.q.new_zeros((*shape, self.v.shape[3]))
+        shape, width = self.q.shape[:3], self.v.shape[3]
+        if width == self.q.shape[3]:
+            self.out = torch.zeros_like(self.q)  # as q lies in memory: heads or tokens first
+        else:
+            self.out = self.q.new_zeros((*shape, width))
         self.sums = torch.full(shape, float("-inf"), device=self.q.device) if self.merging else None

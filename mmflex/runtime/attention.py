@@ -90,17 +90,19 @@ def plan(
     query_positions: Positions = None,
     estimate_from: tuple[Tensor, Positions] | None = None,
     lowering: Lowering | None = None,
+    v: Tensor | None = None,
 ) -> Plan:
-    """What `attention` decides before it looks at v: estimates, selections, orders and block lists.
+    """What `attention` decides before it computes anything: estimates, selections, orders and block lists.
 
     Args: as `attention`, and
 
+        v: for patterns that select by values as well (`BlockTopK` with ``values``); others do not look at it.
         block_size: tokens per block (other than 128 for experiments on the reference backend).
         lowering: which of the exact ways to compute the spec to take, whatever the cost model prefers: for tests.
     """
     where = _positions(query_start, query_positions)
     request = Request(scale, backend, False, where, block_size, PRICED if lowering is None else lowering)
-    return planned(q, k, None, spec, layout, request, _estimate_from(estimate_from, k), once=False)
+    return planned(q, k, v, spec, layout, request, _estimate_from(estimate_from, k), once=False)
 
 
 def _positions(start: int | None, positions: Positions) -> int | QueryTokens | None:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +22,24 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from . import reference
 from .masks import MaskMod, in_strips, maker
 
-Lists = tuple[Tensor, Tensor, Tensor, Tensor]
-"""kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices: int32 [B, H, NQ] and [B, H, NQ, W], both W equal (up
-to torch 2.11 the Triton template reads the full table with the other's strides)."""
+
+class BlockLists(NamedTuple):
+    """Which blocks a launch computes: FlexAttention's index tables, for every prompt, head and query tile.
+
+    A *partial* block is computed under the launch's mask_mod, a *full* one without it; what stands in neither list is
+    never computed. Both tables of a launch have one width W, which follows from the spec before any input is seen (up
+    to torch 2.11 the Triton template reads the full table with the other's strides). Entries past a count mean nothing,
+    and hold numbers of real tiles all the same, since kernels may load the first of them.
+
+    Attributes:
+        partial_count: int32 [B, H, query tiles]. partial_index: int32 [B, H, query tiles, W], key tiles, ascending.
+        full_count, full_index: likewise, of the full blocks.
+    """
+
+    partial_count: Tensor
+    partial_index: Tensor
+    full_count: Tensor
+    full_index: Tensor
 
 
 @dataclass(frozen=True)
@@ -137,7 +152,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     mask_mod: MaskMod,
-    lists: Lists,
+    lists: BlockLists,
     tile: int,
     scale: float,
     lse: bool,
@@ -164,12 +179,11 @@ def attend(
     return out[..., :width], sums
 
 
-def _cut(lists: Lists, rows: int, keys: int) -> Lists:
-    """Lists without the tiles that hold no token, of q and k that are given as they stand."""
-    num, index, full_num, full_index = lists
-    if rows == num.shape[2] and keys >= index.shape[3]:
+def _cut(lists: BlockLists, rows: int, keys: int) -> BlockLists:
+    """BlockLists without the tiles that hold no token, of q and k that are given as they stand."""
+    if rows == lists.partial_count.shape[2] and keys >= lists.partial_index.shape[3]:
         return lists
-    return num[:, :, :rows], index[:, :, :rows, :keys], full_num[:, :, :rows], full_index[:, :, :rows, :keys]
+    return BlockLists(*(t[:, :, :rows] if t.dim() == 3 else t[:, :, :rows, :keys] for t in lists))
 
 
 STRIP = 16
@@ -183,18 +197,18 @@ def _strips(queries: int, tile: int) -> bool:
 
 
 def _in_strips(
-    q: Tensor, k: Tensor, v: Tensor, mask_mod: MaskMod, lists: Lists, tile: int
-) -> tuple[Tensor, Tensor, Tensor, MaskMod, Lists]:
+    q: Tensor, k: Tensor, v: Tensor, mask_mod: MaskMod, lists: BlockLists, tile: int
+) -> tuple[Tensor, Tensor, Tensor, MaskMod, BlockLists]:
     """A launch of one prompt as one of many, each with a strip of its queries and the same keys: all are views.
 
     flash-attn-4 goes through the query tiles of a head, then the heads, then the prompts. Whole heads one after another
     read keys from memory seven times that their group shares; strips find them in the cache.
     """
     size, count = STRIP * tile, q.shape[2] // (STRIP * tile)
-    num, index, full_num, full_index = (t[0].unflatten(1, (count, STRIP)).transpose(0, 1) for t in lists)
+    dealt = BlockLists(*(t[0].unflatten(1, (count, STRIP)).transpose(0, 1) for t in lists))
     k, v = (t.expand(count, -1, -1, -1) for t in (k, v))
     strips = q[0].unflatten(1, (count, size)).transpose(0, 1)
-    return strips, k, v, in_strips(mask_mod, size), (num, index, full_num, full_index)
+    return strips, k, v, in_strips(mask_mod, size), dealt
 
 
 def _joined(t: Tensor) -> Tensor:
@@ -202,11 +216,11 @@ def _joined(t: Tensor) -> Tensor:
     return t.transpose(0, 1).flatten(1, 2)[None]
 
 
-def _bucket(backend: str, q: Tensor, k: Tensor, v: Tensor, lists: Lists, strips: bool) -> Any:
+def _bucket(backend: str, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, strips: bool) -> Any:
     """What a kernel is compiled for: static shapes. Flash is compiled with dynamic lengths and loses no speed by it."""
     if backend == "flash":
         return (q.dtype, q.device, "strips" if strips else q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3])
-    return (q.dtype, q.device, q.shape, k.shape, v.shape, lists[1].shape, q.stride(), k.stride(), v.stride())
+    return (q.dtype, q.device, q.shape, k.shape, v.shape, lists.partial_index.shape, q.stride(), k.stride(), v.stride())
 
 
 def _head_dim(dim: int) -> int:
@@ -297,7 +311,7 @@ def _kernel(source: str, backend: str, tile: int, scale: float, lse: bool, bucke
     return attempt
 
 
-def block_mask(mask_mod: MaskMod, lists: Lists, tile: int, queries: int, keys: int) -> BlockMask:
+def block_mask(mask_mod: MaskMod, lists: BlockLists, tile: int, queries: int, keys: int) -> BlockMask:
     """The BlockMask of a launch, as FlexAttention gets it."""
     return BlockMask.from_kv_blocks(
         *lists, BLOCK_SIZE=tile, mask_mod=mask_mod, seq_lengths=(queries, keys), compute_q_blocks=False

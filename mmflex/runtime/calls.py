@@ -109,9 +109,36 @@ def planned(
             _observer.reset(token)
         observer(plan)
         return plan
+    call = _call(q, k, v, spec, layout, request)
+    check_estimate(estimate_from, q)
+    kept = call.kept
+    if once and kept is not None and (kept[0].dense_alone or kept[1] == replay.stream(q.device)):
+        return kept[0]
+    with torch.no_grad():
+        plan = Plan(call.program, call.runs, call.scale, q, k, call.note, once, estimate_from, v)
+    if once and (plan.dense_alone or replay.follows_from_layout(plan.state)):
+        call.kept = plan, replay.stream(q.device)
+    return plan
+
+
+def decided(q: Tensor, k: Tensor, spec: Spec, layout: TokenLayout | None, request: Request) -> tuple[Program, str]:
+    """The program of a call, and why it is dense if the cost model decided so; nothing is estimated or computed.
+
+    Only shapes, dtypes and the device of q and k are looked at: k may be a view that holds nothing yet. Errors are
+    those of `attention`.
+    """
+    call = _call(q, k, None, spec, layout, request)
+    return call.program, call.note
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayout | None, request: Request) -> _Call:
+    """What was decided for an equal call, or is decided now."""
     usual = request.scale is None or type(request.scale) is float
     key, calls = _key(q, k, v, spec, layout, request) if usual else (None, Memo(0))
-    call = None if key is None else calls.recall(key)
+    try:
+        call = None if key is None else calls.recall(key)
+    except TypeError:  # what cannot be hashed is checked, and refused
+        key = call = None
     if call is None or not _up_to_date(call, q):
         equal = None  # the same of equal patterns, made anew
         if key is not None:
@@ -121,15 +148,7 @@ def planned(
             call = _decided(q, k, v, spec, layout, request)
         for name in (key, equal) if key is not None else ():
             calls.keep(name, call)
-    check_estimate(estimate_from, q)
-    kept = call.kept
-    if once and kept is not None and (kept[0].dense_alone or kept[1] == replay.stream(q.device)):
-        return kept[0]
-    with torch.no_grad():
-        plan = Plan(call.program, call.runs, call.scale, q, k, call.note, once, estimate_from)
-    if once and (plan.dense_alone or replay.follows_from_layout(plan.state)):
-        call.kept = plan, replay.stream(q.device)
-    return plan
+    return call
 
 
 def _key(
@@ -145,8 +164,8 @@ def _key(
         if layout is None:
             layout = TokenLayout.text(k.shape[2])
         key = (serials, q.shape, k.shape, q.dtype, k.dtype, q.device, k.device, of_v, request)
-        hash(key)
-        return key, layout.once("calls", lambda: Memo(CALLS))
+        calls = layout.memo.recall("calls")
+        return key, layout.once("calls", lambda: Memo(CALLS)) if calls is None else calls
     except (AttributeError, TypeError, IndexError):  # `check` says what is wrong
         return None, Memo(0)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +53,19 @@ def index_constant(values: tuple[int, ...], device: torch.device, dtype: torch.d
     elif device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured[key] = constant
     return constant
+
+
+_of_arrays: dict[tuple[int, torch.device], tuple[weakref.ref, Tensor]] = {}
+
+
+def array_constant(array: np.ndarray, device: torch.device) -> Tensor:
+    """An int32 copy of a host array on a device, made once in the array's life. For estimates, which run outside our
+    graphs: nothing is told that it was used."""
+    key = (id(array), device)
+    if key not in _of_arrays or _of_arrays[key][0]() is not array:
+        tensor = torch.as_tensor(array.astype(np.int32)).to(device)
+        _of_arrays[key] = (weakref.ref(array, lambda _: _of_arrays.pop(key, None)), tensor)
+    return _of_arrays[key][1]
 
 
 @contextmanager

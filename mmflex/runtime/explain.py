@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import sympy
 
 from ..compiler.launches import BlockLaunch, DenseLaunch, GatheredRows, ResidueLaunch
 from ..compiler.lower import modality_counts
+from ..compiler.program import Program
 from ..ir import expr as x
-from .plan import Plan
+from .state import PreparedLaunch
 
 
 def _heads(heads: tuple[int, ...]) -> str:
@@ -27,19 +31,27 @@ def readable(expr: sympy.Basic) -> str:
     return "everything" if expr == sympy.true else str(expr.xreplace(short)).replace("-k//", "- k//")
 
 
-def explain(plan: Plan) -> str:
-    program, density = plan.program, plan.density
-    (batch, heads, m, dim), (_, kv_heads, n, _) = plan.shape
+def explain(
+    program: Program,
+    prepared: Mapping[int, PreparedLaunch],
+    density: np.ndarray,
+    shape: tuple[tuple[int, ...], tuple[int, ...]],
+    backend: str,
+    note: str,
+) -> str:
+    """A plan in words: see `Plan.explain`. ``density`` float [B, Hq]; ``shape`` of q and of k."""
+    (batch, heads, m, dim), (_, kv_heads, n, _) = shape
+    total = float(density.mean()) if density.size else 0.0
     lines = [
         f"{batch} x {heads} query heads on {kv_heads} KV heads, {m} queries, {n} keys "
-        f"({modality_counts(plan.layout)}), head dimension {dim}",
-        f"backend {plan.backend}, blocks of {program.tile}, density {density.total:.1%} of the causal pairs",
+        f"({modality_counts(program.layout)}), head dimension {dim}",
+        f"backend {backend}, blocks of {program.tile}, density {total:.1%} of the causal pairs",
     ]
-    if plan.note:
-        lines.append(plan.note)
+    if note:
+        lines.append(note)
     lines.append("")
     for group in program.groups:
-        share = density.heads[:, list(group.heads)].mean() if density.heads.size else 0.0
+        share = density[:, list(group.heads)].mean() if density.size else 0.0
         lines.append(f"heads {_heads(group.heads)}: {group.pattern}")
         lines.append(f"  mask     q >= k and {readable(group.expr)}")
         lines.append(f"  density  {share:.1%}")
@@ -56,8 +68,8 @@ def explain(plan: Plan) -> str:
         if isinstance(launch, DenseLaunch):
             lines.append("  SDPA, causal")
             continue
-        prepared = plan.state.prepared[number]
-        partial, full = (int(c.sum()) for c in (prepared.lists[0], prepared.lists[2]))
+        ready = prepared[number]
+        partial, full = (int(c.sum()) for c in (ready.lists.partial_count, ready.lists.full_count))
         tiles = (launch.row_slots // program.tile) * (launch.key_slots // program.tile) * len(own) * batch
         lines.append(
             f"  {full} full, {partial} partial, {tiles - full - partial} empty blocks; lists of width {launch.width}"
@@ -74,7 +86,7 @@ def explain(plan: Plan) -> str:
         if isinstance(launch, ResidueLaunch):
             lines.append("  rows and keys by residue, then position; merged with the others by log-sum-exp")
         if launch.compares:
-            lines.append(f"  partial blocks: one comparison, {prepared.mask_mod.comparison}")
+            lines.append(f"  partial blocks: one comparison, {ready.mask_mod.comparison}")
         else:
             lines.append(f"  partial blocks: row >= limit[key], and looked up: {readable(launch.parts[0].mask)}")
     lines += ["", "steps", *(f"  {line}" for line in program.graph.lines())]

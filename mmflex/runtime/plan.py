@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,11 @@ from . import backends, dense, reference, replay
 from .attend import Attending
 from .backends import Backend
 from .device import writing_to
+from .explain import explain
 from .inputs import check
 from .planning import after_estimates
 from .state import PlanState
+from .verify import Verification, verify
 
 
 @dataclass(eq=False)
@@ -61,6 +64,7 @@ class Plan:
         note: str = "",
         once: bool = False,
         estimate_from: EstimateFrom | None = None,
+        v: Tensor | None = None,
     ) -> None:
         """``once``: it attends before anything else is planned with its program, whose graph may then be replayed."""
         self.program, self._backend, self.scale, self.note = program, backend, scale, note
@@ -75,7 +79,7 @@ class Plan:
         self.dense_alone = whole and ends and not self.layout.padded
         self._kernels: dict[Any, dense.Dense] = {}
         with writing_to(replay.inputs(self.state) if once else ()):
-            self.state.estimate(q, k, scale, estimate_from)
+            self.state.estimate(q, k, scale, estimate_from, v)
         if not (once and replay.replayed(self.state)):
             after_estimates(self.state)
 
@@ -122,13 +126,14 @@ class Plan:
 
     # ---- what it is ------------------------------------------------------------------------------------------------
 
-    def dense_mask(self, rows: Sequence[int] | None = None) -> Tensor:
-        """bool [B, Hq, M, N]: the token-level mask, from the expressions alone; of some ``rows`` (query numbers) only,
-        if given. For small N, or few rows: it is as large as it says."""
+    def dense_mask(self, rows: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> Tensor:
+        """bool [B, Hq, M, N]: the token-level mask, from the expressions alone; of some ``rows`` (query numbers) and
+        query ``heads`` only, if given. For small N, or few rows: it is as large as it says."""
         program, state = self.program, self.state
         layout, queries, n = program.layout, program.queries, program.layout.length
         chosen = np.arange(queries.count) if rows is None else np.asarray(rows, dtype=np.int64)
-        out = torch.zeros((state.batch, program.heads, len(chosen), n), dtype=torch.bool, device=state.device)
+        asked = list(range(program.heads)) if heads is None else list(heads)
+        out = torch.zeros((state.batch, len(asked), len(chosen), n), dtype=torch.bool, device=state.device)
         if not len(chosen) or not n:
             return out
         order = given_order(chosen, queries.count, layout.batch_size, queries)
@@ -137,9 +142,33 @@ class Plan:
         row = position[:, torch.as_tensor(queries.numbers[chosen]).to(state.device).long()]
         causal = (row[:, None, :, None] >= position[:, None, None]) & (position >= 0)[:, None, None]
         for group in program.groups:
-            mask = state.values([group.expr], group.heads, order, keys).of(group.expr)
-            out[:, list(group.heads)] = mask & causal
+            own = tuple(h for h in asked if h in group.heads)
+            if own:
+                mask = state.values([group.expr], own, order, keys).of(group.expr)
+                out[:, [asked.index(h) for h in own]] = mask & causal
         return out
+
+    def verify(self, q: Tensor, k: Tensor, v: Tensor, rows: int = 64, seed: int = 0, lse: bool = False) -> Verification:
+        """Whether this plan computes what its spec means, on samples, at any length.
+
+        Recomputes ``rows`` query rows of every head in float64 under the token mask (which follows from the patterns'
+        expressions and selected sets, never from block lists), and counts the pairs that ``rows`` query tiles compute,
+        dealt out over heads and launches: each allowed pair once, no other. At 1M tokens it takes about 2 GB.
+
+        Args:
+            q, k, v: as planned, all finite.
+            seed: of what is sampled. lse: check the log-sum-exp as well.
+
+        Returns:
+            The greatest errors, and how much was looked at.
+
+        Raises:
+            VerificationError: an error above rounding, or a pair that is not computed as allowed; it says which.
+            ValueError, TypeError: tensors that the plan was not made for.
+        """
+        if lse and not self._backend.lse:
+            raise ValueError(f"lse: backend {self.backend!r} returns no log-sum-exp; verify without")
+        return verify(self, q, k, v, rows, seed, lse)
 
     @property
     def density(self) -> HeadDensity:
@@ -156,7 +185,9 @@ class Plan:
                     pairs[:, h] += causal[:, 0]
                 else:
                     lists = self.state.prepared[number].lists
-                    pairs[:, h] += (lists[0] + lists[2])[:, i].sum(-1).cpu().numpy() * float(tile * tile)
+                    pairs[:, h] += (lists.partial_count + lists.full_count)[:, i].sum(-1).cpu().numpy() * float(
+                        tile * tile
+                    )
         return HeadDensity(pairs / np.maximum(causal, 1.0))
 
     @property
@@ -179,9 +210,8 @@ class Plan:
 
     def explain(self) -> str:
         """What was decided and why: expressions, orders with the cost of the alternatives, launches, blocks, steps."""
-        from .explain import explain
-
-        return explain(self)
+        heads = self.density.heads
+        return explain(self.program, self.state.prepared, heads, self.shape, self.backend, self.note)
 
     def __repr__(self) -> str:
         kinds = ", ".join(launch.label for launch in self.program.launches)
@@ -190,4 +220,4 @@ class Plan:
 
 def _finite(t: Tensor) -> bool:
     """Whether all of a tensor is finite. A sum is the quickest look; it may overflow, so only then every entry."""
-    return bool(t.sum(dtype=torch.float32).isfinite()) or bool(t.isfinite().all())
+    return math.isfinite(t.sum(dtype=torch.float32).item()) or bool(t.isfinite().all())

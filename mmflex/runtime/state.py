@@ -10,12 +10,12 @@ import sympy
 import torch
 from torch import Tensor
 
-from ..compiler.launches import Launch, Part
+from ..compiler.launches import Launch, Part, view_of
 from ..compiler.orders import TokenOrder
 from ..compiler.program import Program
 from ..compiler.terms import selected_names
 from ..ir.pattern import EstimateFrom, Scope, View
-from .backends import Lists
+from .backends import BlockLists
 from .classify import Values
 from .device import index_constant
 from .masks import MaskMod
@@ -33,7 +33,7 @@ class PreparedLaunch:
             none); a head's own is number ``launch.table_slot[head]``.
     """
 
-    lists: Lists
+    lists: BlockLists
     mask_mod: MaskMod
     row_index: Tensor | None = None
     row_count: Tensor | None = None
@@ -63,10 +63,11 @@ class PlanState:
         """An index tensor on the device."""
         return index_constant(values, self.device, dtype)
 
-    def view(self, scope: Scope, estimate_from: EstimateFrom | None = None) -> View:
+    def view(self, scope: Scope, estimate_from: EstimateFrom | None = None, values: Tensor | None = None) -> View:
         """The prompt as a pattern sees it in a scope."""
         program = self.program
-        return View(program.layout, scope, program.queries, program.tile, estimate_from)
+        group = program.heads // program.kv_heads
+        return View(program.layout, scope, program.queries, program.tile, group, estimate_from, values)
 
     def values(
         self,
@@ -97,19 +98,29 @@ class PlanState:
 
     # ---- planning --------------------------------------------------------------------------------------------------
 
-    def estimate(self, q: Tensor, k: Tensor, scale: float, given: EstimateFrom | None = None) -> None:
+    def estimate(
+        self, q: Tensor, k: Tensor, scale: float, given: EstimateFrom | None = None, v: Tensor | None = None
+    ) -> None:
         """Runs every estimator once for all heads that select from it.
 
         Args:
             q: [B, Hq, M, D], k: [B, Hkv, N, D], scale: of the scores.
             given: queries [B, Hq, L, D] that estimators of the last queries look at instead of those of the call.
+            v: [B, Hkv, N, Dv], for estimators that ask for it.
+
+        Raises:
+            ValueError: an estimator asks for v, and there is none.
         """
         for estimator, scope, heads in self.program.estimates:
             query, key = take_heads(q, heads.heads, self.device), take_heads(k, heads.kv_heads, self.device)
-            other = None
+            other, values = None, None
             if given is not None:
                 other = replace(given, q=take_heads(given.q, heads.heads, self.device))
-            result = estimator(query, key, self.view(scope, other), scale)
+            if getattr(estimator, "values", False):
+                if v is None:
+                    raise ValueError(f"{estimator} estimates from v too, but the plan is made without it: give v=")
+                values = take_heads(v, heads.kv_heads, self.device)
+            result = estimator(query, key, self.view(scope, other, values), scale)
             self.estimates[estimator, scope] = (result, heads.slot_of)
 
     def select(self, name: str) -> None:
@@ -129,7 +140,17 @@ class PlanState:
 
 
 def take_heads(t: Tensor, heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """Heads of a tensor [B, H, ...]; itself where they are all, in order. Empty heads (-1) get any head's rows."""
-    if heads == tuple(range(t.shape[1])):
-        return t
+    """Heads of a tensor [B, H, ...], a view where they can be. Empty heads (-1) get any head's rows."""
+    view = view_of(heads, t.shape[1])
+    if view is not None:
+        return t if len(heads) == t.shape[1] else t[:, view]
     return t.index_select(1, index_constant(tuple(max(h, 0) for h in heads), device))
+
+
+def put_heads(state: PlanState, heads: tuple[int, ...], t: Tensor, out: Tensor) -> None:
+    """Writes t [B, h, ...] over some heads of out [B, H, ...]."""
+    view = view_of(heads, out.shape[1])
+    if view is not None:
+        out[:, view] = t
+    else:
+        out.index_copy_(1, state.index(heads), t)

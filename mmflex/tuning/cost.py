@@ -74,9 +74,7 @@ def predict(
     return _predict(planned, constants, batch)
 
 
-def _predict_rank(
-    program: Program, constants: Constants | None, batch: int, ranks: int, link: Link
-) -> Prediction:
+def _predict_rank(program: Program, constants: Constants | None, batch: int, ranks: int, link: Link) -> Prediction:
     dealing = Dealing.head_tail(program.layout.length, ranks)
     by_head = {h: group.pattern for group in program.groups for h in group.heads}
     patterns = tuple(by_head[h] for h in range(program.heads))
@@ -98,7 +96,7 @@ def counted(plan: Plan) -> dict[int, Work]:
     return out
 
 
-def listed(expected: Work, lists: backends.Lists) -> Work:
+def listed(expected: Work, lists: backends.BlockLists) -> Work:
     """The work of a launch with its blocks as they are listed, for what was expected."""
     partial, _, full, _ = lists
     longest = int((full + partial).max()) if partial.numel() else 0

@@ -55,7 +55,7 @@ def price(state: PlanState) -> Price:
         else:
             lists = state.prepared[number].lists
             work = listed(expected[number], lists)
-            each = (lists[0] + lists[2])[0].sum(-1).cpu().numpy() * float(tile * tile)
+            each = (lists.partial_count + lists.full_count)[0].sum(-1).cpu().numpy() * float(tile * tile)
         aside = overlaps(launch, layout, constants)
         total = attend_ms(work, constants, tile, aside) + moving_ms(work, constants, tile)
         share = each[own] / each[own].sum() if each[own].any() else 1.0 / own.sum()

@@ -92,7 +92,8 @@ class Layer:
             if name in self._selected:
                 continue
             n = self.layout.length
-            view = View(self.layout, scope, QueryTokens.last(n, n), self.tile)
+            queries, group = QueryTokens.last(n, n), self.heads // self.kv_heads
+            view = View(self.layout, scope, queries, self.tile, group, values=self.v)
             estimator, result = pattern.estimator(), None
             if estimator is not None:
                 if (estimator, scope) not in self._estimates:

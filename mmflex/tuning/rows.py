@@ -20,14 +20,16 @@ class Rows:
 
     Attributes:
         count: rows of every query modality, one at a random place in each of so many equal stretches of it; None: all.
-        last: the last rows of the prompt are measured as well: that is where the question stands.
+        last: the last rows of the prompt are measured as well: that is where the question stands. A whole tile of them,
+            because a pattern may serve the rows of a tile unalike: the last 64 are the second half of one at many
+            lengths.
         even: every query modality and the last rows count alike, however many tokens they have; else every token
             counts alike, and the last ones no more than others.
         seed: of the random places.
     """
 
     count: int | None = 512
-    last: int = LAST_QUERIES
+    last: int = 128
     even: bool = True
     seed: int = 0
 

@@ -18,8 +18,8 @@ if triton is not None:
 
     @triton.jit
     def _take(
-        src, index, out, src_b, src_h, src_n, out_b, out_h, out_n, index_b, index_h, group, heads, slots, dim,
-        BLOCK: tl.constexpr, DIM: tl.constexpr,
+        src, index, heads_at, out, src_b, src_h, src_n, out_b, out_h, out_n, index_b, index_h, group, heads, slots, dim,
+        BLOCK: tl.constexpr, DIM: tl.constexpr, CHOSEN: tl.constexpr,
     ):  # fmt: skip
         """A block of slots of one head."""
         slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -29,31 +29,38 @@ if triton is not None:
         row = tl.load(index + batch * index_b + head.to(tl.int64) * index_h + slot, mask=inside, other=-1).to(tl.int64)
         d = tl.arange(0, DIM)
         keep = inside[:, None] & (d < dim)[None]
-        source = src + batch * src_b + (head // group).to(tl.int64) * src_h + row[:, None] * src_n + d[None]
+        own = (head // group).to(tl.int64)
+        if CHOSEN:
+            own = tl.load(heads_at + head)
+        source = src + batch * src_b + own * src_h + row[:, None] * src_n + d[None]
         value = tl.load(source, mask=keep & (row >= 0)[:, None], other=0.0)
         target = out + batch * out_b + head.to(tl.int64) * out_h + slot.to(tl.int64)[:, None] * out_n + d[None]
         tl.store(target, value, mask=keep)
 
 
-def take_rows(src: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
-    """``out[b, h, s] = src[b, h * Hs // H, index[b, h, s]]``, zero where the index is negative.
+def take_rows(src: Tensor, index: Tensor, out: Tensor | None = None, heads_at: Tensor | None = None) -> Tensor:
+    """``out[b, h, s] = src[b, heads_at[h], index[b, h, s]]``, zero where the index is negative.
 
-    src [B, Hs, N, D], index int [B, H, S] (any strides but the last), out [B, H, S, D] (last dimension contiguous).
+    src [B, Hs, N, D], index int [B, H, S] (any strides but the last), out [B, H, S, D] (last dimension contiguous),
+    heads_at int64 [H] (None: ``h * Hs // H``).
     """
     batch, heads, slots = index.shape
     dim = src.shape[-1]
     if out is None:
         out = src.new_empty((batch, heads, slots, dim))
-    group = heads // src.shape[1]
+    group = max(1, heads // src.shape[1])
     if use_triton(src) and src.stride(-1) == 1 and out.stride(-1) == 1:
         assert triton is not None
         grid = (triton.cdiv(slots, 64), batch * heads)
         _take[grid](
-            src, index, out, *src.stride()[:3], *out.stride()[:3], index.stride(0), index.stride(1), group, heads,
-            slots, dim, BLOCK=64, DIM=triton.next_power_of_2(dim),
+            src, index, index if heads_at is None else heads_at, out, *src.stride()[:3], *out.stride()[:3],
+            index.stride(0), index.stride(1), group, heads, slots, dim, BLOCK=64, DIM=triton.next_power_of_2(dim),
+            CHOSEN=heads_at is not None,
         )  # fmt: skip
         return out
-    if group > 1:
+    if heads_at is not None:
+        src = src.index_select(1, heads_at)
+    elif group > 1:
         src = src[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2)
     at = index.long().clamp(min=0)[..., None].expand(-1, -1, -1, dim)
     out.copy_(src.gather(2, at).masked_fill((index < 0)[..., None], 0))
@@ -136,18 +143,20 @@ if triton is not None:
         head = tl.program_id(1) % heads
         batch = (tl.program_id(1) // heads).to(tl.int64)
         own = batch * heads + head
-        real = slot < tl.load(count + own)
+        to_head = tl.load(heads_at + head).to(tl.int64)
+        real = (slot < tl.load(count + own)) & (to_head >= 0)
         row = tl.load(index + own * slots + slot, mask=real & (slot < slots), other=-1).to(tl.int64)
         real = real & (row >= 0)
         d = tl.arange(0, DIM)
         keep = real[:, None] & (d < dim)[None]
         source = src + batch * src_b + head.to(tl.int64) * src_h + slot.to(tl.int64)[:, None] * src_n + d[None]
-        target = out + batch * out_b + tl.load(heads_at + head).to(tl.int64) * out_h + row[:, None] * out_n + d[None]
+        target = out + batch * out_b + to_head * out_h + row[:, None] * out_n + d[None]
         tl.store(target, tl.load(source, mask=keep, other=0.0), mask=keep)
 
 
 def put_rows(src: Tensor, index: Tensor, count: Tensor, heads: Tensor, out: Tensor) -> None:
-    """``out[b, heads[h], index[b, h, s]] = src[b, h, s]`` for s below count int64 [b, h] with an index from 0 on.
+    """``out[b, heads[h], index[b, h, s]] = src[b, h, s]`` for s below count int64 [b, h] with an index from 0 on;
+    nothing where ``heads[h]`` is -1.
 
     src [B, h, S, D], index int64 [B, h, S] without repeats among those, heads int64 [h], out [B, H, N, D].
     """
@@ -159,6 +168,9 @@ def put_rows(src: Tensor, index: Tensor, count: Tensor, heads: Tensor, out: Tens
             slots, dim, BLOCK=64, DIM=triton.next_power_of_2(dim),
         )  # fmt: skip
         return
+    there = heads >= 0  # of few heads, on the CPU
+    if not there.all():
+        src, index, count, heads = src[:, there], index[:, there], count[:, there], heads[there]
     real = (torch.arange(slots, device=src.device) < count[..., None]) & (index >= 0)
     tokens = out.shape[2]
     at = torch.where(real, index, tokens)[..., None].expand(src.shape)  # the rest goes to a row that is cut off again

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ...compiler.launches import BlockLaunch, DenseLaunch, GatheredRows, Launch, ResidueLaunch
-from .base import Execution, real_heads
+from .base import Execution
 from .blocks import BlockExecution
 from .dense import DenseExecution
 from .residue import ResidueExecution
 from .rows import RowsExecution
 
-__all__ = ["BlockExecution", "DenseExecution", "Execution", "execution", "real_heads"]
+__all__ = ["BlockExecution", "DenseExecution", "Execution", "execution"]
 
 _EXECUTIONS: dict[type[Launch], Execution[Any]] = {
     BlockLaunch: BlockExecution(),

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...compiler.launches import BlockLaunch, Launch
 from ...compiler.orders import NEVER
 from ...ir import expr as x
-from ..backends import Lists
+from ..backends import BlockLists
 from ..classify import Extremes, Values, block_test, everything, slot_attribute
 from ..kernels.lists import list_blocks, writes_triton
 from ..kernels.rows import fill_slots, put_rows, take_rows
@@ -51,11 +51,11 @@ class BlockLister:
         index = (self.state.index(numbers, torch.int32) for numbers in (slots, first))
         list_blocks(test, ends, self.table, self.counts, self.fits, *index)
 
-    def done(self) -> Lists:
+    def done(self) -> BlockLists:
         """The lists. A loud error where something does not fit (on CUDA when the device gets there), never a dropped
         block."""
         torch._assert_async(self.fits, OVERFLOW)
-        return self.counts[0], self.table[0], self.counts[1], self.table[1]
+        return BlockLists(self.counts[0], self.table[0], self.counts[1], self.table[1])
 
 
 def slot_positions(state: PlanState, launch: Launch) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ class Execution(Generic[L]):
         if not launch.keys.slots_are_positions(layout):
             index = launch.keys.on("index", device)[:, None].expand(state.batch, len(heads), -1)
             for t, out in ((k, out_k), (v, out_v)):
-                take_rows(take_heads(t, heads, device), index, out[:, :, :main])
+                take_rows(t, index, out[:, :, :main], state.index(heads))
             first = main
         if table is not None:
             table = table.unflatten(1, (len(heads), -1)).flatten(2)
@@ -122,12 +122,12 @@ class Execution(Generic[L]):
 
     def queries(self, state: PlanState, launch: L, prepared: PreparedLaunch, q: Tensor, any_length: bool) -> Tensor:
         """q [B, H, M, D] in the query slots of the launch."""
-        q = take_heads(q, launch.heads.heads, state.device)
-        if prepared.row_index is not None:
-            return take_rows(q, prepared.row_index)
-        if launch.rows.stays(any_length):
-            return q
-        return take_rows(q, launch.rows.on("index", state.device)[:, None].expand(state.batch, q.shape[1], -1))
+        heads, index = launch.heads.heads, prepared.row_index
+        if index is None:
+            if launch.rows.stays(any_length):
+                return take_heads(q, heads, state.device)
+            index = launch.rows.on("index", state.device)[:, None].expand(state.batch, len(heads), -1)
+        return take_rows(q, index, heads_at=state.index(tuple(max(h, 0) for h in heads)))
 
     def covers(self, state: PlanState, launch: L, slots: int, queries: int) -> bool:
         """Whether its result, of so many slots, is the output as it stands."""
@@ -143,8 +143,7 @@ class Execution(Generic[L]):
         result: Tensor,
         sums: Tensor | None,
     ) -> None:
-        """Puts its rows, ``result`` [B, H, Q, D] and ``sums`` [B, H, Q] of its real heads, into out [B, Hq, M, D] and
-        lse [B, Hq, M]."""
+        """Puts its rows, ``result`` [B, H, Q, D] and ``sums`` [B, H, Q], into out [B, Hq, M, D] and lse [B, Hq, M]."""
         raise NotImplementedError
 
     def scatter(
@@ -158,17 +157,9 @@ class Execution(Generic[L]):
         result: Tensor,
         sums: Tensor | None,
     ) -> None:
-        """Writes slots over the rows of the output that they hold: ``index`` int64 [B, h, S], the first ``count`` of
-        them."""
-        heads = state.index(launch.heads.real)
+        """Writes slots over the rows of the output that they hold: ``index`` int64 [B, H, S], the first ``count`` [B,
+        H] of them."""
+        heads = state.index(launch.heads.heads)
         put_rows(result, index, count, heads, out)
         if lse is not None and sums is not None:
             put_rows(sums[..., None], index, count, heads, lse[..., None])
-
-
-def real_heads(state: PlanState, launch: Launch, t: Tensor) -> Tensor:
-    """A result [B, H, ...] without its empty heads."""
-    heads = launch.heads.heads
-    if len(launch.heads.real) == len(heads):
-        return t
-    return t.index_select(1, state.index(tuple(i for i, h in enumerate(heads) if h >= 0)))

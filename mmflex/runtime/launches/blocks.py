@@ -98,7 +98,7 @@ class BlockExecution(Execution[BlockLaunch]):
         return PreparedLaunch(lister.done(), mask_mod, section_table=gathered.table)
 
     def covers(self, state: PlanState, launch: BlockLaunch, slots: int, queries: int) -> bool:
-        return launch.rows.stays(slots == queries) and launch.heads.all(state.program.heads)
+        return launch.rows.stays(slots == queries) and launch.heads.in_place(state.program.heads)
 
     def merge(
         self,
@@ -110,7 +110,7 @@ class BlockExecution(Execution[BlockLaunch]):
         result: Tensor,
         sums: Tensor | None,
     ) -> None:
-        rows, heads = result.shape[2], len(launch.heads.real)  # all slots, or queries as given
+        rows, heads = result.shape[2], len(launch.heads.heads)  # all slots, or queries as given
         index = launch.rows.on("index", state.device)[:, None, :rows].expand(state.batch, heads, -1)
         count = torch.full((state.batch, heads), rows, device=state.device)
         self.scatter(state, launch, index, count, out, lse, result, sums)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...compiler.launches import DenseLaunch
 from .. import dense
-from ..state import PlanState, PreparedLaunch, take_heads
+from ..state import PlanState, PreparedLaunch, put_heads, take_heads
 from .base import Execution
 
 
@@ -67,10 +67,10 @@ class DenseExecution(Execution[DenseLaunch]):
         result: Tensor,
         sums: Tensor | None,
     ) -> None:
-        heads = state.index(launch.heads.real)
-        out.index_copy_(1, heads, result)
+        real = tuple(i for i, h in enumerate(launch.heads.heads) if h >= 0)
+        put_heads(state, launch.heads.real, take_heads(result, real, state.device), out)
         if lse is not None and sums is not None:
-            lse.index_copy_(1, heads, sums)
+            put_heads(state, launch.heads.real, take_heads(sums, real, state.device), lse)
 
 
 def _indices(numbers: np.ndarray, device: torch.device) -> Tensor:

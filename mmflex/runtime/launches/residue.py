@@ -63,8 +63,8 @@ class ResidueExecution(Execution[ResidueLaunch]):
     ) -> tuple[Tensor, Tensor]:
         """Every query head sorts the keys of its KV head for itself."""
         assert prepared.key_index is not None
-        kv = tuple(max(h, 0) * k.shape[1] // state.program.heads for h in launch.heads.heads)
-        k, v = (take_rows(take_heads(t, kv, state.device), prepared.key_index) for t in (k, v))
+        kv = state.index(tuple(max(h, 0) * k.shape[1] // state.program.heads for h in launch.heads.heads))
+        k, v = (take_rows(t, prepared.key_index, heads_at=kv) for t in (k, v))
         return k, v
 
     def merge(
@@ -82,8 +82,10 @@ class ResidueExecution(Execution[ResidueLaunch]):
         assert prepared.row_count is not None
         assert lse is not None
         assert sums is not None
-        real = state.index(tuple(i for i, h in enumerate(launch.heads.heads) if h >= 0))
-        index, count = prepared.row_index[:, real], prepared.row_count[:, real]
+        real = tuple(i for i, h in enumerate(launch.heads.heads) if h >= 0)
+        index, count, result, sums = (
+            take_heads(t, real, state.device) for t in (prepared.row_index, prepared.row_count, result, sums)
+        )
         slot = torch.arange(index.shape[-1], device=state.device).expand(index.shape)
         queries = out.shape[2]
         slot_of = torch.full((*index.shape[:2], queries + 1), -1, dtype=torch.int64, device=state.device)

@@ -12,7 +12,7 @@ from ...compiler.launches import GatheredRows
 from .. import masks
 from ..classify import Extremes
 from ..kernels.select import gathered as gather_indices
-from ..state import PlanState, PreparedLaunch, take_heads
+from ..state import PlanState, PreparedLaunch
 from .base import BlockLister, Execution, slot_positions
 
 
@@ -83,9 +83,7 @@ class RowsExecution(Execution[GatheredRows]):
         assert prepared is not None
         assert prepared.row_index is not None
         assert prepared.row_count is not None
-        real = tuple(i for i, h in enumerate(launch.heads.heads) if h >= 0)
-        index, count = (take_heads(t, real, state.device) for t in (prepared.row_index, prepared.row_count))
-        self.scatter(state, launch, index, count, out, lse, result, sums)
+        self.scatter(state, launch, prepared.row_index, prepared.row_count, out, lse, result, sums)
 
 
 def _extremes(state: PlanState, launch: GatheredRows) -> Extremes:

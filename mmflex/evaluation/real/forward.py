@@ -1,0 +1,96 @@
+"""Forward passes of a model under a spec, with the density of what ran.
+
+A layer is planned once, by the queries and keys that it has in this forward, and attends under that plan: `mmflex.plan`
+and `Plan.attend` are what `mmflex.attention` consists of, and between them the density can be read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...integrations.masks import NAME
+from ...integrations.prefill import _refuse, _why_dense, attention_forward
+from ...integrations.transformers import DenseFallback, patched
+from ...runtime.attention import plan
+from ...runtime.kernels.lists import listed_eagerly
+from ...tuning.config import Config, Spec
+from ..evaluate import EAGER_SCORES
+from ..trace import estimated
+
+
+@dataclass
+class Ran:
+    """Of every layer that ran under a spec: ``density`` (pairs in computed blocks over causal pairs) and ``estimates``
+    (products of estimates over those of dense attention), means over heads."""
+
+    density: list[float] = field(default_factory=list)
+    estimates: list[float] = field(default_factory=list)
+
+    def mean(self) -> tuple[float, float]:
+        """Density and estimates over layers. RuntimeError where no layer ran."""
+        if not self.density:
+            raise RuntimeError("no layer of the model ran under the spec: are prompts longer than one token?")
+        return sum(self.density) / len(self.density), sum(self.estimates) / len(self.estimates)
+
+
+@contextmanager
+def sparse(model: Any, spec: Spec | Config, backend: str, layouts: dict[str, Any]) -> Iterator[Ran]:
+    """A model whose prefill runs under a spec, for the length of a ``with`` block; on a cache it decodes as before.
+
+    Args:
+        layouts: shared by the blocks of one prompt length, so that programs compiled for it are found again.
+
+    Raises:
+        RuntimeError: a layer would run dense although its spec asks for less.
+    """
+    from transformers.modeling_utils import AttentionInterface
+
+    ran = Ran()
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        slot = vars(module).get("_mmflex")
+        patterns = None if slot is None else slot.patch.spec.get(module.layer_idx)
+        if slot is None or query.shape[2] < 2 or query.shape[2] < key.shape[2]:
+            return attention_forward(module, query, key, value, mask, **options)
+        window = getattr(mask, "window", None)
+        windowed = window is not None and window < query.shape[2]
+        if patterns is None or windowed or _why_dense(module, query, key, mask, options) is not None:
+            ran.density.append(1.0)
+            ran.estimates.append(0.0)
+            return attention_forward(module, query, key, value, mask, **options)
+        patch = slot.patch
+        patch.called = True
+        _refuse(module, float(options.get("dropout") or 0.0), options)
+        layout = patch.prompt.layout(query.shape[0], getattr(mask, "padding", None), 0, 0, query.shape[2])
+        scale = options.get("scaling")
+        made = plan(query, key, patterns, layout=layout, scale=scale, backend=backend)
+        ran.density.append(made.density.total)
+        ran.estimates.append(estimated(made))
+        return made.attend(query, key, value).transpose(1, 2).contiguous(), None
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DenseFallback)
+        with patched(model, spec, backend=backend), listed_eagerly() if backend == "reference" else nullcontext():
+            vars(model)["_mmflex_patch"].prompt.recent = layouts
+            AttentionInterface.register(NAME, attention)
+            try:
+                yield ran
+            except DenseFallback as error:
+                raise RuntimeError(f"this would not be an evaluation of the spec: {error}") from error
+            finally:
+                AttentionInterface.register(NAME, attention_forward)
+
+
+def default_backend(device: torch.device, heads: int, tokens: int, many: bool) -> str:
+    """A backend that never runs a spec dense. On a GPU texts run eagerly where they fit: every setting is a kernel of
+    its own, which takes longer to compile than a few windows take. ``many``: prompts enough to be worth a kernel."""
+    if device.type != "cuda":
+        return "cpu"
+    return "reference" if not many and heads * tokens**2 <= EAGER_SCORES["cuda"] else "triton"

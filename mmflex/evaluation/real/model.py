@@ -1,0 +1,160 @@
+"""A causal language model and its tokenizer from a folder, a hub name or a GGUF file, and its logits a few rows at a
+time: those of a long text never lie in memory at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HEAD_ROWS = 512
+"""Rows whose logits are held at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A model in eval mode with its tokenizer.
+
+    Attributes:
+        name: as it was asked for; of a file, its name.
+        context: tokens that the model was trained for (``max_position_embeddings``); None where it does not say.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    context: int | None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def check_length(self, tokens: int, extend: bool = False) -> None:
+        """ValueError for prompts longer than the model was trained for, unless ``extend``."""
+        if self.context is not None and tokens > self.context and not extend:
+            raise ValueError(
+                f"{tokens} tokens are more than the {self.context} positions that {self.name} was trained for "
+                f"(max_position_embeddings): use lengths up to {self.context}, or --extend (extend=True) if you know "
+                "that its positions go further"
+            )
+
+
+def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
+    """A causal language model of transformers.
+
+    Args:
+        source: a folder, a name that transformers finds, or a ``.gguf`` file (dequantised; a folder that holds one such
+            file and no ``config.json`` will do).
+        device: where it goes.
+        dtype: of the weights; float32 on a CPU and bfloat16 elsewhere if None.
+
+    Raises:
+        ValueError: no such file, or a model that has no tokenizer. ImportError: what reading GGUF needs is missing.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = torch.device(device)
+    options: dict[str, Any] = {}
+    place, name = str(source), str(source)
+    file = _gguf_file(Path(source))
+    if file is not None:
+        place, name, options = str(file.parent), file.stem, _gguf_options(file)
+    wanted = dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16)
+    file_option = {"gguf_file": options["gguf_file"]} if options else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place, **file_option)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} is no model that transformers can load: {error}") from error
+    model.eval().to(where)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return LanguageModel(model, tokenizer, name, limit if isinstance(limit, int) else None)
+
+
+def _gguf_file(path: Path) -> Path | None:
+    """The GGUF file that a path stands for, if it does."""
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}")
+        return path
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            return files[0]
+        if files:
+            raise ValueError(f"{path} holds {len(files)} GGUF files ({', '.join(f.name for f in files)}): name one")
+    return None
+
+
+def _gguf_options(file: Path) -> dict[str, Any]:
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"reading {file.name} needs {' and '.join(missing)}: pip install 'mmflex[gguf]'")
+    from transformers import GgufConfig
+
+    # Left quantised, linear layers would go through kernels of their own, in other precision.
+    return {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
+
+
+# ---- hidden states and logits ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Hidden:
+    """What a model's head reads: ``states`` [N, width], and the output of the inner model that held them."""
+
+    states: Tensor
+    output: Any
+
+
+@torch.no_grad()
+def hidden_states(model: Any, ids: Tensor) -> Hidden:
+    """The last hidden states of one prompt, ids int64 [N]; the head sees the last token alone.
+
+    Raises:
+        TypeError: a model whose inner model cannot be told from its head.
+    """
+    inner = getattr(model, "base_model", None)
+    if inner is None or inner is model:
+        raise TypeError(f"{type(model).__name__} has no language model head: give a model ...ForCausalLM")
+    kept: list[Any] = []
+    handle = inner.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    try:
+        model(input_ids=ids[None].to(_device(model)), use_cache=False, return_dict=True, **last_row(model))
+    finally:
+        handle.remove()
+    states = getattr(kept[-1], "last_hidden_state", None) if kept else None
+    if not isinstance(states, Tensor) or states.shape[:2] != (1, len(ids)):
+        raise TypeError(f"{type(model).__name__} does not hand hidden states [1, {len(ids)}, width] to its head")
+    return Hidden(states[0], kept[-1])
+
+
+@torch.no_grad()
+def logits(model: Any, hidden: Hidden, first: int, last: int) -> Tensor:
+    """float32 [last - first, vocabulary]: the model's own head on some rows of its hidden states.
+
+    The whole forward of the model runs, with an inner model that returns those rows: what it does to logits after the
+    head (capping, scaling) is done here too.
+    """
+    output = type(hidden.output)(**{**hidden.output, "last_hidden_state": hidden.states[None, first:last]})
+    inner = model.base_model
+    inner.forward = lambda *args, **kwargs: output
+    try:
+        dummy = torch.zeros((1, last - first), dtype=torch.long, device=hidden.states.device)
+        return model(input_ids=dummy, use_cache=False, return_dict=True).logits[0].float()
+    finally:
+        del inner.forward
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
+def last_row(model: Any) -> dict[str, int]:
+    """The option by which a model computes the logits of its last token alone, where it has it."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

@@ -1,0 +1,492 @@
+"""Evaluation on real weights: the arithmetic against numpy, forwards under a spec, needles, files and errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from mask_builders import AShape, BlockTopK, VerticalSlash
+from mmflex.evaluation.real import LanguageModel, Report, evaluate, load, needles, read, tokenized
+from mmflex.evaluation.real.forward import sparse
+from mmflex.evaluation.real.model import hidden_states, logits
+from mmflex.evaluation.real.score import BLOCK, bootstrap, compare, log_probabilities, summarise
+
+TOKENS = 300
+WORDS = "the quick brown fox jumps over a lazy dog.\nIt was the best of times, it was the worst of times.\n" * 40
+
+
+def tokenizer() -> Any:
+    """Bytes as tokens, with nothing in front."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def tiny(kind: str = "llama", **options: Any) -> Any:
+    import transformers
+
+    common = {
+        "vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024, "initializer_range": 0.5,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    name = {"llama": "Llama", "cohere": "Cohere"}[kind]
+    config = getattr(transformers, f"{name}Config")(**{**common, **options})
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel(tiny(), tokenizer(), "tiny", 1024)
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def test_perplexity_kl_and_agreement_against_numpy() -> None:
+    generator = np.random.default_rng(0)
+    dense, other = (generator.normal(size=(200, 37)) * 2 for _ in range(2))
+    targets = generator.integers(0, 37, 200)
+    p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (dense, other))
+    rows = np.arange(200)
+    want = np.stack(
+        [-np.log(q[rows, targets]), -np.log(p[rows, targets]), (p * np.log(p / q)).sum(1), p.argmax(1) == q.argmax(1)]
+    )
+    logs = (log_probabilities(torch.tensor(x, dtype=torch.float32)) for x in (dense, other))
+    found = compare(*logs, torch.tensor(targets)).numpy()
+    np.testing.assert_allclose(found, want, rtol=2e-6, atol=2e-7)
+    windows = [want[:, :150], want[:, 150:]]
+    scores = summarise(windows, last=30)
+    ends = np.r_[120:150, 170:200]
+    assert scores.perplexity == pytest.approx(np.exp(want[0].mean()))
+    assert scores.dense == pytest.approx(np.exp(want[1].mean()))
+    assert scores.excess.value == pytest.approx(scores.perplexity / scores.dense - 1)
+    assert scores.kl_last.value == pytest.approx(want[2, ends].mean())
+    assert scores.top1_last == pytest.approx(want[3, ends].mean())
+    position = np.r_[0:150, 0:50] % 128
+    assert scores.kl_first == pytest.approx(want[2, position < 16].mean())
+    assert scores.kl_rest == pytest.approx(want[2, position >= 16].mean())
+    assert scores.loss_first == pytest.approx((want[0] - want[1])[position < 16].mean())
+    assert scores.offsets[7] == pytest.approx(want[2, position >= 112].mean())
+    assert (scores.rows, len(scores.offsets)) == (200, 8)
+
+
+def test_intervals_are_those_of_blocks_drawn_with_replacement() -> None:
+    generator = np.random.default_rng(1)
+    windows = [generator.normal(1.0, 1.0, n) for n in (1000, 500)]
+    blocks = [w[i : i + BLOCK] for w in windows for i in range(0, len(w), BLOCK)]
+    draws = [np.concatenate([blocks[i] for i in generator.integers(0, len(blocks), len(blocks))]) for _ in range(4000)]
+    low, high = np.quantile([d.mean() for d in draws], (0.025, 0.975))
+    found = bootstrap(windows)
+    assert found.value == pytest.approx(np.concatenate(windows).mean())
+    assert found.low == pytest.approx(low, abs=0.15 * (high - low))
+    assert found.high == pytest.approx(high, abs=0.15 * (high - low))
+    assert bootstrap(windows) == found  # the same draws every time
+
+
+def test_intervals_hold_the_mean_of_rows_that_depend_on_each_other() -> None:
+    """Of values that are alike for 64 rows, drawing rows would give intervals 8 times too narrow."""
+    generator = np.random.default_rng(2)
+    inside = 0
+    for seed in range(200):
+        values = np.repeat(generator.normal(size=48), 64)
+        interval = bootstrap([values[:1536], values[1536:]], draws=300, seed=seed)
+        inside += interval.low <= 0.0 <= interval.high
+    assert 170 <= inside <= 200
+    assert np.isnan(bootstrap([values[:100]]).low)
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "cohere"])
+def test_logits_a_few_rows_at_a_time_are_the_models(kind: str) -> None:
+    """Cohere scales its logits after the head."""
+    options = {"logit_scale": 0.25} if kind == "cohere" else {}
+    model = tiny(kind, **options)
+    ids = torch.arange(90) * 7 % 256
+    with torch.no_grad():
+        want = model(input_ids=ids[None]).logits[0]
+    hidden = hidden_states(model, ids)
+    found = torch.cat([logits(model, hidden, first, min(90, first + 40)) for first in range(0, 90, 40)])
+    torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids[None]).logits[0], want)  # the model is as it was
+
+
+def test_a_model_without_a_head_is_refused(model: LanguageModel) -> None:
+    with pytest.raises(TypeError, match="has no language model head"):
+        hidden_states(model.model.model, torch.arange(70))
+
+
+@pytest.mark.parametrize("spec", [AShape(128, 1), VerticalSlash(16, 128), {1: BlockTopK(1)}])
+def test_forwards_under_a_spec_are_those_of_a_patched_model(model: LanguageModel, spec: Any) -> None:
+    import mmflex
+
+    ids = read_ids(model)[:TOKENS]
+    with mmflex.patched(model.model, spec, backend="reference"):
+        want = hidden_states(model.model, ids).states
+    with sparse(model.model, spec, "reference", {}) as ran:
+        found = hidden_states(model.model, ids).states
+    torch.testing.assert_close(found, want)
+    assert not torch.allclose(found, hidden_states(model.model, ids).states, atol=1e-3)
+    density, estimates = ran.mean()
+    assert len(ran.density) == 2
+    if isinstance(spec, AShape):
+        assert density == pytest.approx(5 * 128 * 128 / (TOKENS * (TOKENS + 1) / 2))  # of six blocks
+        assert estimates == 0.0
+    if isinstance(spec, dict):
+        assert ran.density[0] == 1.0
+        assert estimates > 0.0
+
+
+def read_ids(model: LanguageModel) -> torch.Tensor:
+    return tokenized("words", WORDS, model.tokenizer).ids
+
+
+def test_windows_are_spread_and_do_not_overlap(model: LanguageModel) -> None:
+    text = tokenized("words", WORDS, model.tokenizer)
+    found = text.windows(TOKENS, 3)
+    assert found.shape == (3, TOKENS)
+    assert torch.equal(found[0], text.ids[:TOKENS])
+    assert torch.equal(found[2], text.ids[-TOKENS:])
+    with pytest.raises(ValueError, match=rf"words has {len(text.ids)} tokens, and 20 windows of {TOKENS} need 6000"):
+        text.windows(TOKENS, 20)
+
+
+def test_a_token_in_front_of_every_window(model: LanguageModel) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    marked = tokenizer()
+    marked.add_special_tokens({"bos_token": "<s>"})
+    marked.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", marked.bos_token_id)]
+    )
+    text = tokenized("words", WORDS, marked)
+    assert text.prefix == (marked.bos_token_id,)
+    found = text.windows(TOKENS, 2)
+    assert found[:, 0].tolist() == [marked.bos_token_id] * 2
+    assert torch.equal(found[0, 1:], text.ids[: TOKENS - 1])
+
+
+# ---- needles ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", needles.TASKS)
+@pytest.mark.parametrize("depth", [0.0, 0.6, 1.0])
+def test_prompts_have_their_needle_and_question(model: LanguageModel, task: str, depth: float) -> None:
+    tokens = 900
+    asked = needles.question(task, model, read_ids(model), tokens, depth, 3)
+    prompt, answer = (model.tokenizer.decode(ids) for ids in (asked.ids, asked.answer))
+    assert len(asked.ids) == tokens
+    number = answer.strip()
+    assert len(number) == 5
+    assert prompt.count(number) == (2 if task == "passkey" else 1)
+    assert prompt.rstrip().endswith("is")
+    lines = prompt.split("\n")
+    where = next(i for i, line in enumerate(lines) if number in line) / len(lines)
+    assert where == pytest.approx(depth, abs=0.25 if task == "passkey" else 0.6)
+    again = needles.question(task, model, read_ids(model), tokens, depth, 3)
+    assert torch.equal(again.ids, asked.ids)
+    other = needles.question(task, model, read_ids(model), tokens, depth, 4)
+    assert not torch.equal(other.ids, asked.ids)
+    assert not torch.equal(other.answer, asked.answer)
+
+
+def test_an_answer_is_right_where_greedy_decoding_gives_it(model: LanguageModel) -> None:
+    asked = needles.question("passkey", model, read_ids(model), TOKENS + 100, 0.5, 0)
+    said = model.model.generate(asked.ids[None], max_new_tokens=4, do_sample=False, pad_token_id=0)[0, len(asked.ids) :]
+    wrong = [said.clone() for _ in range(4)]
+    for place, answer in enumerate(wrong):
+        answer[place] = (answer[place] + 1) % 256
+    together = [needles.Question(asked.ids, answer, 0.5) for answer in (said, *wrong, said[:2], said[:1], wrong[0][:1])]
+    want = [True, False, False, False, False, True, True, False]
+    assert needles.answered(model.model, together) == want
+    assert [needles.answered(model.model, [one])[0] for one in together] == want
+
+
+def test_too_short_prompts_are_refused(model: LanguageModel) -> None:
+    with pytest.raises(ValueError, match=r"a multikey prompt of 128 tokens takes -[0-9]+ tokens of filler"):
+        needles.question("multikey", model, read_ids(model), 128, 0.5, 0)
+    with pytest.raises(ValueError, match="unknown task 'haystack': use some of passkey"):
+        needles.question("haystack", model, read_ids(model), 128, 0.5, 0)
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------------
+
+
+def small(model: LanguageModel, **options: Any) -> Report:
+    text = tokenized("words", WORDS, model.tokenizer)
+    defaults: dict[str, Any] = {
+        "methods": ["a-shape", "block-topk"], "lengths": (640,), "densities": (0.85,), "windows": 2, "last": 64,
+        "tasks": ("passkey",), "prompts": 4, "depths": 2, "backend": "reference",
+    }  # fmt: skip
+    return evaluate(model, [text], {"sink": AShape(128, 128)}, **{**defaults, **options})
+
+
+@pytest.fixture(scope="module")
+def report(model: LanguageModel) -> Report:
+    return small(model)
+
+
+def test_rows_of_a_whole_evaluation(model: LanguageModel, report: Report) -> None:
+    assert [row.method.label for row in report.texts] == ["sink", "A-shape", "block top-k"]
+    assert report.skipped == ()
+    import mmflex
+
+    row = report.texts[0]
+    windows = tokenized("words", WORDS, model.tokenizer).windows(640, 2)
+    with torch.no_grad():
+        dense = model.model(input_ids=windows).logits.double().log_softmax(-1)[:, :-1].numpy()
+        with mmflex.patched(model.model, AShape(128, 128), backend="reference"):
+            got = model.model(input_ids=windows).logits.double().log_softmax(-1)[:, :-1].numpy()
+    targets = windows[:, 1:].numpy()[..., None]
+    want = -np.take_along_axis(got, targets, 2)[..., 0]
+    kl = (np.exp(dense) * (dense - got)).sum(-1)
+    assert row.scores.perplexity == pytest.approx(np.exp(want.mean()), rel=1e-4)
+    assert row.by_window == pytest.approx(np.exp(want.mean(1)), rel=1e-4)
+    assert row.scores.kl.value == pytest.approx(kl.mean(), rel=1e-3)
+    assert row.scores.kl_last.value == pytest.approx(kl[:, -64:].mean(), rel=1e-3)
+    assert row.scores.dense == pytest.approx(np.exp(-np.take_along_axis(dense, targets, 2).mean()), rel=1e-4)
+    for other in report.texts[1:]:
+        assert other.method.target == 0.85
+        assert 0.6 < other.method.ran <= 0.85
+        assert other.method.planned == pytest.approx(other.method.ran, abs=0.05)
+    assert [row.task for row in report.needles] == ["passkey"] * 3
+    assert all(row.score.asked == 4 and [d.asked for d in row.depths] == [2, 2] for row in report.needles)
+
+
+def test_files_and_tables(report: Report, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    report.save(path)
+    again = Report.load(path)
+    assert again.to_json() == report.to_json()
+    assert json.loads(path.read_text())["runs"][0]["versions"]["model"] == "LlamaForCausalLM"
+    assert len(again.runs[0]["sources"]) == 16
+    both = again + again
+    assert len(both.texts) == 2 * len(report.texts)
+    assert len(both.text_table().rows) == 2 * len(report.texts) + 1
+    assert len(again.needle_table().rows) == 3
+    path.write_text('{"schema": "other"}')
+    with pytest.raises(ValueError, match=r"got \['other', None\], 'mmflex.evaluation.real' of version 1 is needed"):
+        Report.load(path)
+
+
+def test_an_evaluation_that_was_cut_off_goes_on(
+    model: LanguageModel, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def stop(text: str) -> None:
+        said.append(text)
+        if "window 2" in text and "A-shape" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        small(model, resume=tmp_path / "kept", progress=stop)
+    first = len(said)
+    found = small(model, resume=tmp_path / "kept", progress=said.append)
+    assert not any("window 1" in text for text in said[first:])
+    monkeypatch.setattr("mmflex.evaluation.methods.fit", None)  # what was sized is kept too
+    small(model, resume=tmp_path / "kept")
+    assert [row.scores for row in found.texts] == [row.scores for row in report.texts]
+    assert [row.score for row in found.needles] == [row.score for row in report.needles]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lengths": (2048,), "windows": 1}, "2048 tokens are more than the 1024 positions that tiny was trained for"),
+        ({"lengths": ()}, "lengths are"),
+        ({"densities": (1.5,)}, r"densities are \[1.5\]: use shares"),
+        ({"windows": 0}, "windows is 0"),
+        ({"tasks": ("haystack",)}, "unknown task 'haystack'"),
+        ({"methods": ["magic"]}, "unknown method 'magic'"),
+    ],
+)
+def test_errors(model: LanguageModel, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(model, **options)
+
+
+def test_longer_prompts_where_the_user_says_so(model: LanguageModel) -> None:
+    model.check_length(2048, extend=True)
+
+
+def test_models_and_texts_from_files(tmp_path: Path, model: LanguageModel) -> None:
+    folder = tmp_path / "model"
+    model.model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    found = load(folder)
+    assert (found.context, found.model.training, found.model.dtype) == (1024, False, torch.float32)
+    file = tmp_path / "words.txt"
+    file.write_text(WORDS)
+    text = read(f"prose={file}", found.tokenizer)
+    assert (text.name, read(str(file), found.tokenizer).name) == ("prose", "words")
+    assert torch.equal(text.ids, read_ids(model))
+    with pytest.raises(ValueError, match="there is no text file"):
+        read("missing.txt", found.tokenizer)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is not text in UTF-8"):
+        read(str(file), found.tokenizer)
+    with pytest.raises(ValueError, match="is no model that transformers can load"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="there is no file"):
+        load(tmp_path / "none.gguf")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.gguf").touch()
+    with pytest.raises(ValueError, match=r"holds 2 GGUF files \(a.gguf, b.gguf\)"):
+        load(tmp_path)
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("model")
+    model.model.save_pretrained(place)
+    model.tokenizer.save_pretrained(place)
+    (place / "words.txt").write_text(WORDS)
+    return place
+
+
+def said(*arguments: str, code: int = 0) -> str:
+    from typer.testing import CliRunner
+
+    from mmflex.cli import app
+
+    result = CliRunner(env={"COLUMNS": "220", "TERM": "dumb", "NO_COLOR": "1"}).invoke(app, ["eval", *arguments])
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.split())
+
+
+def test_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    json_file, picture = tmp_path / "real.json", tmp_path / "real.png"
+    common = ("--model", str(folder), "--text", f"prose={folder / 'words.txt'}", "--backend", "reference")
+    spec = '{"pattern": "AShape", "version": 1, "sink": 128, "local": 128}'
+    sizes = ("--lengths", "512", "--windows", "2", "--last", "64", "--methods", "block-topk", "--flops", "0.9")
+    needles_ = ("--task", "passkey", "--prompts", "2", "--depths", "1")
+    files = ("--json", str(json_file), "--picture", str(picture))
+    text = said(spec, *common, *sizes, *needles_, *files)
+    for part in ("prose", "block top-k", "AShape(local=128)", "passkey", "window 2 of 2", "of dense's right"):
+        assert part in text, text
+    report = Report.load(json_file)
+    assert (len(report.texts), len(report.needles)) == (2, 2)
+    assert picture.stat().st_size > 5000
+    again = tmp_path / "both.json"
+    said(spec, *common, *sizes, "--add", str(json_file), "--json", str(again))
+    assert len(Report.load(again).texts) == 4
+
+
+def test_errors_on_the_command_line(folder: Path) -> None:
+    words = str(folder / "words.txt")
+    assert "give both: --model" in said("--text", words, code=1)
+    assert "give both: --model" in said("--model", str(folder), code=1)
+    long = said("--model", str(folder), "--text", words, "--lengths", "2048", "--windows", "1", code=1)
+    assert "2048 tokens are more than the 1024 positions" in long
+    assert "--extend" in long
+    assert "there is no text file" in said("--model", str(folder), "--text", "nowhere.txt", code=1)
+    assert "unknown task 'v-niah'" in said("--model", str(folder), "--text", words, "--task", "v-niah", code=1)
+
+
+# ---- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def write_gguf(path: Path, model: Any, letters: list[str]) -> None:
+    """A Llama in float32, as llama.cpp's converter writes it: rows of q and k in its order of rotary pairs."""
+    gguf = pytest.importorskip("gguf")
+    config, state = model.config, {name: t.numpy() for name, t in model.state_dict().items()}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*letters[:-1], letters[1] * 2])  # a byte that no text here has makes room for a merge
+    writer.add_token_types([1] * len(letters))
+    writer.add_token_merges([f"{letters[1]} {letters[1]}"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+
+    def rotary(weight: np.ndarray, heads: int) -> np.ndarray:
+        return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+    tensors = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    parts = {
+        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    }  # fmt: skip
+    for layer in range(config.num_hidden_layers):
+        tensors |= {f"blk.{layer}.{short}": f"model.layers.{layer}.{long}" for short, long in parts.items()}
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for short, long in tensors.items():
+        weight = state[f"{long}.weight"]
+        count = heads.get(short.split(".")[-1])
+        writer.add_tensor(f"{short}.weight", weight if count is None else np.ascontiguousarray(rotary(weight, count)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_model_from_a_gguf_file(model: LanguageModel, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    letters = model.tokenizer.convert_ids_to_tokens(list(range(256)))
+    write_gguf(tmp_path / "tiny.gguf", model.model, letters)
+    ids = read_ids(model)[:100]
+    with torch.no_grad():
+        want = model.model(input_ids=ids[None]).logits
+    for source in (tmp_path / "tiny.gguf", tmp_path):  # a folder with one such file
+        found = load(source)
+        assert (found.name, found.context, found.model.dtype) == ("tiny", 1024, torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(found.model(input_ids=ids[None]).logits, want, atol=1e-4, rtol=1e-4)
+        assert torch.equal(tokenized("words", WORDS, found.tokenizer).ids, read_ids(model))
+
+
+def test_what_reading_gguf_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    (tmp_path / "x.gguf").touch()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"reading x.gguf needs gguf and accelerate: pip install 'mmflex\[gguf\]'"):
+        load(tmp_path / "x.gguf")
+
+
+def test_settings_are_sized_on_some_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmflex.evaluation.real import sizing
+    from mmflex.evaluation.trace import capture
+    from mmflex.tuning.config import Config
+
+    monkeypatch.setattr(sizing, "SIZED_LAYERS", 2)
+    whole = capture(tiny(num_hidden_layers=4), {"input_ids": torch.arange(TOKENS)[None] % 256}, "reference")
+    found = sizing.SampledTrace.of(whole)
+    assert (list(found.layers), found.depth) == ([0, 3], 4)
+    assert found.density({0: AShape(128, 1)}) == pytest.approx((1 + found.density(AShape(128, 1))) / 2)
+    config = Config.of(AShape(128, 1), 4, 4)
+    assert found.density(config) == pytest.approx(found.density(AShape(128, 1)))
+    monkeypatch.setattr(sizing, "ERROR_ROWS", TOKENS)
+    spec = VerticalSlash(16, 128)
+    exact = [float(whole.errors(layer, whole.plan(layer, whole.per_layer(spec)[layer])).mean()) for layer in (0, 3)]
+    assert found.measure(spec).error == pytest.approx(sum(exact) / 2, rel=1e-4)
