@@ -15,6 +15,7 @@ from ..compiler.prices import Prediction, expected_work
 from ..compiler.prices import predict as _predict
 from ..compiler.program import Program
 from ..distributed.dealing import Dealing
+from ..distributed.estimates import estimates_from_values
 from ..ir.layout import TokenLayout
 from ..ir.pattern import Pattern
 from ..ir.queries import QueryTokens
@@ -38,7 +39,8 @@ class Link:
     key_bytes: int = 256
 
     def gather_ms(self, tokens: int, kv_heads: int, ranks: int) -> float:
-        """Of the keys of ``tokens`` tokens, of which every rank lacks what the others hold."""
+        """Milliseconds for the keys (or values) of ``tokens`` tokens, of which every rank lacks what the others
+        hold."""
         received = tokens * kv_heads * self.key_bytes * (ranks - 1) / ranks
         return self.call_ms + received / (self.gbs * 1e6)
 
@@ -56,17 +58,19 @@ def predict(
             expressions alone; see `program_of`).
         constants: those of the device and backend that it was made for, if None.
         batch: prompts, for a program; a plan knows its own.
-        ranks: GPUs over which the prompt of a program is dealt out (`mmflex.distributed.attention`): what one of them
-            takes. Estimates and selections are made by each; values arrive while it plans.
+        ranks: GPUs over which the prompt of a program is dealt out (`mmflex.distributed.attention`): what the
+            slowest of them takes. Estimates and selections are made by each; values arrive while it plans, unless
+            patterns select by them.
         link: what connects the ranks.
 
     Raises:
-        TypeError: ``planned`` is neither. ValueError: ranks for a plan, or more than its tokens go round.
+        TypeError: ``planned`` is neither. ValueError: ranks for a plan or a chunk, or more of them than the tokens go
+            round.
     """
-    if ranks != 1 and isinstance(planned, Program):
-        return _predict_rank(planned, constants, batch, ranks, link)
     if ranks != 1:
-        raise ValueError(f"ranks is {ranks}, but a plan is of one: give the program of the whole prompt (program_of)")
+        if not isinstance(planned, Program) or planned.queries.count != planned.layout.length:
+            raise ValueError(f"ranks is {ranks}: give the program of a whole prompt (program_of), no plan and no chunk")
+        return _predict_rank(planned, constants, batch, ranks, link)
     if isinstance(planned, Plan):
         return _predict(planned.program, constants, planned.shape[0][0], counted(planned))
     if not isinstance(planned, Program):
@@ -80,11 +84,17 @@ def _predict_rank(program: Program, constants: Constants | None, batch: int, ran
     patterns = tuple(by_head[h] for h in range(program.heads))
     prices = program.constants if constants is None else constants
     how: Any = {"lse": True, "full_width": False, "constants": prices}
-    own = lower(patterns, program.layout, dealing.queries(0), program.kv_heads, program.tile, **how)
-    alone = _predict(own, prices, batch)
+    # The first rank has the prompt's last queries, which may see most; the last one has no chunk of early ones, which
+    # see least.
+    shares = [
+        lower(patterns, program.layout, dealing.queries(rank), program.kv_heads, program.tile, **how)
+        for rank in (0, ranks - 1)
+    ]
+    alone = max((_predict(share, prices, batch) for share in shares), key=lambda prediction: prediction.total_ms)
     each = link.gather_ms(batch * dealing.total, program.kv_heads, ranks)
-    queries = link.call_ms if own.estimates else 0.0
-    return replace(alone, communication_ms=queries + each + max(0.0, each - alone.planning_ms))
+    queries = link.call_ms if shares[0].estimates else 0.0
+    hidden = 0.0 if estimates_from_values(patterns, program.layout) else alone.planning_ms
+    return replace(alone, communication_ms=queries + each + max(0.0, each - hidden))
 
 
 def counted(plan: Plan) -> dict[int, Work]:
