@@ -174,12 +174,12 @@ def test_patterns_that_score_blocks_of_queries(pool: RankPool, layout: str) -> N
 FROM_ALL_QUERIES = [
     *[FlashPrefill(0.2, 4, 0.5, 200, 100, 100, 192)] * 2,
     *[FlashPrefill(0.3, 3, near=150, sink=1).on("video", "video") | AShape(64, 128)] * 2,
-    *[ProxyAttn(0.8, 5, 0, block_size=192, last_q=40)] * 2,
+    *[ProxyAttn(0.8, 2, 0, block_size=192, last_q=40, near=1)] * 2,
     *[ProxyAttn(0.7, 3, 0, kv_heads=2).on("video") | AShape(64, 128)] * 2,
-    *[Prism(0.6, 4, 192)] * 2,
+    *[Prism(0.6, 2, 192)] * 2,
     *[Prism(0.5, 3).on("video", "video") | AShape(64, 128)],
-    *[BlockTopK(5, 192, 200, decay=0.5, values=0.3)] * 2,
-    *[BlockTopK(4, decay=0.4, values=0.2).on("video", "video") | AShape(64, 128)],
+    *[BlockTopK(2, 192, 200, decay=0.5, values=0.3)] * 2,
+    *[BlockTopK(3, decay=0.4, values=0.2).on("video", "video") | AShape(64, 128)],
 ]
 
 
