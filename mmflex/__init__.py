@@ -91,8 +91,8 @@ _show_in_notebooks()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "plot":
-        return import_module(".plot", __name__)
+    if name in ("distributed", "plot"):
+        return import_module(f".{name}", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
