@@ -13,6 +13,7 @@ from torch import nn
 from mmflex.tuning.config import head_slice
 
 from .masks import MaskDescription, causal_description, dense_function, previous_implementation
+from .notice import MostlyDense
 from .prompts import LayoutUnknown
 from .window import SlidingWindow
 
@@ -31,6 +32,8 @@ class PatchedModel(Protocol):
     called: bool
     prompt: Any
     observer: Callable[..., None] | None
+
+    mostly_dense: MostlyDense
 
     def notice(self, reason: str, kind: str = "") -> None: ...
 
@@ -212,6 +215,8 @@ def _run(
     wide = max(width, value.shape[-1])
     query, key, padded = (_widened(x, wide) for x in (query, key, value))
     out = attention(query, key, padded, spec, layout=layout, scale=scaling, backend=backend)
+    if backend == "auto":
+        patch.mostly_dense.ran(layer, tuple(spec), layout)
     return out[..., : value.shape[-1]]
 
 

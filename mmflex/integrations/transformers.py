@@ -33,6 +33,7 @@ from torch import nn
 
 from mmflex.runtime.backends import BACKENDS
 from mmflex.tuning.config import Config, Spec, per_layer
+from mmflex.tuning.default import Quality, chosen_spec
 
 from .fallback import DenseFallback
 from .long_prefill import RowChunks, chunk_rows
@@ -44,6 +45,7 @@ from .masks import (
     previous_implementation,
     remember_previous,
 )
+from .notice import MostlyDense
 from .prefill import attention_forward, live
 from .prompts import Prompt, token_layout
 from .vision import VisionPatch
@@ -75,6 +77,7 @@ class Patch:
         slots = [_Slot(self, module, self.previous) for module in modules]
         self.noticed: set[str] = set()
         self.called = False
+        self.mostly_dense = MostlyDense(type(root).__name__, self.spec)
         self.vision: VisionPatch | None = None
         self.observer: Callable[..., None] | None = None  # sees q, k and v of every layer (`capture`)
         # from here on the model is changed
@@ -155,14 +158,15 @@ class _Slot:
 
 def patch(
     model: nn.Module,
-    spec_or_config: Spec | Config,
+    spec_or_config: Spec | Config | None = None,
     *,
+    quality: Quality | None = None,
     backend: str = "auto",
     mlp_chunk: int | None = None,
     vision: bool = True,
     fuse: bool | None = None,
 ) -> nn.Module:
-    """Make a transformers model prefill through `mmflex.attention`.
+    """Make a transformers model prefill through `mmflex.attention`: ``patch(model)``, or with a spec of its own.
 
     The table at the top of this module says which masks of the language model are honoured, which run dense with a
     notice, which are refused. A vision tower of a family in `integrations.vision.TOWERS` computes what it computed
@@ -172,7 +176,9 @@ def patch(
         model: a causal language model or a vision-language model, or a module that holds one (also from
             ``torch.compile``). Several models can be patched at once.
         spec_or_config: one pattern for all heads; a list with one per query head; ``{layer: pattern or list}``, where
-            layers left out keep the model's own attention; or a `Config`.
+            layers left out keep the model's own attention; or a `Config`. None: `mmflex.default_spec`, which needs no
+            search.
+        quality: of the default: "high", "balanced" (None) or "fast".
         backend: as in `mmflex.attention`.
         mlp_chunk: tokens at a time in MLPs and norms, so that very long prompts fit; None chunks by 32768 above 65536
             tokens, 0 never. Exact to rounding.
@@ -185,8 +191,8 @@ def patch(
         The model itself.
 
     Raises:
-        ValueError: already patched; an unknown backend; a spec or config of another number of layers or heads (both
-            are named).
+        ValueError: already patched; an unknown backend or quality; a quality and a spec; a spec or config of another
+            number of layers or heads (both are named).
         TypeError: no transformers language model in ``model``.
         NotImplementedError: soft-capping, sinks or an own attention, with the way out.
     """
@@ -195,7 +201,8 @@ def patch(
         raise ValueError(f"unknown backend {backend!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
     if any("_mmflex_patch" in module.__dict__ for module in root.modules()):
         raise ValueError(f"{type(root).__name__} is already patched: call mmflex.unpatch(model) first")
-    root.__dict__["_mmflex_patch"] = Patch(root, spec_or_config, backend, mlp_chunk, vision, fuse)
+    spec = chosen_spec(spec_or_config, quality)
+    root.__dict__["_mmflex_patch"] = Patch(root, spec, backend, mlp_chunk, vision, fuse)
     return model
 
 
@@ -211,15 +218,16 @@ def unpatch(model: nn.Module) -> nn.Module:
 @contextmanager
 def patched(
     model: nn.Module,
-    spec_or_config: Spec | Config,
+    spec_or_config: Spec | Config | None = None,
     *,
+    quality: Quality | None = None,
     backend: str = "auto",
     mlp_chunk: int | None = None,
     vision: bool = True,
     fuse: bool | None = None,
 ) -> Iterator[nn.Module]:
     """`patch` for the length of a ``with`` block; arguments and errors as there."""
-    patch(model, spec_or_config, backend=backend, mlp_chunk=mlp_chunk, vision=vision, fuse=fuse)
+    patch(model, spec_or_config, quality=quality, backend=backend, mlp_chunk=mlp_chunk, vision=vision, fuse=fuse)
     try:
         yield model
     finally:

@@ -237,9 +237,11 @@ def _program(
     return programs.once(key, build)
 
 
-def programs_of(layout: TokenLayout) -> list[tuple[Program, str]]:
-    """The programs that are kept with a layout, and why each is dense, if it is."""
-    return list(layout.once("programs", lambda: Memo(PROGRAMS)).values())
+def why_dense(layout: TokenLayout, patterns: tuple[Pattern, ...]) -> str:
+    """Why the cost model had the last call with a layout and these patterns run dense; "" where it did not."""
+    programs: Memo = layout.once("programs", lambda: Memo(PROGRAMS))
+    notes = [note for (kept, *_), (_, note) in list(programs.items()) if kept == patterns]
+    return notes[-1].removeprefix("dense: ") if notes else ""
 
 
 def _check_sense(patterns: tuple[Pattern, ...], layout: TokenLayout, tile: int) -> None:
