@@ -15,16 +15,18 @@ NAME = "default"
 
 @dataclass(frozen=True)
 class _Share:
-    """Of the attention mass of a query block, the share to keep, and at most how many key blocks."""
+    """Of the attention mass of a query block, the share to keep as antidiagonals of a stride tell it, and at most how
+    many key blocks."""
 
     threshold: float
+    stride: int
     blocks: int
 
 
 _QUALITIES: dict[str, _Share] = {
-    "high": _Share(0.95, 96),
-    "balanced": _Share(0.9, 64),
-    "fast": _Share(0.8, 32),
+    "high": _Share(0.95, 8, 96),
+    "balanced": _Share(0.9, 8, 64),
+    "fast": _Share(0.8, 16, 32),
 }
 
 
@@ -32,18 +34,18 @@ def default_spec(quality: Quality = "balanced") -> Pattern:
     """The spec that `mmflex.patch` takes where none is given: XAttention's blocks, and dense last rows.
 
     Every query block of 128 has the fewest key blocks that hold a share of its attention mass, judged by antidiagonals
-    of 8; the first key block and the 100 nearest keys of every query are always among them. The last tile of queries,
-    where the question stands, sees everything. So a head that looks at little computes little, and one that looks at
-    everything is nearly dense. On short prompts it computes most of dense attention, and ``backend="auto"`` runs dense
-    instead; at most ``blocks`` of 128 keys a row bound what long prompts take.
+    of a stride; the first key block and the 100 nearest keys of every query are always among them. The last tile of
+    queries, where the question stands, sees everything. So a head that looks at little computes little, and one that
+    looks at everything is nearly dense. On short prompts it computes most of dense attention, and ``backend="auto"``
+    runs dense instead; at most ``blocks`` key blocks a row bound what long prompts take.
 
-    ==============  =====  ======
-    quality         share  blocks
-    ==============  =====  ======
-    ``"high"``      0.95   96
-    ``"balanced"``  0.9    64
-    ``"fast"``      0.8    32
-    ==============  =====  ======
+    ==============  =====  ======  ======
+    quality         share  stride  blocks
+    ==============  =====  ======  ======
+    ``"high"``      0.95   8       96
+    ``"balanced"``  0.9    8       64
+    ``"fast"``      0.8    16      32
+    ==============  =====  ======  ======
 
     Raises:
         ValueError: another quality.
@@ -51,7 +53,7 @@ def default_spec(quality: Quality = "balanced") -> Pattern:
     if quality not in _QUALITIES:
         raise ValueError(f"quality is {quality!r}: use {', '.join(map(repr, _QUALITIES))}")
     keep = _QUALITIES[quality]
-    blocks = find("XAttention")(stride=8, threshold=keep.threshold, blocks=keep.blocks)
+    blocks = find("XAttention")(stride=keep.stride, threshold=keep.threshold, blocks=keep.blocks)
     return blocks | find("TriShape")(sink=128, local=128, last=128)
 
 
