@@ -271,7 +271,7 @@ def real() -> str:
             rows = [row for row in texts if (row["text"], row["tokens"]) == (text, length)]
             dense = rows[0]["scores"]["dense"]
             lines = [["dense", "-", "100%", "-", f"{dense:.2f}", *["-"] * 6], *map(_predictions, rows)]
-            about = f"*{text}*, {tokens(length)} tokens, {rows[0]['windows']} windows:"
+            about = f"*{text}*, {tokens(length)} tokens, {rows[0]['windows']} window{'s' * (rows[0]['windows'] != 1)}:"
             parts.append(f"{about}\n\n{markdown(columns, lines)}")
         if data.get("needles"):
             head = ("task", "tokens", "method", "setting", "ran", "right", "dense", "of dense's right")
