@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ pytest.importorskip("transformers")
 from mask_builders import AShape, BlockTopK, VerticalSlash
 from mmflex.evaluation.methods import METHODS
 from mmflex.evaluation.real import LanguageModel, Report, evaluate, load, needles, read, tokenized
+from mmflex.evaluation.real.evaluate import source_digest
 from mmflex.evaluation.real.forward import sparse
 from mmflex.evaluation.real.model import hidden_states, logits
 from mmflex.evaluation.real.score import BLOCK, bootstrap, compare, log_probabilities, summarise
@@ -314,6 +317,15 @@ def test_files_and_tables(report: Report, tmp_path: Path) -> None:
     path.write_text('{"schema": "other"}')
     with pytest.raises(ValueError, match=r"got \['other', None\], 'mmflex.evaluation.real' of version 1 is needed"):
         Report.load(path)
+
+
+def test_the_hash_of_sources_does_not_ask_what_is_loaded() -> None:
+    """A run that starts without patterns, and finds them by name, names what one with patterns names."""
+    code = "import sys; from mmflex.evaluation.real.evaluate import source_digest; before = source_digest(); "
+    code += "assert 'mask_builders' not in sys.modules; import mask_builders; print(before, source_digest())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = run.stdout.split()
+    assert before == after == source_digest()
 
 
 def test_an_evaluation_that_was_cut_off_goes_on(

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...ir.pattern import Pattern
 from ...tuning.config import Config, Spec
 from .. import methods as table
 from ..evaluate import versions
@@ -312,14 +312,13 @@ def _spec_key(spec: Any) -> Any:
 
 def source_digest() -> str:
     """A hash of what decides the figures, so that a result names what ran: the compiler, the runtime, and the packages
-    of the patterns that are loaded."""
+    of the patterns that are installed."""
     root = Path(__file__).parents[2]
     folders = {root / name for name in ("ir", "compiler", "runtime")}
-    for kind in Pattern.__subclasses__():
-        package = kind.__module__.partition(".")[0]
-        file = getattr(sys.modules.get(package), "__file__", None)
-        if package != "mmflex" and file is not None and file.endswith("__init__.py"):
-            folders.add(Path(file).parent)
+    for package in {point.module.partition(".")[0] for point in entry_points(group="mmflex.patterns")}:
+        spec = find_spec(package)
+        if spec is not None:
+            folders |= {Path(folder) for folder in spec.submodule_search_locations or ()}
     digest = hashlib.sha256()
     for path in sorted((p for folder in folders for p in folder.rglob("*.py")), key=lambda p: (p.parent.name, p.name)):
         digest.update(f"{path.parent.name}/{path.name}".encode() + path.read_bytes())
