@@ -279,6 +279,20 @@ def real() -> str:
     return "\n\n".join(parts)
 
 
+def default() -> str:
+    """What the default spec costs in predictions: a row for each quality, text and length."""
+    columns = ("spec", "text", "tokens", "windows", "ran", "estimates", "perplexity, over dense", "KL, all rows",
+               "KL, last rows", "first choice as dense")  # fmt: skip
+    lines = []
+    for _, data in load("real-*.json"):
+        for row in data.get("texts", []):
+            if row["method"]["label"].startswith("default"):
+                _, _, ran, estimates, _, over, kl, kl_last, _, _, same = _predictions(row)
+                name, length = f"`{row['method']['label']}`", tokens(row["tokens"])
+                lines.append([name, row["text"], length, str(row["windows"]), ran, estimates, over, kl, kl_last, same])
+    return markdown(columns, lines) if lines else ""
+
+
 def _predictions(row: dict[str, Any]) -> list[str]:
     s, m = row["scores"], row["method"]
     low, high = (_number(s["excess"][end], "+.1%") for end in ("low", "high"))
@@ -322,5 +336,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "check": check,
     "evaluation": evaluation,
     "real": real,
+    "default": default,
     "files": files,
 }
