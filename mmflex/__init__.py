@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .integrations.transformers import DenseFallback, patch, patched, token_layout, unpatch
     from .selfcheck import check
     from .tuning.config import Config, load_config, load_minference_config, save_config
+    from .tuning.default import default_spec
 
 __all__ = [
     "Config",
@@ -37,6 +38,7 @@ __all__ = [
     "attention",
     "check",
     "clear_caches",
+    "default_spec",
     "intercept",
     "last_token_logits",
     "layout_for",
@@ -59,6 +61,7 @@ _LAZY = {
     "Config": "tuning.config",
     "DenseFallback": "integrations.transformers",
     "check": "selfcheck",
+    "default_spec": "tuning.default",
     "intercept": "integrations.intercept",
     "last_token_logits": "integrations.long_prefill",
     "layout_for": "integrations.layouts",

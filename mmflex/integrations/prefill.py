@@ -17,6 +17,7 @@ from mmflex.tuning.config import head_slice
 
 from .closed import INSIDE, layer_attention
 from .masks import DECODE_QUERIES, MaskDescription, causal_description, dense_function, previous_implementation
+from .notice import MostlyDense
 from .prompts import LayoutUnknown
 from .window import SlidingWindow
 
@@ -38,6 +39,8 @@ class PatchedModel(Protocol):
     prompt: Any
     observer: Callable[..., None] | None
     context_parallel: Any
+
+    mostly_dense: MostlyDense
 
     def notice(self, reason: str, kind: str = "") -> None: ...
 
@@ -225,6 +228,8 @@ def _run(
     wide = max(width, value.shape[-1])
     query, key, padded = (_widened(x, wide) for x in (query, key, value))
     out = attention(query, key, padded, spec, layout=layout, scale=scaling, backend=backend)
+    if backend == "auto":
+        patch.mostly_dense.ran(layer, tuple(spec), layout)
     return out[..., : value.shape[-1]]
 
 

@@ -35,6 +35,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mmflex.distributed.attention import Scheme
 from mmflex.runtime.backends import BACKENDS
 from mmflex.tuning.config import Config, Spec, per_layer
+from mmflex.tuning.default import Quality, chosen_spec
 
 from .context_parallel import CacheKind, ContextParallel
 from .decoder import DecoderLayers
@@ -48,6 +49,7 @@ from .masks import (
     previous_implementation,
     remember_previous,
 )
+from .notice import MostlyDense
 from .prefill import attention_forward, live
 from .prompts import Prompt, token_layout
 from .vision import VisionPatch
@@ -82,6 +84,7 @@ class Patch:
         slots = [_Slot(self, module, self.previous) for module in modules]
         self.noticed: set[str] = set()
         self.called = False
+        self.mostly_dense = MostlyDense(type(root).__name__, self.spec)
         self.vision: VisionPatch | None = None
         self.layers: DecoderLayers | None = None
         self.observer: Callable[..., None] | None = None  # sees q, k and v of every layer (`capture`)
@@ -174,8 +177,9 @@ class _Slot:
 
 def patch(
     model: nn.Module,
-    spec_or_config: Spec | Config,
+    spec_or_config: Spec | Config | None = None,
     *,
+    quality: Quality | None = None,
     backend: str = "auto",
     mlp_chunk: int | None = None,
     mesh: DeviceMesh | None = None,
@@ -184,7 +188,7 @@ def patch(
     vision: bool = True,
     fuse: bool | None = None,
 ) -> nn.Module:
-    """Make a transformers model prefill through `mmflex.attention`.
+    """Make a transformers model prefill through `mmflex.attention`: ``patch(model)``, or with a spec of its own.
 
     The table at the top of this module says which masks of the language model are honoured, which run dense with a
     notice, which are refused. A vision tower of a family in `integrations.vision.TOWERS` computes what it computed
@@ -194,7 +198,9 @@ def patch(
         model: a causal language model or a vision-language model, or a module that holds one (also from
             ``torch.compile``). Several models can be patched at once.
         spec_or_config: one pattern for all heads; a list with one per query head; ``{layer: pattern or list}``, where
-            layers left out keep the model's own attention; or a `Config`.
+            layers left out keep the model's own attention; or a `Config`. None: `mmflex.default_spec`, which needs no
+            search.
+        quality: of the default: "high", "balanced" (None) or "fast".
         backend: as in `mmflex.attention`.
         mlp_chunk: tokens at a time in MLPs and norms, so that very long prompts fit; None chunks by 32768 above 65536
             tokens, 0 never. Exact to rounding.
@@ -216,9 +222,9 @@ def patch(
         The model itself.
 
     Raises:
-        ValueError: already patched; an unknown backend; a spec or config of another number of layers or heads (both
-            are named); a mesh without "cp", or ranks that heads do not divide by. In a forward: ranks with unlike
-            prompts.
+        ValueError: already patched; an unknown backend or quality; a quality and a spec; a spec or config of another
+            number of layers or heads (both are named); a mesh without "cp", or ranks that heads do not divide by. In a
+            forward: ranks with unlike prompts.
         TypeError: no transformers language model in ``model``.
         NotImplementedError: soft-capping, sinks or an own attention; a model whose tokens cannot be dealt out to ranks;
             with the way out.
@@ -231,7 +237,8 @@ def patch(
         raise ValueError(f"{type(root).__name__} is already patched: call mmflex.unpatch(model) first")
     if mesh is None and (cache, scheme) != ("replicated", "keys"):
         raise ValueError(f"cache is {cache!r} and scheme {scheme!r}, but mesh is None: they are for several ranks")
-    root.__dict__["_mmflex_patch"] = Patch(root, spec_or_config, backend, mlp_chunk, mesh, cache, scheme, vision, fuse)
+    spec = chosen_spec(spec_or_config, quality)
+    root.__dict__["_mmflex_patch"] = Patch(root, spec, backend, mlp_chunk, mesh, cache, scheme, vision, fuse)
     return model
 
 
@@ -245,7 +252,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def patched(model: nn.Module, spec_or_config: Spec | Config, **options: Any) -> Iterator[nn.Module]:
+def patched(model: nn.Module, spec_or_config: Spec | Config | None = None, **options: Any) -> Iterator[nn.Module]:
     """`patch` for the length of a ``with`` block; arguments and errors as there."""
     patch(model, spec_or_config, **options)
     try:

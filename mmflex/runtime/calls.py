@@ -270,6 +270,13 @@ def programs_of(layout: TokenLayout) -> list[tuple[Program, str]]:
     return list(layout.once("programs", lambda: Memo(PROGRAMS)).values())
 
 
+def why_dense(layout: TokenLayout, patterns: tuple[Pattern, ...]) -> str:
+    """Why the cost model had the last call with a layout and these patterns run dense; "" where it did not."""
+    programs: Memo = layout.once("programs", lambda: Memo(PROGRAMS))
+    notes = [note for (kept, *_), (_, note) in list(programs.items()) if kept == patterns]
+    return notes[-1].removeprefix("dense: ") if notes else ""
+
+
 def _check_sense(patterns: tuple[Pattern, ...], layout: TokenLayout, tile: int) -> None:
     """ValueError where a pattern makes no sense with a layout (frames, but no video)."""
     sensible: Memo = layout.once("sensible", lambda: Memo(SENSIBLE))
