@@ -13,7 +13,7 @@ from families import text_config
 
 import mmflex
 from mask_builders import AShape, Dense
-from mmflex.cli.arguments import spec_of
+from mmflex.cli.options import spec_of
 from mmflex.integrations.notice import MostlyDense
 from mmflex.tuning.default import default_named
 
