@@ -50,6 +50,7 @@ __all__ = [
     "search",
     "token_layout",
     "unpatch",
+    "warmup",
     "why_not",
 ]
 
@@ -69,6 +70,7 @@ _LAZY = {
     "search": "integrations.search",
     "token_layout": "integrations.transformers",
     "unpatch": "integrations.transformers",
+    "warmup": "integrations.warmup",
 }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from .app import fail
+from .options import numbers_of, spec_of
 
 if TYPE_CHECKING:
     from ..evaluation.real import Report
@@ -45,7 +46,6 @@ def evaluate_model(
     from ..evaluation.real.pictures import save_picture
     from ..evaluation.report import writable
     from ..tuning.config import load_config
-    from .evaluation import numbers_of, spec_of
 
     console = Console()
     try:
