@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 from rich.console import Console
 
 from .app import app, fail
+from .values import numbers_of, spec_of
 
 if TYPE_CHECKING:
     from ..evaluation.report import Report
@@ -205,38 +205,3 @@ def _models(tasks: list[str]) -> list[list[str]]:
 
     groups = ([t for t in tasks if t in VISION], [t for t in tasks if t not in VISION])
     return [group for group in groups if group]
-
-
-def numbers_of(text: str, kind: type, option: str) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option} is {text!r}: give numbers separated by commas, such as 0.25 or 1024,2048") from None
-
-
-def spec_of(text: str) -> tuple[str, Any]:
-    """(label, spec) of an argument: a file, or a pattern's JSON itself."""
-    from ..ir.pattern import Pattern
-    from ..tuning.config import load_config, load_minference_config
-
-    if text.lstrip().startswith("{"):
-        try:
-            pattern = Pattern.from_json(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{text!r} is not JSON: {error}") from None
-        return str(pattern), pattern
-    path = Path(text)
-    if not path.is_file():
-        raise ValueError(f"there is no file {text}; give a config, or a pattern's JSON in quotes")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if isinstance(data, list):
-        return path.stem, load_minference_config(path)
-    if isinstance(data, dict) and "pattern" in data:
-        try:
-            return path.stem, Pattern.from_json(data)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    return path.stem, load_config(path)

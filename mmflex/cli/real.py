@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from .app import fail
+from .values import Progress, numbers_of, spec_of
 
 if TYPE_CHECKING:
     from ..evaluation.real import Report
@@ -45,7 +46,6 @@ def evaluate_model(
     from ..evaluation.real.pictures import save_picture
     from ..evaluation.report import writable
     from ..tuning.config import load_config
-    from .evaluation import numbers_of, spec_of
 
     console = Console()
     try:
@@ -64,7 +64,7 @@ def evaluate_model(
             drawable(picture)
         before = sum(map(Report.load, add), Report())
         where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        with _progress(console) as say:
+        with Progress(console) as say:
             say(f"loading {model}")
             loaded = load(model, device=where)
 
@@ -86,29 +86,6 @@ def evaluate_model(
             console.print(f"drawn to {picture}")
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         raise fail(str(error)) from error
-
-
-class _progress:
-    """What comes next: a status line on a terminal, else a line each."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.status = console.status("") if console.is_terminal else None
-
-    def __enter__(self) -> _progress:
-        if self.status is not None:
-            self.status.start()
-        return self
-
-    def __call__(self, text: str) -> None:
-        if self.status is not None:
-            self.status.update(text)
-        else:
-            self.console.print(text, style="dim", highlight=False)
-
-    def __exit__(self, *args: object) -> None:
-        if self.status is not None:
-            self.status.stop()
 
 
 def show(report: Report, console: Console) -> None:

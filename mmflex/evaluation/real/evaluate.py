@@ -317,9 +317,7 @@ def _spec_key(spec: Any) -> Any:
 def source_digest() -> str:
     """A hash of what decides the figures, so that a result names what ran: the compiler, the runtime, and the packages
     of the patterns that are loaded."""
-    import mmflex
-
-    root = Path(mmflex.__file__).parent
+    root = Path(__file__).parents[2]
     folders = {root / name for name in ("ir", "compiler", "runtime")}
     for kind in Pattern.__subclasses__():
         package = kind.__module__.partition(".")[0]
