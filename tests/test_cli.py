@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import mmflex
 from mask_builders import AShape, Dense, Grid, VerticalSlash
 from mmflex.cli import app
 from mmflex.tuning.config import Config, save_config
@@ -38,6 +39,14 @@ def test_help_says_what_it_does(command: str) -> None:
     assert "Usage" in text
     assert len(text) > 300
     assert "--frames" not in text  # sizes of the demo are for tests
+
+
+def test_version_names_what_a_bug_report_needs() -> None:
+    lines = output_of("--version").splitlines()
+    assert lines[0].startswith(f"mmflex {mmflex.__version__}, Python 3.")
+    names = ["torch", "triton", "flash-attn-4", "transformers"]
+    assert [line.split(" ", 1)[0] for line in lines[1:]] == names
+    assert lines[1] == f"torch {torch.__version__}"
 
 
 def test_demo_at_a_tiny_size(tmp_path: Path) -> None:
