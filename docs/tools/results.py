@@ -86,12 +86,17 @@ def _milli(value: Any) -> str:
 
 
 def attention() -> str:
-    """One layer's attention on a GPU: a table for each file."""
+    """One layer's attention on a GPU: a table for each file, the longest prompts and the greatest gains first."""
+
+    def gain(row: dict[str, Any]) -> float:
+        return row["S"] if isinstance(row.get("S"), (int, float)) else 0.0
+
     columns = ("tokens", "pattern", "kernels", "best dense", "mmflex", "faster", "density", "planning", "rate", "error")
     parts = []
-    for name, data in load("attention*.json"):
+    files = sorted(load("attention*.json"), key=lambda file: -max(map(gain, file[1].get("rows", [])), default=0.0))
+    for name, data in files:
         rows = []
-        for row in sorted(data.get("rows", []), key=lambda r: (r.get("backend", ""), r.get("tokens", 0))):
+        for row in sorted(data.get("rows", []), key=lambda r: (r.get("backend", ""), -r.get("tokens", 0), -gain(r))):
             dense = {k: v for k, v in row.get("dense_ms", {}).items() if isinstance(v, (int, float))}
             best = min(dense, key=dense.__getitem__) if dense else ""
             ran = "dense" if row.get("runs") == "dense" else "sparse"
