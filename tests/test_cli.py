@@ -41,6 +41,19 @@ def test_help_says_what_it_does(command: str) -> None:
     assert "--frames" not in text  # sizes of the demo are for tests
 
 
+def test_demo_without_the_weights_of_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a wheel has none of them."""
+    pytest.importorskip("transformers")
+    from mmflex.evaluation import models
+
+    monkeypatch.setattr(models, "WEIGHTS", tmp_path)
+    assert not models.present("v-niah")
+    sizes = ("--frames", "16", "--size", "56", "--layers", "1", "--runs", "1", "--device", "cpu")
+    text = output_of("demo", *sizes, "-o", str(tmp_path / "masks.png"))
+    assert "weights that are in a checkout" in text
+    assert "a trained model" not in text
+
+
 def test_version_names_what_a_bug_report_needs() -> None:
     lines = output_of("--version").splitlines()
     assert lines[0].startswith(f"mmflex {mmflex.__version__}, Python 3.")

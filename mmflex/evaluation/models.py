@@ -167,6 +167,15 @@ def restore(
     return model.to(device=device, dtype=dtype).eval()
 
 
+def present(task: str) -> bool:
+    """Whether the weights of a task's model are installed: a checkout has them, a wheel does not."""
+    return (WEIGHTS / _kind(task) / _FILE).is_file()
+
+
+def _kind(task: str) -> str:
+    return "vision" if task in VISION else "text"
+
+
 def load(task: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """The shipped model that does a task, in evaluation mode.
 
@@ -180,5 +189,5 @@ def load(task: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = 
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
-    kind = "vision" if task in VISION else "text"
+    kind = _kind(task)
     return restore(kind, WEIGHTS / kind, device=device, dtype=dtype)
