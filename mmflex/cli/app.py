@@ -1,4 +1,4 @@
-"""The command line: ``mmflex demo``, ``show``, ``families``, ``bench``; one file per group of commands."""
+"""The command line itself; its commands are in the other files of this folder, one per group."""
 
 from __future__ import annotations
 
