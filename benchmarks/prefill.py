@@ -43,11 +43,14 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mmflex
+from benchmarks.kinds import profiled
 from mask_builders import Grid, VerticalSlash
+from mmflex.integrations import decoder
 from mmflex.integrations.long_prefill import chunk_rows
 from mmflex.runtime.calls import programs_of
 
 RESULTS = Path(__file__).parent / "results"
+DENSE = ("sdpa", "cudnn", "fa2")
 
 HEADS = 28
 SPEC = [
@@ -76,7 +79,16 @@ VISION_REPEATS = {4096: 5, 16724: 3, 65876: 3}
 GENERATED = 70_000
 """Up to this length ``generate()`` is timed as well, with the vision tower."""
 
-METHODS = {"mmflex": None, "sdpa": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
+UNFUSED = (32768, 131072)
+"""Lengths at which mmflex runs with uncompiled layers as well."""
+
+METHODS = {
+    "mmflex": None,
+    "unfused": None,
+    "sdpa": None,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "fa2": SDPBackend.FLASH_ATTENTION,
+}
 
 
 # ---- the model and its prompts -------------------------------------------------------------------------------------
@@ -206,6 +218,9 @@ class Bench:
     backend: str
     cache: bool
     whole: bool = False
+    profile: bool = False
+    methods: tuple[str, ...] = tuple(METHODS)
+    repeats: int = 0
     clock: Clock = field(init=False)
 
     def __post_init__(self) -> None:
@@ -224,15 +239,16 @@ class Bench:
     def ready(self, method: str) -> Iterator[None]:
         """The model with one method's attention, timed."""
         with ExitStack() as stack:
-            if method == "mmflex":
-                stack.enter_context(mmflex.patched(self.model, SPEC, backend=self.backend))
+            if method in ("mmflex", "unfused"):
+                fuse = False if method == "unfused" else None
+                stack.enter_context(mmflex.patched(self.model, SPEC, backend=self.backend, fuse=fuse))
             else:
                 for chunks in chunk_rows(self.text, None):
                     stack.callback(chunks.remove)
                 kernel = METHODS[method]
                 if kernel is not None:
                     stack.enter_context(sdpa_kernel(kernel))
-            stack.enter_context(self.timed_attention("mmflex" if method == "mmflex" else "sdpa"))
+            stack.enter_context(self.timed_attention("sdpa" if method in DENSE else "mmflex"))
             yield
 
     @contextmanager
@@ -242,16 +258,20 @@ class Bench:
         inner = functions[name]
 
         def timed(*args: Any, **options: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return inner(*args, **options)
             start = self.clock.now()
             out = inner(*args, **options)
             self.clock.add("attention", start)
             return out
 
         functions[name] = timed
+        before, decoder.attention_forward = decoder.attention_forward, timed  # called by compiled layers
         try:
             yield
         finally:
             del functions[name]
+            decoder.attention_forward = before
 
     def run(self, tokens: int, number: int, layers: int) -> dict[str, Any]:
         """One prefill through the first ``layers`` layers; call it within `ready`."""
@@ -308,9 +328,11 @@ class OutOfTime(RuntimeError):
 def measure(bench: Bench, tokens: int, deadline: float, row: dict[str, Any], changed: Callable[[], None]) -> None:
     """Fills ``row`` with the results of one length, method by method; what fails is noted and the rest goes on."""
     short, total = tokens <= SHORT, len(bench.layers)
-    names = ["mmflex", "sdpa"] if bench.whole else [name for name in METHODS if name != "sdpa" or short]
-    repeats = (VISION_REPEATS if bench.whole else REPEATS).get(tokens, 1)
-    layers = {name: total if name == "mmflex" else min(total, DENSE_LAYERS.get(tokens, total)) for name in names}
+    left_out = {"sdpa": short, "unfused": tokens in UNFUSED}
+    names = ["mmflex", "sdpa"] if bench.whole else [name for name in METHODS if left_out.get(name, True)]
+    names = [name for name in names if name in bench.methods]
+    repeats = bench.repeats or (VISION_REPEATS if bench.whole else REPEATS).get(tokens, 1)
+    layers = {name: min(total, DENSE_LAYERS.get(tokens, total)) if name in DENSE else total for name in names}
     results: dict[str, dict[str, Any]] = row["methods"]
     results.update({name: {"layers": layers[name], "extrapolated": layers[name] < total, "runs": []} for name in names})
 
@@ -332,7 +354,7 @@ def measure(bench: Bench, tokens: int, deadline: float, row: dict[str, Any], cha
     def warm(name: str) -> Callable[[dict[str, Any]], None]:
         def work(result: dict[str, Any]) -> None:
             few = min(2, total)
-            if name == "mmflex":
+            if name not in DENSE:
                 first, second = (bench.run(tokens, 100 + i, few)["measured_s"] for i in (0, 1))
                 result.update(first_call_s=first, compile_s=max(0.0, first - second))
             elif layers[name] == total:  # else the first layer of the run itself is the warm-up
@@ -354,6 +376,9 @@ def measure(bench: Bench, tokens: int, deadline: float, row: dict[str, Any], cha
     for number in range(repeats):  # in turns, so that a slow spell meets all
         for name in names if number % 2 == 0 else reversed(names):
             attempt(name, once(name, number))
+    if bench.profile and "error" not in results.get("mmflex", {"error": "not asked for"}):
+        with bench.ready("mmflex"):
+            row["profile"] = profiled(lambda: bench.run(tokens, 200, total), bench.device)
     times = {name: found["seconds"] for name, found in results.items() if "seconds" in found}
     ours = times.pop("mmflex", None)
     row["speedup"] = {name: seconds / ours for name, seconds in times.items()} if ours else {}
@@ -462,6 +487,12 @@ def notes(report: dict[str, Any]) -> list[str]:
         for name, found in row["methods"].items()
         if name in ("fa2", "sdpa") and found["extrapolated"]
     ]
+    unfused = [
+        f"{row['tokens']:,} tokens {found['seconds']:.2f} s."
+        for row in report["rows"]
+        for name, found in row["methods"].items()
+        if name == "unfused" and "seconds" in found
+    ]
     errors = [
         f"{row['tokens']:,} tokens, {name}: {found['error'].splitlines()[0]}"
         for row in report["rows"]
@@ -470,12 +501,14 @@ def notes(report: dict[str, Any]) -> list[str]:
     ]
     errors += [f"{row['tokens']:,} tokens: {row['error']}" for row in report["rows"] if "error" in row]
     settings = report["settings"]
-    repeats = VISION_REPEATS if settings.get("whole") else REPEATS
+    usual = VISION_REPEATS if settings.get("whole") else REPEATS
+    listed = ", ".join(f"{n} runs at {t:,}" for t, n in usual.items()) + " tokens, else one run"
+    runs = f"{settings['repeats']} runs" if settings["repeats"] else listed
     return [
         f"{settings['model']}, {settings['dtype']}, {settings['layers']} layers; batch 1; KV cache "
         f"{'kept' if settings['cache'] else 'off'}; logits of the last token only.",
-        f"Medians of {', '.join(f'{n} runs at {t:,}' for t, n in repeats.items())} tokens, else one run; every run has "
-        "a new prompt. Compiling: what the first call of a length takes beyond the second.",
+        f"Medians of {runs}; every run has a new prompt. Compiling: what the first call of a length takes beyond the "
+        "second.",
         "Heads of every layer: " + ", ".join(f"{n} x {name}" for name, n in settings["spec"].items()) + ".",
         "Dense runs of more than 65,536 tokens have mmflex's chunked MLPs and norms, without which they do not fit.",
         *(
@@ -483,8 +516,23 @@ def notes(report: dict[str, Any]) -> list[str]:
             if counted
             else []
         ),
+        *(f"Uncompiled layers: {line}" for line in unfused),
+        *(line for row in report["rows"] for line in by_kind(row)),
         *(f"Failed: {error}" for error in errors),
         ", ".join(f"{name} {value}" for name, value in report["machine"].items()),
+    ]
+
+
+def by_kind(row: dict[str, Any]) -> list[str]:
+    """A line on where the time of a prefill goes, where it was profiled, beside the floor: matrix products and
+    attention, which any implementation of these masks has."""
+    if "profile" not in row:
+        return []
+    kinds, seconds = row["profile"]["kinds"], row["methods"]["mmflex"]["seconds"]
+    floor = sum(kinds.get(kind, 0.0) for kind in ("matrix products", "attention"))
+    listed = ", ".join(f"{kind} {spent:.3f}" for kind, spent in sorted(kinds.items(), key=lambda kind: -kind[1]))
+    return [
+        f"{row['tokens']:,} tokens: {seconds / floor:.2f} of matrix products and attention ({floor:.2f} s); {listed}"
     ]
 
 
@@ -510,6 +558,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the results go (a table beside it as .md)")
     parser.add_argument("--tiny", action="store_true", help="a small float32 model on the CPU")
     parser.add_argument("--vision", action="store_true", help="with the vision tower, and generate()")
+    parser.add_argument("--profile", action="store_true", help="time on the device by kind of work, at every length")
+    parser.add_argument("--methods", default=",".join(METHODS), help="of these alone, separated by commas")
+    parser.add_argument("--repeats", type=int, default=0, help="runs of each (default: by length)")
     parser.add_argument("--cache", action="store_true", help="keep a KV cache, as generate() does (57 KB a token)")
     parser.add_argument("--backend", default="auto", help="mmflex's backend")
     parser.add_argument("--limit", type=float, default=540, help="seconds after which no further run starts")
@@ -525,7 +576,9 @@ def main() -> None:
     path = args.json or RESULTS / f"prefill{kind}.json"
     console = Console()
     start = time.perf_counter()
-    bench = Bench(build(device, args.tiny, args.vision), device, args.backend, args.cache, args.vision)
+    model = build(device, args.tiny, args.vision)
+    methods = tuple(args.methods.split(","))
+    bench = Bench(model, device, args.backend, args.cache, args.vision, args.profile, methods, args.repeats)
     parameters = sum(p.numel() for p in bench.model.parameters())
     spec: dict[str, int] = {}
     for pattern in SPEC:
@@ -541,6 +594,7 @@ def main() -> None:
             "cache": args.cache,
             "tokens_per_frame": SIDE**2,
             "backend": args.backend,
+            "repeats": args.repeats,
             "build_s": time.perf_counter() - start,
         },
         "machine": machine(device),
@@ -571,6 +625,8 @@ def main() -> None:
         row["wall_s"] = time.perf_counter() - start
         write(report, path)
         console.print(" | ".join(of_row(row)), f"({row['wall_s']:.0f} s)")
+        for line in by_kind(row):
+            console.print(line)
     table = Table(title="Prefill: time to the first token", caption="\n".join(notes(report)), caption_justify="left")
     for name in columns:
         table.add_column(name, justify="right")

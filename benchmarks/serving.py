@@ -1,20 +1,23 @@
 """vLLM with mmflex beside vLLM without: time to the first token, short prompts, decoding beside a long prompt.
 
-    python -m benchmarks.serving --json results/serving.json              # one H200: under 9 minutes
+    python -m benchmarks.serving --stages brief --limit 150               # one H200: what matters most, in 150 seconds
+    python -m benchmarks.serving --json results/serving.json              # under 9 minutes
     python -m benchmarks.serving --stages exact,long,video,server         # the rest, another 9 minutes
     python -m benchmarks.serving --tiny                                   # a small model on the CPU, to try it out
-    python -m benchmarks.serving --soak 500 --tiny                        # half of the requests aborted: does memory
-    grow?
+    python -m benchmarks.serving --tiny --stages soak --limit 1200 --json benchmarks/results/soak-cpu.json
 
-Every engine is a process of its own, one after another, plain vLLM and mmflex in turns; what is done in it is a
-*stage*:
+Every engine is a process of its own, one after another, plain vLLM and mmflex in turns; the next one imports what it
+needs while the one before works. Every figure is written to the JSON file as soon as it is known. What is done in an
+engine is a *stage*:
 
+    brief     131k tokens in one step and in steps of 32k, both by one engine
     whole     131k tokens in one step
     chunks    steps of 32k tokens: 131k tokens; 16 prompts of 4k at once; 16 requests that decode while 131k tokens
               arrive; 262k tokens long      524k tokens in steps of 32k
     exact     a spec under which every key is seen: the answers of plain vLLM, by block-sparse kernels
     video     Qwen2.5-VL with its vision tower and real frames: the layout that patterns see
     server    the OpenAI-style server and a client at 127.0.0.1, with the sizes of the stage "whole"
+    soak      requests of mixed lengths, half of them aborted at some point: none may be lost, memory must not grow
 
 Models have the shape of Qwen2.5-7B and random weights. The first request of an engine counts apart.
 """
@@ -22,6 +25,8 @@ Models have the shape of Qwen2.5-7B and random weights. The first request of an 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import os
@@ -32,16 +37,17 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = ("plain", "mmflex")
-STAGES = ("whole", "chunks", "long", "exact", "video", "server")
+STAGES = ("brief", "whole", "chunks", "long", "exact", "video", "server", "soak")
 DEFAULT = "whole,chunks,long"
 
 SIZES: dict[bool, dict[str, int]] = {
@@ -53,10 +59,23 @@ SIZES: dict[bool, dict[str, int]] = {
         "short": 4096,
         "shorts": 16,
         "decode": 400,
+        "requests": 500,
     },
-    True: {"whole": 4096, "budget": 1024, "double": 6144, "long": 8192, "short": 512, "shorts": 4, "decode": 24},
+    True: {
+        "whole": 4096,
+        "budget": 1024,
+        "double": 6144,
+        "long": 8192,
+        "short": 512,
+        "shorts": 4,
+        "decode": 24,
+        "requests": 1000,
+    },
 }
-"""Tokens of prompts and steps, on the GPU and (True) in a try-out on the CPU."""
+"""Tokens of prompts and steps, and numbers of requests, on the GPU and (True) in a try-out on the CPU."""
+
+SHARE = 75
+"""Seconds that the first side of the stage "brief" leaves to the second."""
 
 SECONDS = {"double": {"plain": 45, "mmflex": 25}, "long": {"plain": 150, "mmflex": 60}}
 """What a prompt may take: it is left out where less time is left."""
@@ -104,6 +123,17 @@ class Child:
         heads = TINY["num_attention_heads"] if self.tiny else 28
         return options(spec(heads, self.tiny) if pattern is None else pattern, **{**backend, **given})
 
+    def ready(self) -> bool:
+        """Imports what takes seconds, then waits until it is this process's turn; False where that never comes."""
+        import vllm  # noqa: F401
+        from vllm import LLM  # noqa: F401  # most of it is imported when it is asked for
+
+        if self.side == "mmflex":
+            from mmflex.integrations.vllm.plugin import register
+
+            register()  # also where the package is not installed but lies on the path, without its entry points
+        return bool(sys.stdin.readline())
+
     def model(self, **shape: Any) -> str:
         from benchmarks import served
 
@@ -120,6 +150,7 @@ class Child:
         started = time.perf_counter()
         llm = LLM(folder, additional_config=config, **{**settings, **given})
         self.found["start_s"] = time.perf_counter() - started
+        self.write()
         try:
             yield llm
         finally:
@@ -151,11 +182,16 @@ class Child:
         llm.generate([given], sampling, use_tqdm=False)
         return time.perf_counter() - started
 
-    def repeated(self, llm: Any, name: str, tokens: int, times: int) -> None:
-        """``times`` prompts of about a length, each a little shorter than the one before: no layout comes twice."""
-        runs = [self.first_token(llm, tokens - 64 * i - 1, 100 * times + i) for i in range(times)]
-        self.found[name] = {"tokens": tokens, "runs": runs, "seconds": statistics.median(runs)}
+    def again(self, llm: Any, name: str, tokens: int) -> None:
+        """One more prompt of about a length, a little shorter than the one before: no layout comes twice."""
+        runs = self.found.setdefault(name, {"tokens": tokens, "runs": []})["runs"]
+        runs.append(self.first_token(llm, tokens - 64 * len(runs) - 1, 100 + len(runs)))
+        self.found[name]["seconds"] = statistics.median(runs)
         self.write()
+
+    def repeated(self, llm: Any, name: str, tokens: int, times: int) -> None:
+        for _ in range(times):
+            self.again(llm, name, tokens)
 
     def write(self) -> None:
         print("\nRESULT " + json.dumps(self.found), flush=True)
@@ -164,6 +200,23 @@ class Child:
         return self.deadline - time.time()
 
     # ---- stages ------------------------------------------------------------------------------------------------------
+
+    def brief(self) -> None:
+        """By turns whole and in chunks: as long as another turn fits, three at most."""
+        n = self.sizes["whole"]
+        given = {"max_model_len": n + 64, "max_num_batched_tokens": n + 64, "enforce_eager": True, "max_num_seqs": 8}
+        with self.engine(self.model(), self.config(), **given) as llm:
+            scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+            self.found["first"] = {"seconds": self.first_token(llm, n, 1)}
+            self.write()
+            for _ in range(3):
+                started = time.perf_counter()
+                for name, tokens in (("whole", n + 64), ("chunks", self.sizes["budget"])):
+                    scheduler.max_num_scheduled_tokens = tokens  # of a step, at most
+                    self.again(llm, name, n)
+                    self.found |= self.counted()
+                if self.left() < 1.2 * (time.perf_counter() - started) + SHARE * (self.side == "mmflex"):
+                    break
 
     def whole(self) -> None:
         n = self.sizes["whole"]
@@ -362,53 +415,61 @@ class Child:
                     return seconds
         raise RuntimeError("the server's answer held no token")
 
+    def soak(self) -> None:
+        from vllm import SamplingParams
 
-def soak(count: int, tiny: bool, path: Path) -> None:
-    """Requests of mixed lengths, half of them aborted at some point; what is left of them, and what memory grew."""
-    from vllm import SamplingParams
-
-    child = Child("mmflex", "soak", tiny, time.time() + 7200)
-    rng, marks = random.Random(0), []
-    given = {"max_model_len": 2048, "max_num_batched_tokens": 1024, "max_num_seqs": 8, "num_gpu_blocks_override": 200,
-             "block_size": 32, "enable_prefix_caching": True}  # fmt: skip
-    finished, aborted, number = set(), set(), 0
-    with child.engine(child.model(), child.config(), **given) as llm:
-        engine = llm.llm_engine
-        running: dict[str, int] = {}
-        while number < count or running:
-            while number < count and len(running) < 12:
-                name, tokens = f"r{number}", rng.choice([3, 60, 300, 700, 1100, 1500])
-                prompt = ids(tokens // 2, number % 7) + ids(tokens - tokens // 2, number)
-                sampling = SamplingParams(
-                    max_tokens=rng.randint(1, 24), temperature=0.0, detokenize=False, ignore_eos=True
-                )
-                engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
-                running[name] = rng.randint(0, 12) if number % 2 else -1  # steps until it is aborted; never
-                number += 1
-            for name, left in list(running.items()):
-                if left == 0:
-                    engine.abort_request([name])
-                    aborted.add(name)
-                    del running[name]
-                else:
-                    running[name] = left - 1
-            for output in engine.step():
-                if output.finished and output.request_id in running:
-                    finished.add(output.request_id)
-                    del running[output.request_id]
-            done = len(finished) + len(aborted)
-            if done // 50 > len(marks):
-                marks.append({"requests": done, "resident_mb": resident_mb(), "prompts_known": known_prompts()})
-                print(marks[-1], flush=True)
-        engine.step()
-        lost = count - len(finished | aborted)
-    facts = {"requests": count, "finished": len(finished), "aborted": len(aborted), "lost": lost, "marks": marks}
-    growth = marks[-1]["resident_mb"] - marks[len(marks) // 2]["resident_mb"]
-    path.write_text(json.dumps(facts | {"second_half_mb": growth, **child.found, **machine()}, indent=1) + "\n")
-    print(f"{len(finished)} finished, {len(aborted)} aborted, {lost} lost; memory in the second half {growth:+.1f} MB")
+        count, rng = self.sizes["requests"], random.Random(0)
+        given = {"max_model_len": 2048, "max_num_batched_tokens": 1024, "max_num_seqs": 8, "block_size": 32,
+                 "num_gpu_blocks_override": 200, "enable_prefix_caching": True}  # fmt: skip
+        finished: set[str] = set()
+        aborted: set[str] = set()
+        running: dict[str, int] = {}  # -> steps until it is aborted; below 0: never
+        marks: list[dict[str, Any]] = []
+        number = 0
+        with self.engine(self.model(), self.config(threshold=512), **given) as llm:
+            engine = llm.llm_engine
+            while number < count or running:
+                while number < count and len(running) < 12:
+                    name, tokens = f"r{number}", rng.choice([3, 60, 300, 700, 1100, 1500])
+                    prompt = ids(tokens // 2, number % 7) + ids(tokens - tokens // 2, number)
+                    most = {"max_tokens": rng.randint(1, 24), "temperature": 0.0}
+                    sampling = SamplingParams(**most, detokenize=False, ignore_eos=True)
+                    engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+                    running[name] = rng.randint(0, 12) if number % 2 else -1
+                    number += 1
+                for name, left in list(running.items()):
+                    if left == 0:
+                        engine.abort_request([name])
+                        aborted.add(name)
+                        del running[name]
+                    else:
+                        running[name] = left - 1
+                for output in engine.step():
+                    if output.finished and output.request_id in running:
+                        finished.add(output.request_id)
+                        del running[output.request_id]
+                done = len(finished) + len(aborted)
+                if done // 50 > len(marks):
+                    marks.append({"requests": done, "resident_mb": resident_mb(), "prompts_known": known_prompts()})
+                    self.found["soak"] = {"finished": len(finished), "aborted": len(aborted), "marks": marks}
+                    self.write()
+            engine.step()
+            half = marks[len(marks) // 2 - 1]
+            grown = (marks[-1]["resident_mb"] - half["resident_mb"]) / (marks[-1]["requests"] - half["requests"])
+            self.found["soak"] |= {
+                "finished": len(finished),
+                "aborted": len(aborted),
+                "lost": count - len(finished | aborted),
+                "prompts_known": known_prompts(),
+                "mb_per_request": grown,
+            }
+        self.write()
 
 
 def resident_mb() -> float:
+    """Memory that is held, without what the allocator keeps for later."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -433,29 +494,59 @@ def machine() -> dict[str, Any]:
     return {"machine": {**facts, "python": platform.python_version()}}
 
 
-def run_child(side: str, stage: str, tiny: bool, deadline: float, log: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.serving", "--child", side, stage, "--deadline", str(deadline)]
-    environment = {
-        **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
+def environment(side: str, tiny: bool) -> dict[str, str]:
+    """Of a process in which an engine lives."""
+    given = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if side == "plain":
+        given["VLLM_PLUGINS"] = ""  # of none of the packages that are installed
     if tiny:
-        environment |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    started, result = time.time(), {"side": side, "stage": stage}  # type: ignore[var-annotated]
-    with log.open("w") as errors:
-        try:
-            done = subprocess.run(
-                [*command, *(["--tiny"] if tiny else [])], env=environment, stdout=subprocess.PIPE, stderr=errors,
-                text=True, timeout=max(30.0, deadline - started),
-            )  # fmt: skip
-            output, status = done.stdout, done.returncode
-        except subprocess.TimeoutExpired as error:
-            output, status = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else "", 124
-    lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
-    if lines:
-        result |= json.loads(lines[-1].removeprefix("RESULT "))
-    if status:
-        result["error"] = f"exit status {status}; " + log.read_text()[-1500:]
-    return {**result, "wall_s": time.time() - started}
+        given |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **given}
+
+
+class Process:
+    """A child: it imports while another one works (`Child.ready`), and tells its figures line by line."""
+
+    def __init__(self, side: str, stage: str, tiny: bool, deadline: float, log: Path) -> None:
+        self.deadline, self.log = deadline, log
+        self.result: dict[str, Any] = {"side": side, "stage": stage}
+        command = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "benchmarks.serving"]
+        command += ["--child", side, stage, "--deadline", str(deadline), *(["--tiny"] if tiny else [])]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 1}
+        pipes |= {"encoding": "utf-8", "errors": "replace"}
+        log.unlink(missing_ok=True)
+        with log.open("a") as errors:
+            self.child = subprocess.Popen(command, env=environment(side, tiny), stderr=errors, **pipes)
+
+    def work(self, keep: Callable[[], None]) -> None:
+        """Has it do its stage; ``keep`` is called after every figure."""
+        started = time.time()
+        timer = threading.Timer(max(1.0, self.deadline - started), self.child.kill)
+        timer.start()
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        with suppress(BrokenPipeError):  # it is over: its exit status and its log say why
+            self.child.stdin.write("go\n")
+        with self.log.open("a", encoding="utf-8") as log:
+            for line in self.child.stdout:
+                if line.startswith("RESULT "):
+                    self.result |= json.loads(line.removeprefix("RESULT "))
+                    keep()
+                else:
+                    log.write(line)
+        status = self.child.wait()
+        timer.cancel()
+        if status:
+            self.result["error"] = f"exit status {status}; " + self.log.read_text(errors="replace")[-1500:]
+        self.result["wall_s"] = time.time() - started
+        keep()
+
+    def leave(self) -> None:
+        """Lets it end, unused."""
+        assert self.child.stdin is not None
+        self.child.stdin.close()
+        self.child.kill()
+        self.child.wait()
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
@@ -480,6 +571,12 @@ def table(results: list[dict[str, Any]]) -> list[str]:
         sizes = [r[name]["tokens"] for r in results if r["stage"] == stage and name in r]
         row(f"TTFT, {sizes[0] if sizes else '?'} tokens {what} (s)", stage, lambda r: r[name]["seconds"])
 
+    prompt("brief", "whole", "whole")
+    prompt("brief", "chunks", "in chunks")
+    row("  first request after the start (s)", "brief", lambda r: r["first"]["seconds"])
+    row("  engine start (s)", "brief", lambda r: r["start_s"])
+    row("  memory in use at the end (GB)", "brief", lambda r: r["used_gb"], "{:.1f}")
+    row("  layers of prefills that mmflex ran", "brief", lambda r: r["accelerated"]["layers"], "{:.0f}")
     prompt("whole", "whole", "whole")
     row("  its first request (s)", "whole", lambda r: r["first"]["seconds"])
     row("  engine start (s)", "whole", lambda r: r["start_s"])
@@ -495,6 +592,9 @@ def table(results: list[dict[str, Any]]) -> list[str]:
     row("TTFT, video (s)", "video", lambda r: r["video"]["seconds"])
     row("TTFT by the server (s)", "server", lambda r: r["server"]["seconds"])
     row("memory in use at the end (GB)", "chunks", lambda r: r["used_gb"], "{:.1f}")
+    for name in ("finished", "aborted", "lost"):
+        row(f"requests that were {name}", "soak", lambda r, name=name: r["soak"][name], "{:.0f}")  # type: ignore[misc]
+    row("memory for every request more, second half (MB)", "soak", lambda r: r["soak"]["mb_per_request"], "{:.3f}")
     for key, r in found.items():
         if "video" in r and "layout" in r["video"]:
             out.append(f"video: {r['video']['layout']}; as in transformers: {r['video']['as_in_transformers']}")
@@ -515,17 +615,14 @@ def main() -> None:
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU")
     parser.add_argument("--limit", type=float, default=525, help="seconds after which nothing more is started")
-    parser.add_argument("--soak", type=int, metavar="REQUESTS")
     parser.add_argument("--child", nargs=2, metavar=("SIDE", "STAGE"), help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, default=0.0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child = Child(*args.child, args.tiny, args.deadline)
-        getattr(child, args.child[1])()
-        child.write()
-        return
-    if args.soak:
-        soak(args.soak, args.tiny, args.json or RESULTS / "soak-cpu.json")
+        if child.ready():
+            getattr(child, args.child[1])()
+            child.write()
         return
     stages = args.stages.split(",")
     unknown = sorted(set(stages) - set(STAGES))
@@ -535,14 +632,31 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.time() + args.limit
     results: list[dict[str, Any]] = []
-    for stage in stages:
-        for side in reversed(args.sides.split(",")):  # what is new first, should time run out
-            if time.time() > deadline - 40:
-                print(f"{stage}, {side}: no time left", flush=True)
-                continue
-            results.append(run_child(side, stage, args.tiny, deadline, path.with_name(f"serving-{stage}-{side}.log")))
-            print(f"{stage}, {side}: {results[-1]['wall_s']:.0f} s", flush=True)
-            path.write_text(json.dumps({**machine(), "sizes": SIZES[args.tiny], "results": results}, indent=1) + "\n")
+    # What is new first, should time run out.
+    todo = [(stage, side) for stage in stages for side in reversed(args.sides.split(","))]
+
+    def keep() -> None:
+        path.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
+
+    def prepared() -> Process | None:
+        if not todo:
+            return None
+        stage, side = todo.pop(0)
+        return Process(side, stage, args.tiny, deadline, path.with_name(f"serving-{stage}-{side}.log"))
+
+    process = prepared()
+    facts = {**machine(), "sizes": SIZES[args.tiny]}
+    while process is not None:
+        following = prepared()
+        name = f"{process.result['stage']}, {process.result['side']}"
+        if time.time() > deadline - 40:
+            print(f"{name}: no time left", flush=True)
+            process.leave()
+        else:
+            results.append(process.result)
+            process.work(keep)
+            print(f"{name}: {process.result['wall_s']:.0f} s", flush=True)
+        process = following
     print("\n".join(table(results)))
     print(f"written to {path}")
 

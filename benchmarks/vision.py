@@ -38,6 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.kinds import on_gpu, profiled
 from benchmarks.prefill import RESULTS, VISION, machine
 from mmflex.integrations.vision import VisionPatch
 from mmflex.integrations.vision import tower as tower_module
@@ -384,67 +385,26 @@ PROFILED: tuple[tuple[str, dict[str, int]], ...] = (
     ("mmflex, fused", {}),
     ("mmflex, fused", {"intermediate_size": 3424}),
 )
-KINDS = {
-    "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "splitk"),
-    "attention": ("flash", "fmha", "sdpa", "attention", "mha"),
-    "convolution": ("conv", "cudnn"),
-    "compiled": ("triton",),
-    "gather, copy": ("index", "gather", "copy", "cat", "memcpy", "memset"),
-    "norms, reductions": ("reduce", "norm"),
-    "elementwise": ("elementwise", "vectorized", "unrolled"),
-}
-
-
-def on_gpu(name: str, device: Any) -> bool:
-    """Whether an event of a profile is a kernel or a copy; ranges that PyTorch marks are on the device, too."""
-    return device == torch.autograd.DeviceType.CUDA and not name.startswith(("##", "Torch-Compiled", "Profiler"))
-
-
-def kind_of(kernel: str) -> str:
-    name = kernel.lower()
-    order = (
-        "attention",
-        "compiled",
-        "matrix products",
-        "convolution",
-        "norms, reductions",
-        "gather, copy",
-        "elementwise",
-    )
-    for kind in order:
-        if any(word in name for word in KINDS[kind]):
-            return kind
-    return "other"
 
 
 def profile_part(bench: Bench) -> list[dict[str, Any]]:
     """Kernel time by kind of work, 512 frames: as it is, compiled, and with an MLP width that suits matrix units (3420
     channels are no multiple of 8)."""
-    from torch.profiler import ProfilerActivity, profile
-
     found = []
     for name, changes in PROFILED:
         bench.free()
         model = build(bench.device, bench.dtype, bench.tiny, **changes)
         patches, grid = video(model, 8 if bench.tiny else 512, 8 if bench.tiny else SIDE)
-        cuda = bench.device.type == "cuda"
         with method(model, name):
             model(patches, grid)
             seconds = statistics.median(bench.times(lambda m=model, p=patches, g=grid: m(p, g), 2))
-            with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as trace:
-                model(patches, grid)
+
+            def once(m: Any = model, p: Tensor = patches, g: Tensor = grid) -> None:
+                m(p, g)
                 bench.wait()
-        kinds: dict[str, float] = {}
-        kernels: dict[str, list[float]] = {}
-        for event in trace.key_averages():
-            spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-            if spent <= 0 or (cuda and not on_gpu(event.key, event.device_type)):
-                continue
-            kinds[kind_of(event.key)] = kinds.get(kind_of(event.key), 0.0) + spent / 1e6
-            known = kernels.setdefault(event.key[:100], [0.0, 0])
-            known[0], known[1] = known[0] + spent / 1e6, known[1] + event.count
-        top = sorted(kernels.items(), key=lambda item: -item[1][0])[:14]
-        found.append({"method": name, "changes": changes, "seconds": seconds, "kinds": kinds, "kernels": dict(top)})
+
+            parts = profiled(once, bench.device)
+        found.append({"method": name, "changes": changes, "seconds": seconds, **parts})
     return found
 
 

@@ -5,6 +5,7 @@ Estimates are in float32, in the coordinates of a `View`: keys in scope, in orde
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -100,17 +101,18 @@ def _twin(
     keys: Tensor | None,
     size: int,
 ) -> tuple[Tensor, Tensor]:
-    """`mmflex.runtime.kernels.mass.last_mass` in torch, some KV heads at a time."""
+    """`mmflex.runtime.kernels.mass.last_mass` in torch, some KV heads and rows at a time."""
     batch, heads, rows, _ = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
-    seen = (position[:, None] <= limit[..., None]) & (position >= 0)[:, None]
-    vertical = torch.zeros((batch, heads, size), device=q.device)
+    vertical = torch.zeros((batch, heads, size), dtype=torch.float32, device=q.device)
     diagonal = torch.zeros_like(vertical)
     group = heads // kv_heads
     step = max(1, _CHUNK // max(1, batch * group * rows * length))
-    for first in range(0, kv_heads, step):
-        part = slice(first * group, (first + step) * group)
-        query = q[:, part].unflatten(1, (-1, group)).flatten(2, 3).float()
+    many = max(1, min(rows, _CHUNK // max(1, batch * group * step * length)))
+    for first, row in itertools.product(range(0, kv_heads, step), range(0, rows, many)):
+        part, some = slice(first * group, (first + step) * group), slice(row, row + many)
+        seen = (position[:, None] <= limit[:, some, None]) & (position >= 0)[:, None]
+        query = q[:, part, some].unflatten(1, (-1, group)).flatten(2, 3).float()
         scores = (query @ k[:, first : first + step].float().mT * scale).unflatten(2, (group, -1)).flatten(1, 2)
         scores = torch.where((scores.abs() < float("inf")) & seen[:, None], scores, float("-inf"))
         mass = scores.softmax(-1).nan_to_num_(0.0)
@@ -119,8 +121,8 @@ def _twin(
             mass = mass.gather(3, keys.long().clamp(min=0)[:, None, None].expand(inside.shape)) * inside
         else:
             mass = mass[..., :size]
-        vertical[:, part] = mass.sum(2)
-        _add_diagonals(diagonal[:, part], mass, stand)
+        vertical[:, part] += mass.sum(2)
+        _add_diagonals(diagonal[:, part], mass, stand[:, some])
     return vertical, diagonal
 
 
@@ -232,9 +234,8 @@ def block_means(x: Tensor, block: np.ndarray, blocks: int, size: int) -> Tensor:
     index = torch.where(index < 0, blocks, index)
     total = x.new_zeros((x.shape[0], x.shape[1], blocks + 1, x.shape[3]), dtype=torch.float32)
     total.scatter_add_(2, index[:, None, :, None].expand(x.shape), x.float().nan_to_num(0.0))
-    count = torch.zeros((len(index), blocks + 1), device=x.device).scatter_add_(
-        1, index, torch.ones_like(index).float()
-    )
+    count = torch.zeros((len(index), blocks + 1), dtype=torch.float32, device=x.device)
+    count.scatter_add_(1, index, torch.ones_like(index).float())
     return total[:, :, :-1] / count[:, None, :-1, None].clamp(min=1.0)
 
 

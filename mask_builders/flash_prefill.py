@@ -13,6 +13,7 @@ from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
 from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
+from mmflex.ir.shown import shown
 from mmflex.runtime.device import array_constant
 from mmflex.runtime.kernels.blocks import block_sums, fused
 from mmflex.runtime.kernels.rows import take_rows
@@ -182,7 +183,7 @@ class FlashPrefill(Pattern):
         check_share(self, "alpha")
         check_weight(self, "rescue")
         if self.rescue > 1:
-            raise ValueError(f"FlashPrefill.rescue is {self.rescue}: use 0 (off) or a share of at most 1")
+            raise ValueError(f"FlashPrefill.rescue is {shown(self.rescue)}: use 0 (off) or a share of at most 1")
         check_counts(self, "blocks", "block_size", minimum=1)
         check_counts(self, "near", "sink", "last")
 

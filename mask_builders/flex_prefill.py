@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
+from mmflex.ir.shown import shown
 from mmflex.runtime.device import array_constant
 from mmflex.runtime.kernels.rows import take_rows
 
@@ -136,9 +137,11 @@ class FlexPrefill(Pattern):
         check_counts(self, "vertical", "slash", "blocks", "block_size", "last_q", minimum=1)
         check_counts(self, "minimum", "near")
         if not isinstance(self.tau, (int, float)) or isinstance(self.tau, bool):
-            raise TypeError(f"FlexPrefill.tau is a distance of distributions, got {self.tau!r}: use a float")
+            raise TypeError(f"FlexPrefill.tau is a distance of distributions, got {shown(self.tau)}: use a float")
         if not 0.0 <= self.tau <= 1.0:
-            raise ValueError(f"FlexPrefill.tau is {self.tau}: use 0 (no head is query-aware) to 1 (every head is)")
+            raise ValueError(
+                f"FlexPrefill.tau is {shown(self.tau)}: use 0 (no head is query-aware) to 1 (every head is)"
+            )
 
     def estimator(self) -> Switch:
         return Switch(self.last_q, self.block_size, self.near)

@@ -10,13 +10,21 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
-from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
+from mmflex.ir.layout import TokenLayout
+from mmflex.ir.pattern import Pattern, Tokens, View, check_counts, check_flags
+from mmflex.ir.shown import shown
 
 from .estimate import LastMass, LastQueries, comb_excess, combed, likely_strides
 from .near import MORE_THAN_A_TILE
 
 _TRIED = 8
 """Strides that a search looks at closely."""
+
+
+def _longest(layout: TokenLayout) -> int:
+    """A stride that meets each residue of a prompt at most once, as every longer one does: the same lines, without
+    masses for each of its phases."""
+    return 2 * layout.length + 2
 
 
 @dataclass(frozen=True)
@@ -48,15 +56,18 @@ class Grid(Pattern):
 
     def __post_init__(self) -> None:
         check_counts(self, "local", "sink")
-        check_counts(self, "last_q", "shortest", minimum=1)
+        check_counts(self, "last_q", "shortest", "longest", minimum=1)
+        check_flags(self, "columns", "rows", "slash")
         if isinstance(self.stride, str) and self.stride not in ("frame", "search"):
-            raise TypeError(f'Grid.stride is {self.stride!r}: use "frame", "search" or a number of tokens')
+            raise TypeError(f'Grid.stride is {shown(self.stride)}: use "frame", "search" or a number of tokens')
         if self.stride not in ("frame", "search"):
             check_counts(self, "stride", minimum=1)
         if self.phase != "search":
             check_counts(self, "phase")
         if self.longest < self.shortest:
-            raise ValueError(f"Grid searches strides from {self.shortest} to {self.longest}: the range is empty")
+            raise ValueError(
+                f"Grid searches strides from {shown(self.shortest)} to {shown(self.longest)}: the range is empty"
+            )
 
     @property
     def _searches_phase(self) -> bool:
@@ -89,7 +100,7 @@ class Grid(Pattern):
             end = view.counts(device)[:, None, None] - local - last_q
             vertical = vertical * ((place >= first) & (place < end))
         if self.stride != "search":
-            stride = self._stride(view.frame_stride)
+            stride = min(self._stride(view.frame_stride), _longest(view.layout))
             phase = combed(vertical, stride, first, last).argmax(-1).int()
             return {"stride": torch.full_like(phase, stride), "phase": phase}
         diagonal = None if estimate.diagonal is None else estimate.diagonal * (place >= local)
@@ -113,7 +124,7 @@ class Grid(Pattern):
         else:
             stride = self._stride(t.layout.frame_stride(t.scope.key))
         if self._searches_phase:
-            phase = t.number("phase")
+            phase, stride = t.number("phase"), stride if self.stride == "search" else min(stride, _longest(t.layout))
         else:
             phase = 0 if self.phase == "search" else self.phase
         out = t.sink(self.sink) | t.local(self.local)

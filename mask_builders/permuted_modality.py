@@ -11,17 +11,28 @@ from sympy.logic.boolalg import Boolean
 
 from mmflex.ir import expr as x
 from mmflex.ir.layout import MODALITY_NAMES, modality_id
-from mmflex.ir.pattern import Pattern, Tokens, among
+from mmflex.ir.pattern import Pattern, Tokens, among, check_nesting
+from mmflex.ir.shown import shown
 
 
 def _items(parts: Any) -> tuple[tuple[Any, Any], ...]:
-    return tuple(parts.items()) if isinstance(parts, Mapping) else tuple(tuple(item) for item in parts)
+    """(key, pattern) of a mapping, or of a sequence of such pairs as JSON has it."""
+    items = tuple(parts.items()) if isinstance(parts, Mapping) else parts
+    if not isinstance(items, (tuple, list)) or any(not isinstance(i, (tuple, list)) or len(i) != 2 for i in items):
+        raise TypeError(f"a boundary maps modalities to patterns, got {shown(parts)}")
+    for _, pattern in items:
+        if not isinstance(pattern, Pattern):
+            raise TypeError(f"a boundary maps modalities to patterns, got {shown(pattern)}")
+    return tuple(items)  # type: ignore[arg-type]
 
 
-def _check(pattern: Any) -> Pattern:
-    if not isinstance(pattern, Pattern):
-        raise TypeError(f"a boundary maps modalities to patterns, got {pattern!r}")
-    return pattern
+def _sorted(pairs: list[tuple[Any, Pattern]]) -> tuple[tuple[Any, Pattern], ...]:
+    """By key; ValueError where a key is named twice, by name and by id."""
+    parts = dict(pairs)
+    if len(parts) < len(pairs):
+        twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"a boundary names {shown(twice)} more than once: give each modality (pair) one pattern")
+    return tuple(sorted(parts.items(), key=lambda item: item[0]))
 
 
 @dataclass(frozen=True)
@@ -32,8 +43,9 @@ class QBoundary(Pattern):
     parts: Any
 
     def __post_init__(self) -> None:
-        parts = {modality_id(m): _check(p) for m, p in _items(self.parts)}
-        object.__setattr__(self, "parts", tuple(sorted(parts.items())))
+        parts = _sorted([(modality_id(m), pattern) for m, pattern in _items(self.parts)])
+        object.__setattr__(self, "parts", parts)
+        check_nesting(self, (pattern for _, pattern in parts))
 
     def denote(self, t: Tokens) -> Boolean:
         parts = dict(self.parts)
@@ -56,14 +68,16 @@ class Boundary2D(Pattern):
     parts: Any
 
     def __post_init__(self) -> None:
-        parts = {}
+        named = []
         for pair, pattern in _items(self.parts):
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise ValueError(
-                    f"Boundary2D maps (query modality, key modality) pairs to patterns, got the key {pair!r}"
+                    f"Boundary2D maps (query modality, key modality) pairs to patterns, got the key {shown(pair)}"
                 )
-            parts[modality_id(pair[0]), modality_id(pair[1])] = _check(pattern)
-        object.__setattr__(self, "parts", tuple(sorted(parts.items())))
+            named.append(((modality_id(pair[0]), modality_id(pair[1])), pattern))
+        parts = _sorted(named)
+        object.__setattr__(self, "parts", parts)
+        check_nesting(self, (pattern for _, pattern in parts))
 
     def denote(self, t: Tokens) -> Boolean:
         parts = dict(self.parts)

@@ -11,6 +11,7 @@ from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
 from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
+from mmflex.ir.shown import shown
 from mmflex.runtime.device import index_constant
 
 from .estimate import Pooled, PooledBlocks, mean_products
@@ -64,8 +65,8 @@ class Prism(Pattern):
         check_counts(self, "near")
         if self.rotary_dim is not None:
             check_counts(self, "rotary_dim", minimum=4)
-        if self.pairs not in ("halves", "interleaved"):
-            raise ValueError(f'Prism.pairs is {self.pairs!r}: use "halves" (Llama, Qwen) or "interleaved"')
+        if not isinstance(self.pairs, str) or self.pairs not in ("halves", "interleaved"):
+            raise ValueError(f'Prism.pairs is {shown(self.pairs)}: use "halves" (Llama, Qwen) or "interleaved"')
 
     def estimator(self) -> PooledBlocks:
         return PooledBlocks(self.block_size, self.near)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mmflex.ir.shown import shown
 from mmflex.runtime.kernels.select import gathered, heaviest
 
 _TOP = 1 << 30
@@ -151,16 +152,20 @@ def check_share(pattern: object, *names: str) -> None:
     for name in names:
         value = getattr(pattern, name)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise TypeError(f"{type(pattern).__name__}.{name} is a share of the mass, got {value!r}: use a float")
+            raise TypeError(f"{type(pattern).__name__}.{name} is a share of the mass, got {shown(value)}: use a float")
         if not 0.0 < value <= 1.0:
-            raise ValueError(f"{type(pattern).__name__}.{name} is {value}: use a share above 0 and at most 1")
+            raise ValueError(f"{type(pattern).__name__}.{name} is {shown(value)}: use a share above 0 and at most 1")
+
+
+HEAVIEST = 1e6
+"""A weight, at most: scores that it multiplies are float32."""
 
 
 def check_weight(pattern: object, *names: str) -> None:
-    """TypeError, ValueError unless the named fields are finite numbers from 0 on."""
+    """TypeError, ValueError unless the named fields are numbers from 0 to `HEAVIEST`."""
     for name in names:
         value = getattr(pattern, name)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise TypeError(f"{type(pattern).__name__}.{name} is a weight, got {value!r}: use a float")
-        if not 0.0 <= value < float("inf"):
-            raise ValueError(f"{type(pattern).__name__}.{name} is {value}: use 0 (off) or more")
+            raise TypeError(f"{type(pattern).__name__}.{name} is a weight, got {shown(value)}: use a float")
+        if not 0.0 <= value <= HEAVIEST:
+            raise ValueError(f"{type(pattern).__name__}.{name} is {shown(value)}: use 0 (off) to {HEAVIEST:g}")

@@ -11,6 +11,7 @@ from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
 from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
+from mmflex.ir.shown import shown
 from mmflex.runtime.device import array_constant
 from mmflex.runtime.kernels.rows import take_rows
 
@@ -118,7 +119,8 @@ class XAttention(Pattern):
         check_counts(self, "near")
         if self.block_size % self.stride:
             raise ValueError(
-                f"XAttention.stride is {self.stride}, which does not divide the block_size of {self.block_size}: "
+                f"XAttention.stride is {shown(self.stride)}, which does not divide the block_size of "
+                f"{shown(self.block_size)}: "
                 "use a divisor, such as 8 or 16 for blocks of 128"
             )
 

@@ -53,6 +53,7 @@ __all__ = [
     "search",
     "token_layout",
     "unpatch",
+    "warmup",
     "why_not",
 ]
 
@@ -73,6 +74,7 @@ _LAZY = {
     "search": "integrations.search",
     "token_layout": "integrations.transformers",
     "unpatch": "integrations.transformers",
+    "warmup": "integrations.warmup",
 }
 
 

@@ -18,6 +18,7 @@ from mmflex.ir.queries import QueryTokens
 from mmflex.plot import raster
 from mmflex.plot.snapshot import snapshot
 from mmflex.runtime import masks
+from mmflex.runtime.backends import BlockLists
 from mmflex.runtime.plan import Plan
 from mmflex.runtime.state import PlanState, PreparedLaunch
 
@@ -37,7 +38,7 @@ def million(heads: int = 28, kv_heads: int = 4) -> Plan:
     index = (own[:, None] - torch.tensor([0, 1, 2, 40, 700, 2000, *range(8, 32)])).clamp(min=-1)
     count = (index >= 0).sum(-1)
     index = index.sort(-1, descending=True).values.clamp(min=0)
-    lists = (
+    lists = BlockLists(
         torch.ones(1, heads, len(own), dtype=torch.int32),
         own.int()[None, None, :, None].expand(1, heads, -1, index.shape[1]),
         (count - 1).int().expand(1, heads, -1),

@@ -8,7 +8,7 @@ itself), `softmax` the attention under a mask, `launch_cover` what the block lis
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,9 @@ Scope = tuple[int | None, int | None]
 
 NO_KEY = 1 << 29
 """Limits from here on are of empty key slots."""
+
+BEYOND = 1 << 40
+"""More than any position: from here on strides are all alike."""
 
 FORCED_COLUMNS = 30
 
@@ -147,7 +150,7 @@ class Meaning:
     # Parts, "rounded outwards to tiles".
 
     def _sink(self, count: int, scope: Scope) -> np.ndarray:
-        whole = -(-count // self.tile) * self.tile
+        whole = -(-min(count, BEYOND) // self.tile) * self.tile
         return np.broadcast_to(self.prompt.place(scope[1])[None] < whole, (len(self.prompt.valid),) * 2)
 
     def _stands(self, scope: Scope) -> list[tuple[int, int]]:
@@ -163,7 +166,7 @@ class Meaning:
         return [found[int(t)] if real else (0, 0) for t, real in zip(own, queries, strict=True)]
 
     def _local(self, count: int, scope: Scope) -> np.ndarray:
-        n, tile = len(self.prompt.valid), self.tile
+        n, tile, count = len(self.prompt.valid), self.tile, min(count, BEYOND)
         out = np.zeros((n, n), bool)
         if count == 0:
             return out
@@ -194,7 +197,7 @@ class Meaning:
         return out
 
     def _blocks(self, pattern: Any, scope: Scope) -> np.ndarray:
-        table, size = self.found(pattern, scope, "blocks"), pattern.block_size
+        table, size = self.found(pattern, scope, "blocks"), min(pattern.block_size, BEYOND)
         row, k = self.prompt.place(scope[0])[:, None], self.prompt.place(scope[1])[None]
         a = np.clip(row // size, 0, table.shape[0] - 1)
         b = np.clip(k // size, 0, table.shape[1] - 1)
@@ -223,11 +226,12 @@ class Meaning:
             stride = frame_stride(self.layout, scope[1])
             assert stride is not None, f"{pattern} has no frames in {scope}"
         if isinstance(pattern, StridedFixed):
+            stride = min(stride, BEYOND)
             return (q // stride == k // stride) | np.broadcast_to(k % stride < pattern.first, (n, n))
         if isinstance(pattern, Strided):
-            return (q - k < stride) | ((q - k) % stride == 0)
+            return (q - k < stride) | _residue(q - k, stride, 0)
         if isinstance(pattern, Dilated):
-            return (k < pattern.sink) | ((q - k < pattern.local) & ((q - k) % pattern.dilation == 0))
+            return (k < pattern.sink) | ((q - k < pattern.local) & _residue(q - k, pattern.dilation, 0))
         assert isinstance(pattern, Grid), f"the oracle does not know {pattern!r}"
         if stride == "search":
             stride = int(self.found(pattern, scope, "stride"))
@@ -236,12 +240,20 @@ class Meaning:
             phase = int(self.found(pattern, scope, "phase")) if pattern.columns or pattern.rows else 0
         out = self._sink(pattern.sink, scope) | self._local(pattern.local, scope)
         if pattern.columns:
-            out = out | (k % stride == phase % stride)
+            out = out | _residue(k, stride, phase)
         if pattern.rows:
-            out = out | (row % stride == phase % stride)
+            out = out | _residue(row, stride, phase)
         if pattern.slash:
-            out = out | ((q - k) % stride == 0)
+            out = out | _residue(q - k, stride, 0)
         return out
+
+
+def _residue(value: np.ndarray, stride: int, phase: int) -> np.ndarray:
+    """``value = phase (mod stride)``, for strides and phases of any size."""
+    phase %= stride
+    if stride <= BEYOND:
+        return value % stride == phase
+    return (value == phase) | (value == phase - stride)
 
 
 def selected(plan: mmflex.Plan, row: int, head: int) -> Callable[[Pattern, Scope, str], np.ndarray]:
@@ -262,15 +274,16 @@ def selected(plan: mmflex.Plan, row: int, head: int) -> Callable[[Pattern, Scope
     return find
 
 
-def token_mask(plan: mmflex.Plan, patterns: tuple[Pattern, ...]) -> np.ndarray:
-    """bool [B, Hq, M, N]: the mask of a plan's spec, one pattern per head, given what the plan selected."""
+def token_mask(plan: mmflex.Plan, patterns: tuple[Pattern, ...], tokens: Sequence[int] | None = None) -> np.ndarray:
+    """bool [B, Hq, M, N]: the mask of a plan's spec, one pattern per head, given what the plan selected. ``tokens``:
+    which of the N the queries are, if not the last M."""
     batch, m, n = plan.shape[0][0], plan.shape[0][2], plan.shape[1][2]
     out = np.zeros((batch, len(patterns), m, n), bool)
     for b in range(batch):
         causal = Prompt.of(plan.layout, b).causal()
         for h, pattern in enumerate(patterns):
             meaning = Meaning(plan.layout, b, plan.program.tile, selected(plan, b, h))
-            out[b, h] = (meaning.pairs(pattern) & causal)[n - m :]
+            out[b, h] = (meaning.pairs(pattern) & causal)[range(n - m, n) if tokens is None else tokens]
     return out
 
 

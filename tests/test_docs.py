@@ -160,7 +160,7 @@ def test_tables_say_what_the_file_says(tmp_path: Path, monkeypatch: pytest.Monke
         "| `plain.json` | x86_64, torch 2 | - |",
         "| `prefill-x.json` | E, torch 3 | 1 |",
     ]
-    for empty in ("cpu", "check", "evaluation", "vision", "real"):
+    for empty in ("cpu", "check", "evaluation", "vision", "real", "chunks", "serving"):
         assert results.TABLES[empty]() == ""
     whole = {
         "mmflex": {"seconds": 2.0, "vision_s": 0.5, "peak_gb": 60.0},
@@ -182,6 +182,25 @@ def test_tables_say_what_the_file_says(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "eval-x.json").write_text(json.dumps({"rows": given, "runs": [{"versions": {"device": "F"}}]}))
     assert results.evaluation().startswith("`eval-x.json`: F; 40 questions a cell.")
     assert rows(results.evaluation()) == ["| dense | 97.5 (100%) |", "| A | 97.5 (38%) |"]
+
+
+def test_tables_of_serving_say_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    plain = {"stage": "brief", "side": "plain", "whole": {"tokens": 131072, "seconds": 8.0}, "first": {"seconds": 9.0}}
+    fast = {"stage": "brief", "side": "mmflex", "whole": {"tokens": 131072, "seconds": 2.0}}
+    other = {"stage": "chunks", "side": "mmflex", "chunks": {"tokens": 131072, "seconds": 3.0}, "error": "E"}
+    data = {"machine": {"device": "D", "vllm": "0.24.0"}, "sizes": {"budget": 32768}, "results": [fast, plain, other]}
+    (tmp_path / "serving-x.json").write_text(json.dumps(data))
+    assert results.serving().startswith("`serving-x.json`: vLLM 0.24.0, D.")
+    assert rows(results.serving()) == [
+        "| 128k tokens in one step (`brief`) | 8.00 s | 2.00 s | 0.25 |",
+        "| the first request after the start (`brief`) | 9.00 s | - | - |",
+        "| 128k tokens in steps of 32k (`chunks`) | - | 3.00 s | - |",
+    ]
+    ways = [("whole", 1.0, 0.9), ("own", 0.5, 0.7), ("carried", 0.75, 0.8), ("carried", 0.25, 0.6)]
+    given = [{"task": "T", "spec": "S", "way": way, "overlap": a, "kept": b} for way, a, b in ways]
+    (tmp_path / "chunks-x.json").write_text(json.dumps({"settings": {"tokens": 4096, "chunks": 4}, "rows": given}))
+    assert rows(results.chunks()) == ["| T | `S` | 50.0% | 50.0% | 90.0% | 70.0% | 70.0% |"]
 
 
 def test_tables_of_real_weights_say_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-import importlib.util
+import importlib
 import itertools
 import logging
+import sys
 import tomllib
 import types
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from torch import Tensor
 
 import mmflex
 from mask_builders import AShape, BlockTopK, Dense, Grid, QBoundary, VerticalSlash
-from mmflex.integrations.vllm import batch, options
+from mmflex.integrations.vllm import batch, options, plugin
 from mmflex.integrations.vllm import engine as engines
 from mmflex.integrations.vllm.backend import RUNS, Platform, accelerated_backend
 from mmflex.integrations.vllm.carry import Carried
@@ -744,5 +746,14 @@ def test_the_entry_point_does_nothing_without_vllm() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     module, name = project["entry-points"]["vllm.general_plugins"]["mmflex"].split(":")
     register = getattr(importlib.import_module(module), name)
-    if importlib.util.find_spec("vllm") is None:
-        assert register() is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plugin, "version", lambda package: metadata.version(f"{package}-is-not-there"))
+        before = set(sys.modules)
+        register()
+        assert not [name for name in set(sys.modules) - before if name.partition(".")[0] == "vllm"]
+
+
+def test_the_page_names_the_versions_that_were_tried() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "howto" / "vllm.md").read_text("utf-8")
+    versions = page[page.index("## Versions") : page.index("## SGLang")]
+    assert all(f"| {version} |" in versions for tried in plugin.TESTED.values() for version in tried)

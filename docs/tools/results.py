@@ -333,6 +333,75 @@ def _answers(row: dict[str, Any] | None) -> str:
     return "-" if row is None else f"{100 * row['score']['accuracy']:.1f} ({row['ran']:.0%})"
 
 
+def chunks() -> str:
+    """A prompt in chunks beside a whole one."""
+    columns = (
+        "prompts",
+        "spec",
+        "overlap, by own queries",
+        "with those before",
+        "mass, whole",
+        "own",
+        "with those before",
+    )
+    parts = []
+    for name, data in load("chunks*.json"):
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in data.get("rows", []):
+            groups.setdefault((row["task"], row["spec"]), []).append(row)
+        lines = []
+        for (task, spec), rows in groups.items():
+
+            def mean(way: str, field: str, rows: list[dict[str, Any]] = rows) -> str:
+                values = [row[field] for row in rows if row["way"] == way]
+                return f"{sum(values) / len(values):.1%}" if values else "-"
+
+            cells = [mean("own", "overlap"), mean("carried", "overlap")]
+            lines.append([task, f"`{spec}`", *cells, *(mean(way, "kept") for way in ("whole", "own", "carried"))])
+        if lines:
+            settings = data.get("settings", {})
+            about = f"{tokens(settings.get('tokens'))} tokens in {settings.get('chunks', '-')} chunks, means over them"
+            parts.append(f"`{name}`: {where(data)}; {about}.\n\n{markdown(columns, lines)}")
+    return "\n\n".join(parts)
+
+
+SERVED = {
+    "whole": "{tokens} tokens in one step",
+    "chunks": "{tokens} tokens in steps of {budget}",
+    "double": "{tokens} tokens in steps of {budget}",
+    "long": "{tokens} tokens in steps of {budget}",
+    "first": "the first request after the start",
+    "shorts": "{prompts} prompts of {tokens} tokens at once",
+    "video": "Qwen2.5-VL, a video of 128 frames",
+    "server": "{tokens} tokens, by the server, in steps of {budget}",
+}
+"""What is measured in `benchmarks.serving` -> how it is called."""
+
+
+def serving() -> str:
+    """Time to the first token of plain vLLM and of mmflex in it."""
+    parts = []
+    for name, data in load("serving*.json"):
+        found = {(r["stage"], r["side"]): r for r in data.get("results", [])}
+        lines = []
+        for stage in dict.fromkeys(stage for stage, _ in found):
+            sides = [found.get((stage, side), {}) for side in ("plain", "mmflex")]
+            for key, label in SERVED.items():
+                given = [side[key] for side in sides if key in side]
+                if not given:
+                    continue
+                counts = {"tokens": tokens(given[0].get("tokens")), "prompts": given[0].get("prompts")}
+                label = label.format(**counts, budget=tokens(data.get("sizes", {}).get("budget")))
+                plain, fast = (side.get(key, {}).get("seconds") for side in sides)
+                ratio = f"{fast / plain:.2f}" if plain and fast else "-"
+                lines.append([f"{label} (`{stage}`)", seconds(plain), seconds(fast), ratio])
+        if lines:
+            columns = ("time to the first token", "plain vLLM", "mmflex", "ratio")
+            version = data["machine"].get("vllm", "-")
+            parts.append(f"`{name}`: vLLM {version}, {where(data)}.\n\n{markdown(columns, lines)}")
+    return "\n\n".join(parts)
+
+
 def files() -> str:
     """Every file of results."""
     rows = [
@@ -351,5 +420,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "evaluation": evaluation,
     "choice": choice,
     "real": real,
+    "chunks": chunks,
+    "serving": serving,
     "files": files,
 }

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .app import app, fail
-from .values import Progress, spec_of
+from .options import spec_of
+from .progress import Progress
 
 if TYPE_CHECKING:
     from ..evaluation.beside import Beside

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ..version import __version__
 
@@ -48,7 +49,17 @@ def _start(
     pass
 
 
+def printable(text: object) -> str:
+    """A text that may be anybody's, without what a terminal obeys."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(text))
+
+
+def plain(text: object) -> str:
+    """The same for `Console.print`, which takes brackets for markup."""
+    return escape(printable(text))
+
+
 def fail(message: str) -> typer.Exit:
     """Prints an error for people; raise what it returns."""
-    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {message}", highlight=False)
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {plain(message)}", highlight=False)
     return typer.Exit(1)

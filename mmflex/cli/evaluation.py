@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from .app import app, fail
-from .values import numbers_of, spec_of
+from .options import numbers_of, spec_of
 
 if TYPE_CHECKING:
     from ..evaluation.report import Report
@@ -108,7 +108,7 @@ def evaluate_(
       mmflex eval --model ./SmolLM2-135M-Instruct --text prose=book.txt --text code=code.txt --flops 0.3,0.5
     """
     if importlib.util.find_spec("transformers") is None:
-        raise fail("the evaluation needs transformers: pip install 'mmflex\\[transformers,plot]'")
+        raise fail("the evaluation needs transformers: pip install 'mmflex[transformers,plot]'")
     if model is not None or text:
         from .real import evaluate_model
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from .app import fail
-from .values import Progress, numbers_of, spec_of
+from .options import numbers_of, spec_of
+from .progress import Progress
 
 if TYPE_CHECKING:
     from ..evaluation.real import Report

@@ -36,7 +36,7 @@ def demo(
     GB it has four layers of the 7B shape and its whole vision tower, and the video 65 thousand tokens.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise fail("the demo needs transformers: pip install 'mmflex\\[transformers,plot]'")
+        raise fail("the demo needs transformers: pip install 'mmflex[transformers,plot]'")
     from .. import demo as demo_
 
     try:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .app import app, fail
+from .app import app, fail, plain, printable
 
 if TYPE_CHECKING:
     from ..snapshot import Snapshot
@@ -71,7 +71,7 @@ def _is_plan(file: Path) -> bool:
 def _draw(draw: str, output: Path, console: Console, *args: Any, **options: Any) -> None:
     """Calls a function of `mmflex.plot` and saves its figure."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise fail("drawing needs matplotlib: pip install 'mmflex\\[plot]'")
+        raise fail("drawing needs matplotlib: pip install 'mmflex[plot]'")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,7 +112,7 @@ def _show_config(file: Path, layer: int | None, output: Path | None, console: Co
 
 def layer_table(config: Config, layer: int) -> Table:
     """Heads of a layer, those alike joined, with the whole pattern."""
-    table = Table(title=f"layer {layer} of {config.model or 'the config'}")
+    table = Table(title=f"layer {layer} of {plain(config.model or 'the config')}")
     table.add_column("heads", justify="right")
     table.add_column("pattern")
     patterns = config.patterns.get(layer)
@@ -122,7 +122,7 @@ def layer_table(config: Config, layer: int) -> Table:
     first = 0
     for head in range(1, len(patterns) + 1):
         if head == len(patterns) or patterns[head] != patterns[first]:
-            table.add_row(str(first) if head - first == 1 else f"{first}-{head - 1}", str(patterns[first]))
+            table.add_row(str(first) if head - first == 1 else f"{first}-{head - 1}", plain(patterns[first]))
             first = head
     return table
 
@@ -134,7 +134,7 @@ def print_config(config: Config, console: Console) -> None:
     names = [family(p) for patterns in config.patterns.values() for p in patterns]
     known = list(dict.fromkeys(names))
     letters = _letters(known)
-    console.print(f"[bold]{config.model or 'config'}[/]: {config.layers} layers x {config.heads} heads")
+    console.print(f"[bold]{plain(config.model or 'config')}[/]: {config.layers} layers x {config.heads} heads")
     ruler = "".join(str(h // 10 % 10) if h % 10 == 0 and h else ("|" if h % 10 == 0 else ("'" if h % 5 == 0 else " "))
                     for h in range(config.heads))  # fmt: skip
     console.print(Text(f"      {ruler}", style="dim"))
@@ -150,13 +150,13 @@ def print_config(config: Config, console: Console) -> None:
         distinct = dict.fromkeys(str(p) for patterns in config.patterns.values() for p in patterns if family(p) == name)
         examples = ", ".join(list(distinct)[:3]) + (f" and {len(distinct) - 3} more" if len(distinct) > 3 else "")
         key = Text(f"    {letters[name]} ", style="bold")
-        key.append(f"{name}, {count} heads: {examples}", style="default not bold")
+        key.append(printable(f"{name}, {count} heads: {examples}"), style="default not bold")
         console.print(key, soft_wrap=True)
     if len(config.patterns) < config.layers:
         console.print(f"    · the model's own attention, {config.layers - len(config.patterns)} layers")
     facts = [f"{k} {v}" for k, v in config.provenance.items() if isinstance(v, (str, int, float))]
     if facts:
-        console.print("from: " + ", ".join(facts), style="dim", soft_wrap=True)
+        console.print("from: " + plain(", ".join(facts)), style="dim", soft_wrap=True)
 
 
 def _ink(colour: str) -> str:
@@ -200,8 +200,8 @@ def print_plan(plan: Snapshot, heads: list[int], prompt: int, console: Console, 
 
     console.print(
         f"[bold]plan[/] of {plan.batch} x {plan.heads} heads on {plan.kv_heads} KV heads, {plan.queries:,} queries, "
-        f"{plan.length:,} keys; backend {plan.backend}, blocks of {plan.tile}, {plan.density.mean():.1%} of the causal "
-        f"pairs computed{'; ' + plan.note if plan.note else ''}",
+        f"{plan.length:,} keys; backend {plain(plan.backend)}, blocks of {plan.tile}, {plan.density.mean():.1%} of the "
+        f"causal pairs computed{'; ' + plain(plan.note) if plan.note else ''}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     for line in plan.layout.summary().splitlines()[prompt : prompt + 1]:
@@ -213,7 +213,7 @@ def print_plan(plan: Snapshot, heads: list[int], prompt: int, console: Console, 
         for pattern, group in plan.groups:
             full, partial = (sum(found) for found in zip(*(plan.counts(h, prompt) for h in group), strict=True))
             share = plan.density[prompt, list(group)].mean()
-            table.add_row(ranges(group), Text(pattern), f"{share:.1%}", f"{full:,}", f"{partial:,}")
+            table.add_row(ranges(group), plain(pattern), f"{share:.1%}", f"{full:,}", f"{partial:,}")
         console.print(table)
     try:
         UNICODE.encode(console.encoding)
@@ -224,7 +224,7 @@ def print_plan(plan: Snapshot, heads: list[int], prompt: int, console: Console, 
     width = min(96, room) if alone or len(heads) == 1 else min(36, max(20, (room - 6) // 3))
     pictures = []
     for h in heads:
-        title = f"head {h}: {plan.patterns[h]}"
+        title = f"head {h}: {printable(plan.patterns[h])}"
         title = title if len(title) <= width else title[: width - 1] + "…"
         pictures.append([title, *mask_text(plan, h, prompt, width=width, characters=characters)])
     across = max(1, (room + 3) // (width + 3))

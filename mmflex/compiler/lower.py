@@ -20,8 +20,9 @@ from sympy.logic.boolalg import Boolean
 
 from ..ir import expr as x
 from ..ir.layout import MODALITY_NAMES, TokenLayout
-from ..ir.pattern import Pattern, Scope, Tokens
+from ..ir.pattern import Pattern, Scope, Tokens, denoted
 from ..ir.queries import QueryTokens
+from ..ir.shown import shown
 from .constants import GENERIC, Constants
 from .launches import BlockLaunch, DenseLaunch, GatheredRows, HeadMap, Launch, Part, ResidueLaunch
 from .orders import TokenOrder, bucket, key_order, row_order
@@ -58,7 +59,7 @@ class Lowering:
             value = getattr(self, side)
             if value not in (None, "natural", "modality-major"):
                 raise ValueError(
-                    f"Lowering.{side} is {value!r}: use 'natural', 'modality-major' or None for the cheapest"
+                    f"Lowering.{side} is {shown(value)}: use 'natural', 'modality-major' or None for the cheapest"
                 )
 
     def orders(self, side: str, benefits: bool) -> tuple[bool, ...]:
@@ -116,7 +117,7 @@ def lower(
     heads_of: dict[Boolean, tuple[Pattern, list[int]]] = {}
     selecting: dict[str, tuple[Pattern, Scope]] = {}
     for pattern in dict.fromkeys(spec):
-        expr = sympy.sympify(pattern.denote(Tokens(layout, tile, leaves=selecting)))
+        expr = denoted(pattern, Tokens(layout, tile, leaves=selecting))
         heads_of.setdefault(expr, (pattern, []))[1].extend(h for h, p in enumerate(spec) if p == pattern)
     groups: list[Group] = []
     launches: list[Launch] = []

@@ -124,7 +124,7 @@ class TokenOrder:
         """One of these tables as an int64 tensor on a device (kept with the order)."""
         cache: dict[Any, Tensor] = self.__dict__.setdefault("_on", {})
         if (name, device) not in cache:
-            cache[name, device] = torch.as_tensor(getattr(self, name), dtype=torch.int64).to(device)
+            cache[name, device] = torch.tensor(getattr(self, name), dtype=torch.int64, device=device)
         return cache[name, device]
 
     def attribute(self, leaf: sympy.Basic, layout: TokenLayout) -> np.ndarray:
@@ -157,7 +157,7 @@ class TokenOrder:
         cache: dict[Any, Tensor] = self.__dict__.setdefault("_on", {})
         key = ("numbers", index.device)
         if key not in cache:
-            cache[key] = torch.as_tensor(self.queries.numbers, dtype=torch.int64).to(index.device)
+            cache[key] = torch.tensor(self.queries.numbers, dtype=torch.int64, device=index.device)
         return cache[key][index]
 
 

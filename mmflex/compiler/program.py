@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from sympy.logic.boolalg import Boolean
@@ -12,6 +13,7 @@ from ..ir.layout import TokenLayout
 from ..ir.memo import Memo
 from ..ir.pattern import Estimator, Pattern, Scope
 from ..ir.queries import QueryTokens
+from ..ir.shown import shown
 from .constants import GENERIC, Constants
 from .graph import PlanGraph
 from .launches import HeadMap, Launch
@@ -53,9 +55,18 @@ class Leaf:
     scope: Scope
     heads: tuple[int, ...]
 
-    @property
+    @cached_property
     def estimator(self) -> Estimator | None:
-        return self.pattern.estimator()
+        """TypeError for what cannot be called, or not be told from others: equal ones are run once."""
+        estimator = self.pattern.estimator()
+        if estimator is None:
+            return None
+        if not callable(estimator) or type(estimator).__hash__ is None or estimator != self.pattern.estimator():
+            raise TypeError(
+                f"{self.name}: estimator() returned {shown(estimator)}: return a frozen dataclass with a __call__ of "
+                "(q, k, view, scale), or None"
+            )
+        return estimator
 
 
 @dataclass(eq=False)

@@ -36,6 +36,11 @@ def _kind(layer: nn.Module) -> Any:
     return type(layer), weights
 
 
+def compiled_for(layer: nn.Module) -> Callable[..., Any]:
+    """``(module, hidden, kwargs) -> output``, compiled once for all modules of this kind."""
+    return _compiled.once(_kind(layer), _compile)
+
+
 def _compile() -> Callable[..., Any]:
     # Code of its own for every kind: PyTorch counts compilations by code, and gives up at the eighth.
     function = types.FunctionType(_layer_forward.__code__.replace(), globals(), "layer_forward")
@@ -54,7 +59,7 @@ class FusedLayers:
     """Runs the layers of a stack through one compiled function; in place of each layer's ``forward``.
 
     Args:
-        layers: modules of one class whose forward takes ``hidden [T, width]`` first and else keyword arguments.
+        layers: modules of one class whose forward takes ``hidden [..., T, width]`` first and else keyword arguments.
         fuse: True compiles always, None on CUDA from `FUSED_ROWS` rows on, False never.
 
     A layer runs uncompiled with gradients, inside other compiled code and, after a notice, once compiling has failed.
@@ -66,12 +71,23 @@ class FusedLayers:
         self.layers: list[_FusedLayer] = []
         if fuse is False or not layers:
             return
-        wrapped = [type(layer).__name__ for layer in layers if "forward" in vars(layer)]  # by another library
-        if not wrapped and len({type(layer) for layer in layers}) == 1:
+        reason = self.why_not(layers)
+        if reason is None:
             self.layers = [_FusedLayer(self, layer) for layer in layers]
         elif fuse:
-            what = f"{wrapped[0]} has a forward of another library" if wrapped else "they are of several classes"
-            warnings.warn(f"mmflex: {len(layers)} layers are not compiled: {what}", stacklevel=2)
+            warnings.warn(f"mmflex: {len(layers)} layers are not compiled: {reason}", stacklevel=2)
+
+    def why_not(self, layers: Sequence[nn.Module]) -> str | None:
+        """Why these layers cannot share compiled code; None if they can."""
+        wrapped = [type(layer).__name__ for layer in layers if "forward" in vars(layer)]
+        if wrapped:
+            return f"{wrapped[0]} has a forward of another library"
+        return None if len({type(layer) for layer in layers}) == 1 else "they are of several classes"
+
+    @property
+    def begun(self) -> bool:
+        """Whether the last call has changed anything but its output, so that it cannot be made again."""
+        return False
 
     def wanted(self, hidden: torch.Tensor) -> bool:
         """Whether a call on these rows goes through compiled code."""
@@ -79,17 +95,18 @@ class FusedLayers:
             return False
         if torch._C._len_torch_dispatch_stack():  # a counter or tracer of operators, which compiled code would pass by
             return False
-        return bool(self.fuse) or (hidden.device.type == "cuda" and hidden.shape[0] >= FUSED_ROWS)
+        rows = hidden.shape[:-1].numel()
+        return hidden.shape[-2] > 1 and (bool(self.fuse) or (hidden.device.type == "cuda" and rows >= FUSED_ROWS))
 
     def run(self, layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         """One layer, compiled; as it is where that fails."""
-        if self.compiled is None:
-            self.compiled = _compiled.once(_kind(layer), _compile)
         try:
-            return self.compiled(layer, _plain(hidden), {name: _plain(value) for name, value in kwargs.items()})
+            return self.call(layer, hidden, kwargs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # compilers fail in many ways
+            if self.begun:
+                raise
             out = type(layer).forward(layer, hidden, **kwargs)  # raises what the layer itself raises
             self.broken = True
             reason = str(error).strip().splitlines() or [""]
@@ -99,6 +116,12 @@ class FusedLayers:
                 stacklevel=2,
             )
             return out
+
+    def call(self, layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        """One layer through compiled code."""
+        if self.compiled is None:
+            self.compiled = compiled_for(layer)
+        return self.compiled(layer, _plain(hidden), {name: _plain(value) for name, value in kwargs.items()})
 
     def remove(self) -> None:
         """Give the layers their own forward back."""

@@ -8,11 +8,13 @@ rounding.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from . import closed
 
 AUTOMATIC_ROWS = 65_536
 """Without a chunk size, inputs of more rows than this (tokens x prompts) are chunked ..."""
@@ -31,20 +33,29 @@ class RowChunks:
 
     def __init__(self, module: nn.Module, chunk: int | None) -> None:
         self.module, self.chunk = module, chunk
+        self.closed = is_mlp(module)  # norms have no temporaries left once they are compiled
         self.before = module.__dict__.get("forward")
         self.inner = module.forward
         # A bound method, not a closure: a deep copy of the model then gets chunks of its own weights.
         module.forward = self.forward  # type: ignore[method-assign]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and closed.tracing:
+            return closed.layer_mlp(x) if self.closed else self.inner(x, *args, **kwargs)
+        if args or kwargs or (torch.is_grad_enabled() and x.requires_grad):
+            return self.inner(x, *args, **kwargs)
+        return self.rows(x, self.inner)
+
+    def rows(self, x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """``function`` of ``x [..., H]``, some rows at a time where there are many."""
         rows = x[..., 0].numel()
         chunk = self.chunk if self.chunk is not None else (AUTOMATIC_CHUNK if rows > AUTOMATIC_ROWS else rows)
-        if rows <= chunk or args or kwargs or (torch.is_grad_enabled() and x.requires_grad):
-            return self.inner(x, *args, **kwargs)
+        if rows <= chunk:
+            return function(x)
         flat = x.reshape(rows, x.shape[-1])
         out: torch.Tensor | None = None
         for start in range(0, rows, chunk):
-            part = self.inner(flat[start : start + chunk])
+            part = function(flat[start : start + chunk])
             out = part.new_empty(rows, part.shape[-1]) if out is None else out
             out[start : start + chunk] = part
         assert out is not None
@@ -76,14 +87,15 @@ def chunk_rows(text_model: nn.Module, chunk: int | None) -> list[RowChunks]:
     layers = getattr(text_model, "layers", None)
     for layer in layers if isinstance(layers, nn.ModuleList) else ():
         inside.extend(layer.children())
-    return [RowChunks(module, chunk) for module in inside if _is_mlp(module) or _is_norm(module)]
+    return [RowChunks(module, chunk) for module in inside if is_mlp(module) or _is_norm(module)]
 
 
 def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
 
 
-def _is_mlp(module: nn.Module) -> bool:
+def is_mlp(module: nn.Module) -> bool:
+    """Whether a module is a dense MLP of a decoder layer."""
     if not type(module).__name__.endswith("MLP") or hasattr(module, "experts"):
         return False
     names = {name for name, child in module.named_children() if isinstance(child, nn.Linear)}

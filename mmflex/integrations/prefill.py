@@ -12,6 +12,7 @@ from torch import nn
 
 from mmflex.tuning.config import head_slice
 
+from .closed import INSIDE, layer_attention
 from .masks import MaskDescription, causal_description, dense_function, previous_implementation
 from .prompts import LayoutUnknown
 from .window import SlidingWindow
@@ -59,6 +60,8 @@ def attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The function registered with transformers: query [B, Hq, M, D], key [B, Hkv, N, D], value [B, Hkv, N, Dv] ->
     ([B, M, Hq, Dv], None). What it does when is the table in `integrations.transformers`."""
+    if INSIDE in kwargs:
+        return layer_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
     slot: Any = getattr(module, "_mmflex", None)
     if slot is None:
         # Not ours: a model that shares its config object with a patched one.

@@ -35,6 +35,7 @@ from torch import nn
 from mmflex.runtime.backends import BACKENDS
 from mmflex.tuning.config import Config, Spec, per_layer
 
+from .decoder import DecoderLayers
 from .fallback import DenseFallback
 from .long_prefill import RowChunks, chunk_rows
 from .masks import (
@@ -77,6 +78,7 @@ class Patch:
         self.noticed: set[str] = set()
         self.called = False
         self.vision: VisionPatch | None = None
+        self.layers: DecoderLayers | None = None
         self.observer: Callable[..., None] | None = None  # sees q, k and v of every layer (`capture`)
         # from here on the model is changed
         self.chunks: list[RowChunks] = chunk_rows(self.text_model, mlp_chunk)
@@ -97,10 +99,16 @@ class Patch:
                 f"its code does not go through AttentionInterface; {_ELSE}, or call mmflex.attention in it"
             )
         self.vision = VisionPatch(root, fuse=fuse) if vision else None
+        layers = getattr(self.text_model, "layers", None)
+        self.layers = DecoderLayers(
+            list(layers) if isinstance(layers, nn.ModuleList) else [], modules, self.chunks, fuse
+        )
 
     def remove(self) -> None:
         if self.vision is not None:
             self.vision.remove()
+        if self.layers is not None:
+            self.layers.remove()
         self.prompt.remove()
         self.handle.remove()
         for chunks in self.chunks:
@@ -179,8 +187,9 @@ def patch(
             tokens, 0 never. Exact to rounding.
         vision: also the vision tower, where its family is known: attention in one call a layer, frames in chunks so
             that long videos fit. False leaves it alone.
-        fuse: compile the vision tower's layers, all of them at once; None does so on CUDA for 16384 patches or more
-            in one call, True always, False never. Exact to rounding.
+        fuse: compile the layers around attention, of the language model and of the vision tower, one compilation for
+            all layers and lengths each; None does so on CUDA for 16384 tokens (patches) or more in one call, True
+            always, False never. Exact to rounding. Decode steps run as they were.
 
     Returns:
         The model itself.

@@ -13,6 +13,8 @@ an atom writes one class here; the walks over expressions (`mmflex.compiler.reac
 ``classify(writer)``  source of "somewhere" and "everywhere" in a block, from bounds of its sides
 ``on_tokens(values)`` its value for tokens, as a tensor
 ``look_up(writer)``   source of its value within a mask_mod
+``places(...)``       of a set test: how many values each coordinate may take, of so many queries and keys in scope; the
+                      table that selection returns has the shape ``table_shape(places)``
 ====================  ==================================================================================================
 
 The arguments belong to the compiler and the runtime, of which this module knows only what it calls.
@@ -249,6 +251,12 @@ class Member(x.SetTest):
     def constant(self, tiles: Any) -> bool:
         return False
 
+    def places(self, rows: int, keys: int, tile: int) -> tuple[int, ...]:
+        return (keys,)
+
+    def table_shape(self, places: tuple[int, ...]) -> tuple[int, ...]:
+        return places
+
     def on_tokens(self, values: Any) -> Any:
         if self.args[0] == x.k:
             bitmap = values.bitmap_of_keys(self.set_name)
@@ -288,6 +296,12 @@ class _OfBlocks(x.SetTest):
 class Touches(_OfBlocks):
     """``Touches(first, last, key, name, n)``: one of ``first - key ... last - key`` is in the head's set ``name`` of at
     most n block diagonals. ``first == last`` for tiles of the same coordinate."""
+
+    def places(self, rows: int, keys: int, tile: int) -> tuple[int, ...]:
+        return (-(-keys // tile),) * 3
+
+    def table_shape(self, places: tuple[int, ...]) -> tuple[int, ...]:
+        return places[:1]
 
     def at_most(self, tiles: Any) -> list[TileRange]:
         end = tiles.key_tiles - 1
@@ -336,6 +350,17 @@ class Touches(_OfBlocks):
 class Listed(_OfBlocks):
     """``Listed(a, b, name, n)``: the head's block table ``name`` names key tile b for query tile a (at most n each)."""
 
+    def _sizes(self) -> list[int]:
+        """Tokens of a block of queries and of keys."""
+        return [int(e.args[1]) if isinstance(e, x.Tile) else 1 for e in self.coordinates]  # type: ignore[arg-type]
+
+    def places(self, rows: int, keys: int, tile: int) -> tuple[int, ...]:
+        of_queries, of_keys = self._sizes()
+        return -(-rows // of_queries), -(-keys // of_keys)
+
+    def table_shape(self, places: tuple[int, ...]) -> tuple[int, ...]:
+        return places
+
     def at_most(self, tiles: Any) -> list[TileRange]:
         end = tiles.key_tiles - 1
         if self._reads_selection():
@@ -354,8 +379,8 @@ class Listed(_OfBlocks):
 
     def table_entries(self, queries: int, keys: int) -> float:
         """Entries of its table for one head and prompt: what planning pays for."""
-        rows, columns = (t.args[1] if isinstance(t, x.Tile) else 1 for t in self.coordinates)
-        return queries / int(rows) * keys / int(columns)
+        rows, columns = self._sizes()
+        return queries / rows * keys / columns
 
     def classify(self, writer: Any) -> tuple[str, str]:
         (a0, a1), (b0, b1) = (writer.bounds(e) for e in self.coordinates)

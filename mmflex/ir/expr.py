@@ -18,7 +18,7 @@ import sympy
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean, BooleanFunction
 
-from .layout import MODALITY_NAMES
+from .segments import MODALITY_NAMES
 
 q, k = sympy.symbols("q k", integer=True, nonnegative=True)
 
@@ -146,9 +146,12 @@ class Number(sympy.Symbol):
     at_least: int
 
     def __new__(cls, name: str, at_least: int = 0) -> Number:
-        self = super().__new__(cls, name, integer=True)
+        self = sympy.Symbol.__xnew__(cls, name, integer=True)  # not the cached one: its bound may be another
         self.at_least = at_least
         return self
+
+    def _hashable_content(self) -> tuple[Any, ...]:
+        return (*super()._hashable_content(), self.at_least)
 
     def __getnewargs_ex__(self) -> Any:
         return ((self.name, self.at_least), {})

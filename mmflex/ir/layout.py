@@ -7,8 +7,7 @@ A layout lives on the host (int32 arrays, a few MB at one million tokens). Every
 from __future__ import annotations
 
 import hashlib
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -18,11 +17,13 @@ import torch
 
 from .identity import alive, new_serial
 from .memo import Memo
+from .segments import LONGEST_PROMPT, MODALITIES, MODALITY_NAMES, Segment, check_length, count_of, modality_id
+from .shown import shown
 
-MODALITIES = {"text": 0, "image": 1, "video": 2, "audio": 3}
-"""Modality names and their ids, as transformers uses them in ``mm_token_type_ids``."""
-
-MODALITY_NAMES = {number: name for name, number in MODALITIES.items()}
+__all__ = [
+    "LONGEST_PROMPT", "MODALITIES", "MODALITY_NAMES", "Segment", "TokenLayout", "layouts_alive", "modality_id",
+]  # fmt: skip
+"""What layouts are made of is imported from here, wherever it is defined."""
 
 MEMO = 4096
 """Entries kept with a layout."""
@@ -30,98 +31,10 @@ MEMO = 4096
 _FIELDS = ("position", "modality", "segment", "frame", "cell")
 
 
-def modality_id(modality: str | int) -> int:
-    """The id of a modality given by name or id; ValueError names the known ones."""
-    if isinstance(modality, str) and modality in MODALITIES:
-        return MODALITIES[modality]
-    if isinstance(modality, int) and not isinstance(modality, bool) and modality in MODALITY_NAMES:
-        return modality
-    raise ValueError(
-        f"unknown modality {modality!r}: use one of {sorted(MODALITIES)} or an id of {sorted(MODALITY_NAMES)}"
-    )
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One piece of a prompt, in prompt order.
-
-    Args:
-        modality: "text", "image", "video" or "audio".
-        frames, height, width: tokens (after any spatial merge). Text and audio use ``width`` alone.
-        newline: where a model adds one separator token: None, "row", "frame" or "video" (once at the end). A
-            separator belongs to the segment; those of rows and frames have a cell of their own in every frame.
-        timestamps: text tokens in front of every frame, one number or one per frame (Qwen3-VL, GLM-4.1V). They are
-            text, so the frames become separate runs of one segment.
-    """
-
-    modality: str
-    frames: int = 1
-    height: int = 1
-    width: int = 1
-    newline: str | None = None
-    timestamps: int | tuple[int, ...] = 0
-
-    def __post_init__(self) -> None:
-        modality_id(self.modality)
-        for name in ("frames", "height", "width"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"a segment's {name} is a number of tokens, got {getattr(self, name)}: use 0 or more")
-        if self.newline not in (None, "row", "frame", "video"):
-            raise ValueError(f"newline is None, 'row', 'frame' or 'video', got {self.newline!r}")
-        if not isinstance(self.timestamps, int) and len(self.timestamps) != self.frames:
-            raise ValueError(
-                f"timestamps names {len(self.timestamps)} lengths for {self.frames} frames: "
-                "give one number or one per frame"
-            )
-
-    @classmethod
-    def of(cls, item: Segment | Sequence[Any]) -> Segment:
-        """A Segment from ``(modality, size)`` or ``(modality, size, options)``; size is n, (h, w) or (t, h, w)."""
-        if isinstance(item, Segment):
-            return item
-        if isinstance(item, str) or not isinstance(item, Sequence) or len(item) not in (2, 3):
-            raise ValueError(
-                f"a segment is (modality, size) or (modality, size, options), got {item!r}: give a list of those; "
-                'the size of a video is a tuple too, ("video", (8, 16, 16))'
-            )
-        modality, size, *rest = item
-        options = rest[0] if rest else {}
-        if not isinstance(options, Mapping) or set(options) - {"newline", "timestamps"}:
-            raise ValueError(
-                f'the third item of a segment is {options!r}: use {{"newline": "row", "frame" or "video"}} and '
-                '{"timestamps": number}'
-            )
-        try:
-            each = size if isinstance(size, Sequence) else (size,)
-            sizes: tuple[Any, ...] = tuple(map(operator.index, each))
-        except TypeError:
-            raise ValueError(f"a segment's size is in whole tokens, got {size!r}") from None
-        if len(sizes) > 3 or not sizes:
-            raise ValueError(f"a segment's size is n, (height, width) or (frames, height, width), got {size!r}")
-        names = ("frames", "height", "width")[3 - len(sizes) :]
-        return cls(modality, **dict(zip(names, sizes, strict=True)), **options)
-
-    def columns(self, number: int) -> np.ndarray:
-        """Rows of (modality, segment, frame, cell), int32 [tokens, 4]."""
-        kind = modality_id(self.modality)
-        if kind in (MODALITIES["text"], MODALITIES["audio"]):
-            return np.tile(np.array([kind, number, -1, -1], np.int32), (self.frames * self.height * self.width, 1))
-        cells = self.height * (self.width + (self.newline == "row")) + (self.newline == "frame")
-        stamps = (self.timestamps,) * self.frames if isinstance(self.timestamps, int) else self.timestamps
-        parts = []
-        for frame, stamp in enumerate(stamps):
-            parts.append(np.tile(np.array([MODALITIES["text"], number, -1, -1], np.int32), (stamp, 1)))
-            block = np.empty((cells, 4), np.int32)
-            block[:, 0], block[:, 1], block[:, 2], block[:, 3] = kind, number, frame, np.arange(cells)
-            parts.append(block)
-        if self.newline == "video":
-            parts.append(np.array([[kind, number, -1, -1]], np.int32))
-        return np.concatenate(parts) if parts else np.empty((0, 4), np.int32)
-
-
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
-    """What each of the N tokens of B prompts is. Immutable; equal layouts have equal ``fingerprint``.
+    """What each of the N tokens of B prompts is. Immutable, its arrays are read-only; equal layouts have equal
+    ``fingerprint``.
 
     Attributes (numpy int32 ``[B, N]``; B = 1 stands for every prompt of a batch):
         position: 0, 1, 2, ... over the valid tokens of a prompt, -1 for padding.
@@ -136,10 +49,29 @@ class TokenLayout:
     segment: np.ndarray
     frame: np.ndarray
     cell: np.ndarray
-    memo: Memo = field(default_factory=lambda: Memo(MEMO), repr=False, compare=False)
+    memo: Memo = field(default_factory=lambda: Memo(MEMO), init=False, repr=False, compare=False)
     serial: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        arrays = {name: _array(getattr(self, name), name) for name in _FIELDS}
+        shape, position = arrays["modality"].shape, arrays["position"]
+        if not shape[0]:
+            raise ValueError(f"the layout has shape {shape}: a layout needs at least one prompt")
+        check_length(shape[1])
+        for name, array in arrays.items():
+            if array.shape != shape:
+                raise ValueError(f"{name} has shape {array.shape} but modality {shape}: give one value per token")
+            array.setflags(write=False)  # what follows from them is computed once
+            object.__setattr__(self, name, array)
+        _check_modalities(arrays["modality"])
+        valid = position >= 0
+        wrong = position != np.where(valid, np.cumsum(valid, axis=1, dtype=np.int32) - 1, -1)
+        if wrong.any():
+            row, token = np.argwhere(wrong)[0].tolist()
+            raise ValueError(
+                f"position[{row}, {token}] is {position[row, token]}: positions count the valid tokens of a prompt "
+                "from 0 on, and are -1 for padding"
+            )
         object.__setattr__(self, "serial", new_serial(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -151,9 +83,7 @@ class TokenLayout:
     @classmethod
     def _of(cls, modality: Any, segment: Any, frame: Any, cell: Any, valid: np.ndarray) -> TokenLayout:
         position = np.where(valid, np.cumsum(valid, axis=1, dtype=np.int32) - 1, -1)
-        given = (position, modality, segment, frame, cell)
-        arrays: Any = [np.ascontiguousarray(a, dtype=np.int32) for a in given]
-        return cls(*arrays)
+        return cls(position, modality, segment, frame, cell)
 
     @classmethod
     def from_segments(cls, segments: Iterable[Segment | Sequence[Any]]) -> TokenLayout:
@@ -161,7 +91,12 @@ class TokenLayout:
 
         An item is ``(modality, size)``, ``(modality, size, {"newline": "frame", "timestamps": 8})`` or a `Segment`.
         """
-        parts = [Segment.of(item).columns(number) for number, item in enumerate(segments)]
+        given, total = [], 0
+        for item in segments:
+            given.append(Segment.of(item))
+            total += given[-1].tokens
+            check_length(total)
+        parts = [segment.columns(number) for number, segment in enumerate(given)]
         rows = np.concatenate(parts) if parts else np.empty((0, 4), np.int32)
         modality, segment, frame, cell = rows.T[:, None]
         return cls._of(modality, segment, frame, cell, np.ones(modality.shape, bool))
@@ -169,7 +104,7 @@ class TokenLayout:
     @classmethod
     def text(cls, n: int) -> TokenLayout:
         """``n`` tokens of text, one segment (cached)."""
-        return _text(n)
+        return _text(count_of(n, "the length of a layout"))
 
     @classmethod
     def from_modality_ids(
@@ -183,9 +118,7 @@ class TokenLayout:
         ids = _array(ids, "ids")
         if len(ids) == 0:
             raise ValueError(f"ids has shape {ids.shape}: a layout needs at least one prompt")
-        unknown = set(np.unique(ids).tolist()) - set(MODALITY_NAMES)
-        if unknown:
-            raise ValueError(f"unknown modality ids {sorted(unknown)}: known are {MODALITY_NAMES}")
+        _check_modalities(ids)
         given = {"frame": frame, "cell": cell, "segment": segment, "valid": valid}
         arrays = {}
         for name, value in given.items():
@@ -206,11 +139,17 @@ class TokenLayout:
     def batch(cls, layouts: Sequence[TokenLayout], *, side: str = "right", length: int | None = None) -> TokenLayout:
         """Stack prompts of different lengths, padded on the ``side`` that the tokenizer pads ("left" or "right")."""
         if side not in ("left", "right"):
-            raise ValueError(f"side is 'left' or 'right', got {side!r}")
+            raise ValueError(f"side is 'left' or 'right', got {shown(side)}")
+        if isinstance(layouts, TokenLayout) or not isinstance(layouts, Sequence):
+            raise TypeError(f"layouts is {shown(layouts)}: give a list of layouts, one per prompt")
+        for number, layout in enumerate(layouts):
+            if not isinstance(layout, TokenLayout):
+                raise TypeError(f"layouts[{number}] is {shown(layout)}: give a list of layouts, one per prompt")
         if not layouts:
             raise ValueError("an empty list of layouts: a batch needs at least one prompt")
         longest = max(layout.length for layout in layouts)
-        length = longest if length is None else length
+        length = longest if length is None else count_of(length, "the length of a layout")
+        check_length(length)
         if length < longest:
             raise ValueError(f"length is {length} but the longest prompt has {longest} tokens")
 
@@ -228,7 +167,7 @@ class TokenLayout:
     def __getitem__(self, tokens: slice) -> TokenLayout:
         """The layout of a slice of the tokens (``layout[:4096]``: what the first 4096 tokens know of the prompt)."""
         if not isinstance(tokens, slice) or tokens.step not in (None, 1):
-            raise TypeError(f"a layout is sliced by tokens, layout[start:stop], got {tokens!r}")
+            raise TypeError(f"a layout is sliced by tokens, layout[start:stop], got {shown(tokens)}")
         cut = {name: getattr(self, name)[:, tokens] for name in _FIELDS}
         return self._of(cut["modality"], cut["segment"], cut["frame"], cut["cell"], cut["position"] >= 0)
 
@@ -317,8 +256,16 @@ class TokenLayout:
         return self.once("fingerprint", build)
 
     def once(self, key: Any, build: Callable[[], Any]) -> Any:
-        """What ``build`` returns, kept with the layout: token orders, programs, whatever follows from it alone."""
-        return self.memo.once(key, build)
+        """What ``build`` returns, kept with the layout: token orders, programs, whatever follows from it alone.
+        Arrays become read-only."""
+
+        def built() -> Any:
+            value = build()
+            if isinstance(value, np.ndarray):
+                value.setflags(write=False)
+            return value
+
+        return self.memo.once(key, built)
 
     def forget(self) -> None:
         """Drop all that was kept."""
@@ -331,10 +278,10 @@ class TokenLayout:
             ids = np.where(self.valid[row], self.modality[row], -1)
             edges = np.flatnonzero(np.diff(ids)) + 1
             runs = [(MODALITY_NAMES.get(int(r[0]), "padding"), len(r)) for r in np.split(ids, edges) if len(r)]
-            shown = [f"{name} {n}" for name, n in runs[:6]]
+            parts = [f"{name} {n}" for name, n in runs[:6]]
             if len(runs) > 6:
-                shown.append(f"... {len(runs) - 6} more runs")
-            lines.append(" | ".join(shown) or "empty")
+                parts.append(f"... {len(runs) - 6} more runs")
+            lines.append(" | ".join(parts) or "empty")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -343,19 +290,30 @@ class TokenLayout:
 
 @lru_cache(maxsize=32)
 def _text(n: int) -> TokenLayout:
-    if n < 0:
-        raise ValueError(f"a layout has 0 or more tokens, got {n}")
     return TokenLayout.from_segments([("text", n)])
 
 
+def _check_modalities(ids: np.ndarray) -> None:
+    unknown = sorted(set(np.unique(ids).tolist()) - set(MODALITY_NAMES))
+    if unknown:
+        raise ValueError(f"unknown modality ids {shown(unknown)}: known are {MODALITY_NAMES}")
+
+
 def _array(value: Any, name: str) -> np.ndarray:
-    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    """A copy of integers or booleans [batch, tokens] (or [tokens]), int32."""
+    try:
+        array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{name} is {shown(value)}, no array of integers: {shown(str(error))}") from None
     if array.dtype.kind not in "iub":
         raise TypeError(f"{name} holds {array.dtype}: integers or booleans are needed")
     array = array[None] if array.ndim == 1 else array
     if array.ndim != 2:
         raise ValueError(f"{name} has shape {array.shape}: [batch, tokens] or [tokens] is needed")
-    return array.astype(np.int32)
+    least, most = (int(end(initial=0)) for end in (array.min, array.max))
+    if not -(1 << 31) <= least <= most < 1 << 31:
+        raise ValueError(f"{name} holds {least if least < -(1 << 31) else most}: values have to fit into int32")
+    return np.array(array, dtype=np.int32, order="C")
 
 
 def layouts_alive() -> list[TokenLayout]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import reduce
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol
 
 import sympy
@@ -16,97 +17,29 @@ import torch
 from sympy.logic.boolalg import Boolean
 
 from . import expr as x
-from .atoms import Listed, Member, Touches
+from . import names
 from .identity import new_serial
-from .layout import MODALITY_NAMES, TokenLayout, modality_id
-from .queries import QueryTokens
+from .layout import TokenLayout
+from .names import find, name_of
+from .segments import modality_id
+from .shown import clipped, shown
+from .tokens import Tokens, denoted
+from .view import EstimateFrom, Scope, View
+
+__all__ = [
+    "Dense", "Difference", "EstimateFrom", "Estimator", "Intersection", "Pattern", "Restricted", "Scope", "Tokens",
+    "Union", "View", "among", "check_counts", "check_flags", "check_nesting", "denoted", "find", "from_json", "union",
+]  # fmt: skip
+"""What patterns are written with is imported from here, wherever it is defined."""
 
 VERSION = 1
 """Version of the JSON form."""
 
+LONGEST_INTEGER = 1024
+"""Bits of a budget: any more are beyond every prompt, and Python refuses to print thousands of digits."""
 
-@dataclass(frozen=True)
-class Scope:
-    """The tokens that a pattern is restricted to: a query modality and a key modality (None: all)."""
-
-    query: int | None = None
-    key: int | None = None
-
-    def __str__(self) -> str:
-        names = [MODALITY_NAMES.get(m, "") if m is not None else "" for m in (self.query, self.key)]
-        return "" if not any(names) else f"{names[0] or 'all'}>{names[1] or 'all'}"
-
-
-@dataclass(frozen=True, eq=False)
-class EstimateFrom:
-    """Queries to estimate with, where they are not those of the call: for a chunk, the last ones of the whole prompt.
-
-    Attributes:
-        q: [B, Hq, L, D]. queries: which tokens they are.
-    """
-
-    q: torch.Tensor
-    queries: QueryTokens
-
-
-@dataclass(frozen=True, eq=False)
-class View:
-    """What selection knows of a prompt: its layout seen through a scope. Host data, but for the last two.
-
-    Attributes:
-        layout: the layout of the N keys.
-        scope: whose queries and keys.
-        queries: which of the N tokens the M queries are.
-        tile: block size in tokens.
-        group: query heads that share a KV head.
-        estimate_from: queries that estimates go by instead, if any (`last_queries`).
-        values: v [B, Hkv, N, Dv], for estimators that ask for it.
-    """
-
-    layout: TokenLayout
-    scope: Scope
-    queries: QueryTokens
-    tile: int
-    group: int = 1
-    estimate_from: EstimateFrom | None = None
-    values: torch.Tensor | None = None
-
-    def last_queries(self, q: torch.Tensor) -> tuple[torch.Tensor, QueryTokens]:
-        """(queries [B, H, L, D], which tokens they are) for estimators that look at the last ones: those of the call,
-        q, or those that were given for it."""
-        given = self.estimate_from
-        return (q, self.queries) if given is None else (given.q, given.queries)
-
-    @property
-    def size(self) -> int:
-        """Keys in scope (of the longest prompt of the batch): the length of per-key masses and bitmaps."""
-        return self.layout.most(self.scope.key)
-
-    @property
-    def tiles(self) -> int:
-        """Key tiles in scope."""
-        return -(-self.size // self.tile)
-
-    @property
-    def rows(self) -> int:
-        """Tokens of the query modality (of the longest prompt): queries are counted from the first of them."""
-        return self.layout.most(self.scope.query)
-
-    def block_size(self, n: int) -> int:
-        """Blocks of ``n`` tokens as `Tokens.blocks` counts them: no larger than the prompt (or a tile)."""
-        return min(n, max(self.layout.length, self.tile))
-
-    def counts(self, device: torch.device) -> torch.Tensor:
-        """int64 [B]: keys in scope of each prompt, on a device (copied there once)."""
-        return self.layout.once(
-            ("counts", self.scope.key, device),
-            lambda: torch.as_tensor(self.layout.of(self.scope.key).sum(axis=1)).to(device),
-        )
-
-    @property
-    def frame_stride(self) -> int | None:
-        """Tokens from frame to frame in the key coordinate; None without frames."""
-        return self.layout.frame_stride(self.scope.key)
+DEEPEST, MOST = 100, 1000
+"""Levels of patterns within patterns, and patterns in all: hashes, texts and masks of compositions go through each."""
 
 
 class Estimator(Protocol):
@@ -125,140 +58,6 @@ class Estimator(Protocol):
         ...
 
 
-class Tokens:
-    """What a pattern builds its expression from: the tokens q and k as seen through a scope.
-
-    ``t.q`` and ``t.k`` are positions, or ranks within the key modality where the pattern is restricted to one;
-    ``t.row`` is q's place among the queries in scope. `sink`, `local`, `last` and the set tests round outwards to whole
-    tiles, which is what makes blocks full and costs nothing: the blocks are touched anyway. For token-exact masks
-    compare ``t.q`` and ``t.k`` yourself.
-    """
-
-    def __init__(self, layout: TokenLayout, tile: int, scope: Scope | None = None, leaves: dict | None = None) -> None:
-        self.layout, self.tile, self.scope = layout, tile, scope or Scope()
-        self.leaves: dict[str, tuple[Pattern, Scope]] = {} if leaves is None else leaves
-        self._leaf = ""
-
-    def restrict(self, query: int | None, key: int | None) -> Tokens:
-        """The same tokens through a narrower scope."""
-        scope = Scope(self.scope.query if query is None else query, self.scope.key if key is None else key)
-        return Tokens(self.layout, self.tile, scope, self.leaves)
-
-    def leaf(self, pattern: Pattern) -> Boolean:
-        """The expression of a pattern that selects for itself; equal patterns in equal scopes share their sets."""
-        t = Tokens(self.layout, self.tile, self.scope, self.leaves)
-        t._leaf = f"{pattern}" + (f"[{self.scope}]" if str(self.scope) else "")
-        self.leaves[t._leaf] = (pattern, self.scope)
-        expr = pattern.mask(t)
-        if isinstance(expr, bool):
-            raise TypeError(
-                f"{type(pattern).__name__}.mask returned {expr}: == and != compare the expressions themselves, write "
-                "sympy.Eq(a, b) and sympy.Ne(a, b) (sympy.true and sympy.false for everything and nothing)"
-            )
-        return x.tiled(sympy.sympify(expr))
-
-    # ---- coordinates ----------------------------------------------------------------------------------------------
-
-    @property
-    def q(self) -> sympy.Expr:
-        """Where the query stands, counted in keys in scope."""
-        return x.q if self.scope.key is None else x.Rank(x.q, self.scope.key)
-
-    @property
-    def k(self) -> sympy.Expr:
-        """The key, counted in keys in scope."""
-        return x.k if self.scope.key is None else x.Rank(x.k, self.scope.key)
-
-    @property
-    def row(self) -> sympy.Expr:
-        """The query, counted in queries in scope."""
-        return x.q if self.scope.query is None else x.Rank(x.q, self.scope.query)
-
-    @property
-    def q_cell(self) -> sympy.Expr:
-        return x.Cell(x.q)
-
-    @property
-    def k_cell(self) -> sympy.Expr:
-        return x.Cell(x.k)
-
-    @property
-    def q_frame(self) -> sympy.Expr:
-        return x.Frame(x.q)
-
-    @property
-    def k_frame(self) -> sympy.Expr:
-        return x.Frame(x.k)
-
-    @property
-    def q_segment(self) -> sympy.Expr:
-        return x.SegmentOf(x.q)
-
-    @property
-    def k_segment(self) -> sympy.Expr:
-        return x.SegmentOf(x.k)
-
-    def _hull(self) -> tuple[sympy.Expr, sympy.Expr]:
-        """First and last key tile at which the queries of q's tile stand."""
-        if self.scope.query == self.scope.key:
-            return x.Tile(self.q, self.tile), x.Tile(self.q, self.tile)
-        rows, keys = (x.ALL if m is None else m for m in (self.scope.query, self.scope.key))
-        return x.FirstTile(x.q, rows, keys, self.tile), x.LastTile(x.q, rows, keys, self.tile)
-
-    # ---- parts, rounded outwards to tiles ---------------------------------------------------------------------------
-
-    def capped(self, n: int) -> int:
-        """``n``, at most the prompt's length: a larger budget selects no more, and need not fit the kernels' int32."""
-        return min(n, self.layout.length)
-
-    def residue(self, value: sympy.Expr, stride: int | sympy.Expr, phase: int | sympy.Expr = 0) -> Boolean:
-        """``value = phase (mod stride)`` of a position, a rank or a distance. Token-exact."""
-        if isinstance(stride, int) and isinstance(phase, int):
-            phase, reach = phase % stride, self.layout.length
-            if phase > reach:
-                return sympy.false
-            # Beyond twice the prompt's length a stride meets each residue at most once, whatever it is.
-            stride = min(stride, 2 * reach + 2)
-        return sympy.Eq(x.mod(value - phase, sympy.sympify(stride)), 0)
-
-    def sink(self, n: int) -> Boolean:
-        """The first n keys, and the rest of their last tile."""
-        return x.Tile(self.k, self.tile) < -(-self.capped(n) // self.tile)
-
-    def local(self, n: int) -> Boolean:
-        """The last n keys up to the query itself, and the rest of the tiles that hold them for a query of its tile."""
-        if n == 0:
-            return sympy.false
-        return self._hull()[0] - x.Tile(self.k, self.tile) <= -(-(self.capped(n) - 1) // self.tile)
-
-    def last(self, n: int) -> Boolean:
-        """The last n queries in scope, and the rest of the tiles that hold them."""
-        scope = x.ALL if self.scope.query is None else self.scope.query
-        return x.Behind(x.q, scope, self.tile) < self.capped(n)
-
-    def columns(self, name: str, at_most: int) -> Boolean:
-        """Keys that selection put into ``name``: a bool tensor [B, H, `View.size`]."""
-        return Member(self.k, self._name(name), self.capped(at_most))
-
-    def diagonals(self, name: str, at_most: int) -> Boolean:
-        """Block diagonals (tile of q less tile of k) in ``name``: a bool tensor [B, H, `View.tiles`]."""
-        first, last = self._hull()
-        return Touches(first, last, x.Tile(self.k, self.tile), self._name(name), self.capped(at_most))
-
-    def blocks(self, name: str, at_most: int, size: int | None = None) -> Boolean:
-        """Blocks of ``size`` (the tile) in the table ``name``, a bool tensor [B, H, query blocks, key blocks] counted
-        from the first query and key in scope; at most ``at_most`` key blocks for a query block."""
-        size = self.tile if size is None else min(size, max(self.layout.length, self.tile))
-        return Listed(x.Tile(self.row, size), x.Tile(self.k, size), self._name(name), self.capped(at_most))
-
-    def number(self, name: str, at_least: int = 0) -> sympy.Expr:
-        """A selected integer per head, ``name``: an int tensor [B, H]."""
-        return x.Number(str(self._name(name)), self.capped(at_least))
-
-    def _name(self, name: str) -> sympy.Symbol:
-        return sympy.Symbol(f"{name}@{self._leaf}")
-
-
 class _Signature:
     """What `inspect.signature`, and so help and notebooks, show of a pattern: its fields, not ``__new__``."""
 
@@ -271,7 +70,6 @@ class Pattern:
     """What a head may see. Subclass it as a frozen dataclass and write `mask`; with `estimator` and `select` it adapts
     to the input. Patterns compose with ``|``, ``&``, ``-`` and `on`."""
 
-    known: ClassVar[dict[str, type[Pattern]]] = {}
     budgets: ClassVar[tuple[str, ...]] = ()
     """Integer fields that say how much is kept, in tokens or blocks: what `scaled` multiplies."""
     least: ClassVar[Mapping[str, int]] = {}
@@ -298,7 +96,7 @@ class Pattern:
         taken = sorted({"pattern", "version"} & set(inspect.get_annotations(cls)))
         if taken:
             raise TypeError(f"{cls.__name__} has a field {taken[0]!r}, which its JSON form needs for itself: rename it")
-        Pattern.known[cls.__name__] = cls
+        names.register(cls)
 
     def estimator(self) -> Estimator | None:
         """What to estimate for `select`; None for nothing."""
@@ -324,6 +122,8 @@ class Pattern:
     def scaled(self, factor: float) -> Pattern:
         """This pattern with its `budgets` multiplied, those of the patterns that it is composed of included: a search
         brings candidates to equal cost with it. Rounded to five significant bits; what is not 0 stays at least 1."""
+        if not isinstance(factor, (int, float)) or not 0 < factor <= sys.float_info.max:
+            raise ValueError(f"budgets are scaled by {shown(factor)}: use a finite number above 0")
         if factor == 1:
             return self
         names, least = set(type(self).budgets), type(self).least
@@ -352,10 +152,18 @@ class Pattern:
         values = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self))  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(f'{n}={v}' for n, v, default in values if v != default)})"
 
+    def identity(self) -> str:
+        """A text that patterns have in common only if they are equal: the class by a label of its own, and the fields
+        that have another value than by default."""
+        fields = ((f, getattr(self, f.name)) for f in dataclasses.fields(self))  # type: ignore[arg-type]
+        told = ", ".join(f"{f.name}={_identity(value)}" for f, value in fields if not _same(value, f.default))
+        return f"{names.label(type(self))}({told})"
+
     def to_json(self) -> dict[str, Any]:
-        """``{"pattern": class name, "version": 1, field: value, ...}``; `from_json` reads it back."""
+        """``{"pattern": class name, "version": 1, field: value, ...}``; `from_json` reads it back. A class whose name
+        another one has is named with its module."""
         fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        return {"pattern": type(self).__name__, "version": VERSION, **fields}
+        return {"pattern": name_of(type(self)), "version": VERSION, **fields}
 
     from_json: ClassVar[Any] = staticmethod(lambda data: from_json(data))
 
@@ -377,7 +185,8 @@ class _Pair(Pattern):
     def __post_init__(self) -> None:
         for side in (self.left, self.right):
             if not isinstance(side, Pattern):
-                raise TypeError(f"{type(self).__name__} joins patterns, got {side!r}")
+                raise TypeError(f"{type(self).__name__} joins patterns, got {shown(side)}")
+        check_nesting(self, (self.left, self.right))
 
     def denote(self, t: Tokens) -> Boolean:
         return getattr(operator, {"|": "or_", "&": "and_", "-": "sub"}[self.sign])(
@@ -422,10 +231,12 @@ class Restricted(Pattern):
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Pattern):
-            raise TypeError(f"Restricted restricts a pattern, got {self.inner!r}")
-        for modality in (self.query, self.key):
+            raise TypeError(f"Restricted restricts a pattern, got {shown(self.inner)}")
+        for name in ("query", "key"):
+            modality = getattr(self, name)
             if modality is not None:
-                modality_id(modality)
+                object.__setattr__(self, name, modality_id(modality))
+        check_nesting(self, (self.inner,))
 
     def denote(self, t: Tokens) -> Boolean:
         for asked, held in ((self.query, t.scope.query), (self.key, t.scope.key)):
@@ -441,6 +252,18 @@ class Restricted(Pattern):
         return f"{self.inner}.on({Scope(self.query, self.key)})"
 
 
+def check_nesting(pattern: Pattern, parts: Iterable[Pattern]) -> None:
+    """ValueError where a pattern that is composed of ``parts`` is too deep or too large to be worked with."""
+    depths, counts = zip((0, 0), *(getattr(part, "nesting", (1, 1)) for part in parts), strict=True)
+    depth, count = 1 + max(depths), 1 + sum(counts)
+    if depth > DEEPEST or count > MOST:
+        raise ValueError(
+            f"{type(pattern).__name__} composes {count} patterns, {depth} deep: {MOST} patterns and {DEEPEST} levels "
+            "are the most; unite many in pairs, then pairs of pairs"
+        )
+    object.__setattr__(pattern, "nesting", (depth, count))
+
+
 def among(token: sympy.Symbol, modality: int | None, layout: TokenLayout) -> Boolean:
     """The token is of a modality; plainly true or false where the layout leaves no other."""
     if modality is None or layout.modalities == (modality,):
@@ -453,40 +276,34 @@ def union(patterns: list[Pattern]) -> Pattern:
     return reduce(operator.or_, patterns)
 
 
-def find(name: str) -> type[Pattern]:
-    """The pattern class of a name: from the entry points of group ``mmflex.patterns``, or any class defined so far."""
-    if name not in Pattern.known:
-        for point in entry_points(group="mmflex.patterns"):
-            if point.name == name:
-                point.load()
-    if name not in Pattern.known:
-        offered = {point.name for point in entry_points(group="mmflex.patterns")}
-        names = sorted(offered | {n for n in Pattern.known if not n.startswith("_")})
-        raise ValueError(f"unknown pattern {name!r}: known are {', '.join(names)}; import the module that defines it")
-    return Pattern.known[name]
-
-
 def from_json(data: Any) -> Pattern:
-    """The pattern of its JSON form; unknown versions, fields and patterns are refused by name."""
+    """The pattern of its JSON form; ValueError for anything else, and unknown versions, fields and patterns by name.
+    It may come from strangers: whatever a class says of its fields is a ValueError too."""
+    return _built(data, 1)
+
+
+def _built(data: Any, depth: int) -> Pattern:
     if not isinstance(data, Mapping) or "pattern" not in data:
-        raise ValueError(f'a pattern is an object with a "pattern" field, got {data!r}')
-    if not isinstance(data["pattern"], str):
-        raise ValueError(f'the "pattern" field is the name of a pattern, got {data["pattern"]!r}')
+        raise ValueError(f'a pattern is an object with a "pattern" field, got {shown(data)}')
+    name = data["pattern"]
+    if not isinstance(name, str):
+        raise ValueError(f'the "pattern" field is the name of a pattern, got {shown(name)}')
     version = data.get("version")
-    if version != VERSION:
-        raise ValueError(f"{data['pattern']} has version {version!r}; this mmflex reads version {VERSION}")
-    cls = find(data["pattern"])
-    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    given = {name: _rich(value) for name, value in data.items() if name not in ("pattern", "version")}
-    unknown = sorted(set(given) - names)
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"{clipped(name)} has version {shown(version)}; this mmflex reads version {VERSION}")
+    cls = find(name)
+    fields = sorted(f.name for f in dataclasses.fields(cls))
+    unknown = [field for field in data if field not in ("pattern", "version", *fields)]
     if unknown:
-        raise ValueError(
-            f"{data['pattern']} has no field {', '.join(unknown)}: its fields are {', '.join(sorted(names))}"
-        )
+        listed = ", ".join(clipped(field) for field in unknown[:4])
+        raise ValueError(f"{name} has no field {listed}: its fields are {', '.join(fields)}")
+    given = {field: _rich(value, depth) for field, value in data.items() if field not in ("pattern", "version")}
     try:
         return cls(**given)
-    except TypeError as error:
-        raise ValueError(f"{data['pattern']}: {error}; its fields are {', '.join(sorted(names))}") from None
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{name}: {clipped(error)}; its fields are {', '.join(fields)}") from None
 
 
 def _scaled(value: Any, factor: float) -> Any:
@@ -498,8 +315,19 @@ def _scaled(value: Any, factor: float) -> Any:
 def _rounded(value: int, factor: float, least: int) -> int:
     if not value:
         return value
-    step = 1 << max(0, int(value * factor).bit_length() - 5)
-    return max(min(value, least), round(value * factor / step) * step)
+    exact = Fraction(factor) if max(value, factor) >= 1 << 53 else factor  # products of floats may be infinite
+    step = 1 << max(0, int(value * exact).bit_length() - 5)
+    return max(min(value, least), round(value * exact / step) * step)
+
+
+def _same(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and bool(value == default)
+
+
+def _identity(value: Any) -> str:
+    if isinstance(value, Pattern):
+        return value.identity()
+    return f"({', '.join(map(_identity, value))},)" if isinstance(value, tuple) else repr(value)
 
 
 def _plain(value: Any) -> Any:
@@ -508,17 +336,31 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
-def _rich(value: Any) -> Any:
+def _rich(value: Any, depth: int) -> Any:
+    """A field's value from JSON: objects are patterns, lists are tuples."""
+    if not isinstance(value, (Mapping, list)):
+        return value
+    if depth > DEEPEST:
+        raise ValueError(f"patterns and lists in them are nested more than {DEEPEST} deep: that is the most")
     if isinstance(value, Mapping):
-        return from_json(value)
-    return tuple(_rich(v) for v in value) if isinstance(value, list) else value
+        return _built(value, depth + 1)
+    return tuple(_rich(v, depth + 1) for v in value)
 
 
 def check_counts(pattern: Pattern, *names: str, minimum: int = 0) -> None:
-    """ValueError unless the named fields are integers of at least ``minimum``."""
+    """TypeError, ValueError unless the named fields are integers of at least ``minimum``."""
     for name in names:
         value = getattr(pattern, name)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{type(pattern).__name__}.{name} is a number of tokens, got {value!r}: use an int")
-        if value < minimum:
-            raise ValueError(f"{type(pattern).__name__}.{name} is {value}: use {minimum} or more")
+            raise TypeError(f"{type(pattern).__name__}.{name} is a number of tokens, got {shown(value)}: use an int")
+        if value < minimum or value.bit_length() > LONGEST_INTEGER:
+            most = "" if value < minimum else f", and at most {LONGEST_INTEGER} bits"
+            raise ValueError(f"{type(pattern).__name__}.{name} is {shown(value)}: use {minimum} or more{most}")
+
+
+def check_flags(pattern: Pattern, *names: str) -> None:
+    """TypeError unless the named fields are true or false."""
+    for name in names:
+        value = getattr(pattern, name)
+        if not isinstance(value, bool):
+            raise TypeError(f"{type(pattern).__name__}.{name} is on or off, got {shown(value)}: use True or False")

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .shown import shown
+
 
 @dataclass(frozen=True)
 class QueryTokens:
@@ -23,6 +25,17 @@ class QueryTokens:
     """
 
     runs: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        before = None
+        for run in self.runs:
+            first, end = map(operator.index, run)
+            if first >= end or (before is not None and before >= first):
+                raise ValueError(
+                    f"query runs {shown(self.runs)} are no ascending runs (first, end) of tokens, none touching the "
+                    "next: use QueryTokens.listed"
+                )
+            before = end
 
     @classmethod
     def last(cls, m: int, n: int) -> QueryTokens:
@@ -59,8 +72,8 @@ class QueryTokens:
             raise ValueError(f"query positions name {queries.count} tokens for {m} queries: give one for each")
         if queries.runs and (queries.first < 0 or queries.end > n):
             raise ValueError(
-                f"query positions run from {queries.first} to {queries.end - 1}, but k has {n} tokens: they number "
-                f"tokens of k from 0 to {n - 1}"
+                f"query positions run from {shown(queries.first)} to {shown(queries.end - 1)}, but k has {n} tokens: "
+                f"they number tokens of k from 0 to {n - 1}"
             )
         return queries
 
@@ -95,13 +108,16 @@ class QueryTokens:
         return values[..., self.first : self.end] if self.consecutive else values[..., self.numbers]
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{first} to {end - 1}" for first, end in self.runs[:4])
-        return (shown or "none") + (f", ... ({len(self.runs)} runs)" if len(self.runs) > 4 else "")
+        runs = ", ".join(f"{first} to {end - 1}" for first, end in self.runs[:4])
+        return (runs or "none") + (f", ... ({len(self.runs)} runs)" if len(self.runs) > 4 else "")
 
 
 def _runs(positions: Any) -> tuple[tuple[int, int], ...]:
     """Runs of consecutive numbers; TypeError, ValueError for what is not ascending whole numbers."""
-    numbers = positions.cpu().numpy() if hasattr(positions, "cpu") else np.asarray(positions)
+    try:
+        numbers = positions.cpu().numpy() if hasattr(positions, "cpu") else np.asarray(positions)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"query positions are {shown(positions)}: give token numbers, whole and ascending") from None
     if numbers.dtype.kind not in "iu" and numbers.size:
         raise TypeError(f"query positions hold {numbers.dtype}: give token numbers, whole and ascending")
     if numbers.ndim != 1:

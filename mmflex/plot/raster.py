@@ -189,7 +189,7 @@ def allowed_rows(plan: Plan, rows: torch.Tensor) -> torch.Tensor:
         for place, head in enumerate(launch.heads):
             for batch in range(snap.batch if head >= 0 else 0):
                 if launch.kind == "dense":
-                    position = torch.as_tensor(layout.position[batch % layout.batch_size])
+                    position = torch.tensor(layout.position[batch % layout.batch_size])
                     own = position[row_tokens][:, None]
                     out[batch, head] |= (own >= position) & (position >= 0)
                 else:

@@ -26,7 +26,7 @@ def attention_recall(q: torch.Tensor, k: torch.Tensor, plan: Plan, rows: int = 2
     m = q.shape[2]
     at = torch.linspace(0, m - 1, min(rows, m)).round().long().unique()
     kept = raster.allowed_rows(plan, at)
-    position = torch.as_tensor(plan.layout.position)
+    position = torch.tensor(plan.layout.position)
     own = position[:, torch.as_tensor(plan.program.queries.numbers[at.numpy()]).long()]
     causal = (own[:, None, :, None] >= position[:, None, None]) & (position >= 0)[:, None, None]
     group = q.shape[1] // k.shape[1]

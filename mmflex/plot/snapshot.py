@@ -18,6 +18,7 @@ from ..compiler.launches import BlockLaunch, DenseLaunch, GatheredRows, Launch, 
 from ..ir.layout import TokenLayout
 from ..ir.pattern import Pattern, Restricted, _Pair
 from ..ir.queries import QueryTokens
+from ..ir.shown import shown
 
 if TYPE_CHECKING:
     from ..runtime.plan import Plan
@@ -169,7 +170,10 @@ class Snapshot:
         return full, partial
 
     def check(self, head: int, batch: int) -> None:
-        """ValueError unless there is such a head and such a prompt."""
+        """ValueError, TypeError unless there is such a head and such a prompt."""
+        for name, number in (("head", head), ("batch", batch)):
+            if not isinstance(number, (int, np.integer)) or isinstance(number, bool):
+                raise TypeError(f"{name} is {shown(number)}: give its number")
         if not 0 <= head < self.heads:
             raise ValueError(f"head is {head}, the plan has {self.heads} heads: give 0 to {self.heads - 1}")
         if not 0 <= batch < self.batch:
@@ -184,6 +188,8 @@ def snapshot(plan: Plan | Snapshot) -> Snapshot:
     """The snapshot of a plan (itself, if it is one)."""
     if isinstance(plan, Snapshot):
         return plan
+    if not hasattr(plan, "program"):
+        raise TypeError(f"{shown(plan)} is no plan: make one with mmflex.plan, or load one with mmflex.plot.load_plan")
     program = plan.program
     patterns: list[Pattern] = [next(g.pattern for g in program.groups if h in g.heads) for h in range(program.heads)]
     launches = tuple(

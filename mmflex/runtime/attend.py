@@ -114,4 +114,6 @@ class Attending:
             self.out = torch.zeros_like(self.q)  # as q lies in memory: heads or tokens first
         else:
             self.out = self.q.new_zeros((*shape, width))
-        self.sums = torch.full(shape, float("-inf"), device=self.q.device) if self.merging else None
+        self.sums = (
+            torch.full(shape, float("-inf"), dtype=torch.float32, device=self.q.device) if self.merging else None
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,10 +13,11 @@ from ..ir.identity import by_serial
 from ..ir.layout import TokenLayout
 from ..ir.pattern import EstimateFrom, Pattern
 from ..ir.queries import Positions, QueryTokens
+from ..ir.shown import shown
 from .caches import bounded
 from .calls import PRICED, TILE, Request, planned
-from .inputs import Spec
-from .plan import HeadDensity, Plan
+from .inputs import Spec, check_block_size
+from .plan import NO_BACKWARD, ForwardOnly, HeadDensity, Plan, outside_graphs, wants_gradient
 
 __all__ = ["TILE", "HeadDensity", "Plan", "Spec", "attention", "plan"]
 
@@ -61,14 +63,16 @@ def attention(
         ValueError, TypeError: shapes, dtypes, devices or spec that do not fit; both values are named.
         RuntimeError: the backend asked for cannot run here; or, in backward, that there is no backward.
     """
+    if v is None:
+        raise TypeError("v is None: give a tensor [batch, heads, tokens, head_dim]; mmflex.plan takes q and k alone")
     if torch.compiler.is_compiling():
         where = query_start if query_positions is None else query_positions
         result = _compiled(q, k, v, spec, layout, scale, backend, return_lse, where, estimate_from)
         return result if return_lse else result[0]
     request = Request(scale, backend, return_lse, _positions(query_start, query_positions))
     plan_ = planned(q, k, v, spec, layout, request, _estimate_from(estimate_from, k))
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out, lse = _ForwardOnly.apply(q, k, v, plan_, return_lse)
+    if wants_gradient(q, k, v):
+        out, lse = ForwardOnly.apply(q, k, v, plan_, return_lse)
     elif plan_.dense_alone:
         out, lse = plan_._attend(q, k, v, return_lse)
     else:
@@ -77,6 +81,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@outside_graphs
 def plan(
     q: Tensor,
     k: Tensor,
@@ -101,25 +106,34 @@ def plan(
         lowering: which of the exact ways to compute the spec to take, whatever the cost model prefers: for tests.
     """
     where = _positions(query_start, query_positions)
-    request = Request(scale, backend, False, where, block_size, PRICED if lowering is None else lowering)
+    lowering = PRICED if lowering is None else lowering
+    request = Request(scale, backend, False, where, check_block_size(block_size), lowering)
     return planned(q, k, v, spec, layout, request, _estimate_from(estimate_from, k), once=False)
 
 
 def _positions(start: int | None, positions: Positions) -> int | QueryTokens | None:
     """Where queries are, as something hashable. Their number is checked with the tensors."""
     if start is not None and positions is not None:
-        raise ValueError(f"query_start is {start} and query_positions are given too: give one of the two")
+        raise ValueError(f"query_start is {shown(start)} and query_positions are given too: give one of the two")
+    if start is not None and (not isinstance(start, (int, np.integer)) or isinstance(start, bool)):
+        raise TypeError(f"query_start is {shown(start)}: give the token number of the first query")
     where = start if positions is None else positions
-    if where is None or isinstance(where, (int, QueryTokens)):
+    if isinstance(where, np.integer):
+        return int(where)
+    if where is None or isinstance(where, QueryTokens) or (isinstance(where, int) and not isinstance(where, bool)):
         return where
-    return QueryTokens.listed(where)
+    return QueryTokens.listed(where)  # type: ignore[arg-type]
 
 
 def _estimate_from(given: tuple[Tensor, Positions] | None, k: Tensor) -> EstimateFrom | None:
     if given is None:
         return None
-    if not isinstance(given, tuple) or len(given) != 2 or not isinstance(given[0], Tensor) or given[0].dim() != 4:
-        raise TypeError("estimate_from takes (queries [B, Hq, L, D], their token numbers): got something else")
+    if not isinstance(given, tuple) or len(given) != 2 or not isinstance(given[0], Tensor):
+        raise TypeError(f"estimate_from is {shown(given)}: give (queries [B, Hq, L, D], their token numbers)")
+    if given[0].is_nested or given[0].dim() != 4 or not isinstance(k, Tensor) or k.is_nested or k.dim() != 4:
+        raise ValueError(
+            "estimate_from and k hold tensors [batch, heads, tokens, head_dim]: one of them has another shape"
+        )
     query, positions = given
     return EstimateFrom(query, QueryTokens.of(positions, query.shape[2], k.shape[2]))
 
@@ -213,15 +227,24 @@ def _(
     return out, q.new_empty(q.shape[:3] if return_lse else 0, dtype=torch.float32)
 
 
-class _ForwardOnly(torch.autograd.Function):
-    """Prefill has no backward: asking for one is an error instead of a silent gap in the graph."""
+@torch.library.custom_op("mmflex::no_backward", mutates_args=())
+def _no_backward(grad: Tensor) -> Tensor:
+    """Refuses when it runs: compiling a graph that only could go backward is no error."""
+    raise RuntimeError(NO_BACKWARD)
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan_: Plan, return_lse: bool) -> Any:
-        # detached: FlexAttention refuses tensors on the CPU that ask for gradients
-        out, lse = plan_._attend(q.detach(), k.detach(), v.detach(), return_lse)
-        return out, lse
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError("mmflex.attention has no backward: it is for prefill; train with the model's own attention")
+@_no_backward.register_fake
+def _(grad: Tensor) -> Tensor:
+    return grad.new_empty(())
+
+
+def _keep_shapes(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.shapes = [t.shape for t in inputs[:3]]
+
+
+def _refuse_backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    refused = _no_backward(grad)
+    return *(refused.expand(shape) for shape in ctx.shapes), *[None] * 6
+
+
+_op.register_autograd(_refuse_backward, setup_context=_keep_shapes)

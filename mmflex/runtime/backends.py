@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import math
+import os
 import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from ..ir.shown import shown
 from . import reference
 from .masks import MaskMod, in_strips, maker
 
@@ -95,8 +98,29 @@ def _not_flash(device: torch.device, dim: int, dtype: torch.dtype) -> str | None
     return _flash_missing()
 
 
+FLASH_CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+"""Environment variables that flash-attn-4 reads when it is imported: whether it keeps compiled kernels on disk,
+where."""
+
+
+def _keep_flash_kernels() -> None:
+    """Have flash-attn-4 keep its kernels on disk, as Inductor and Triton do: one takes it about 17 s to compile. Its
+    own default is off. What the user has set stays."""
+    if any(name in os.environ for name in FLASH_CACHE):
+        return
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    place = root / "mmflex" / "flash-attn-4"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written to
+        return
+    if os.access(place, os.W_OK):
+        os.environ.update(zip(FLASH_CACHE, ("1", str(place)), strict=True))
+
+
 @lru_cache(maxsize=1)
 def _flash_missing() -> str | None:
+    _keep_flash_kernels()
     try:
         import flash_attn.cute  # noqa: F401
     except Exception as error:
@@ -116,13 +140,24 @@ BACKENDS = {
 }
 
 
+def check_name(backend: object) -> None:
+    """ValueError for what is no backend's name, nor "auto"."""
+    if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
+        raise ValueError(f"unknown backend {shown(backend)}: use 'auto', {', '.join(map(repr, BACKENDS))}")
+
+
 def why_not(
     backend: str, device: torch.device | str, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16
 ) -> str | None:
     """Why a backend cannot run with these tensors; None if it can. ValueError for an unknown name."""
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
-    return BACKENDS[backend].why_not(torch.device(device), head_dim, dtype)
+    check_name(backend)
+    if backend == "auto":
+        raise ValueError(f"backend is 'auto', which is no backend of its own: use {', '.join(map(repr, BACKENDS))}")
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {shown(device)}: give one of PyTorch's, such as 'cpu' or 'cuda:0'") from None
+    return BACKENDS[backend].why_not(where, head_dim, dtype)
 
 
 @lru_cache(maxsize=64)

@@ -19,11 +19,12 @@ from ..compiler.prices import MARGIN, least_ms, predict
 from ..compiler.program import Program
 from ..ir.layout import TokenLayout
 from ..ir.memo import Memo
-from ..ir.pattern import Dense, EstimateFrom, Pattern, Tokens
+from ..ir.pattern import Dense, EstimateFrom, Pattern, Tokens, denoted
 from ..ir.queries import QueryTokens
+from ..ir.shown import shown
 from . import backends, replay
 from .backends import Backend
-from .inputs import Spec, check, check_estimate, check_scale
+from .inputs import Spec, check, check_estimate, check_hash, check_scale, without_autocast
 from .plan import Plan
 
 PRICED = Lowering()
@@ -114,7 +115,7 @@ def planned(
     kept = call.kept
     if once and kept is not None and (kept[0].dense_alone or kept[1] == replay.stream(q.device)):
         return kept[0]
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(q.device):
         plan = Plan(call.program, call.runs, call.scale, q, k, call.note, once, estimate_from, v)
     if once and (plan.dense_alone or replay.follows_from_layout(plan.state)):
         call.kept = plan, replay.stream(q.device)
@@ -143,6 +144,8 @@ def _call(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayou
         equal = None  # the same of equal patterns, made anew
         if key is not None:
             equal = (spec if isinstance(spec, Pattern) else (type(spec), *spec), *key[1:])
+            for pattern in (spec,) if isinstance(spec, Pattern) else spec:
+                check_hash(pattern)
         call = None if equal is None else calls.recall(equal)
         if call is None or not _up_to_date(call, q):
             call = _decided(q, k, v, spec, layout, request)
@@ -160,13 +163,13 @@ def _key(
         if not (isinstance(q, Tensor) and isinstance(k, Tensor) and (v is None or isinstance(v, Tensor))):
             return None, Memo(0)
         serials = spec.serial if isinstance(spec, Pattern) else (type(spec), *[p.serial for p in spec])
-        of_v = None if v is None else (v.shape, v.dtype, v.device)
+        of_k, of_v = ((t.shape, t.dtype, t.device, t.layout) if t is not None else None for t in (k, v))
         if layout is None:
             layout = TokenLayout.text(k.shape[2])
-        key = (serials, q.shape, k.shape, q.dtype, k.dtype, q.device, k.device, of_v, request)
+        key = (serials, q.shape, q.dtype, q.device, q.layout, of_k, of_v, request)
         calls = layout.memo.recall("calls")
         return key, layout.once("calls", lambda: Memo(CALLS)) if calls is None else calls
-    except (AttributeError, TypeError, IndexError):  # `check` says what is wrong
+    except (AttributeError, TypeError, IndexError, RuntimeError):  # `check` says what is wrong
         return None, Memo(0)
 
 
@@ -182,7 +185,13 @@ def _decided(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLa
     scale = check_scale(request.scale, q.shape[3])
     layout = TokenLayout.text(k.shape[2]) if layout is None else layout
     queries = QueryTokens.of(request.queries, q.shape[2], k.shape[2])
+    _check_request(request)
     runs = backends.resolve(request.backend, q.device, q.shape[3], q.dtype)
+    if request.tile != TILE and runs.name in ("flash", "triton"):
+        raise ValueError(
+            f"block_size is {request.tile}: backend {runs.name!r} takes blocks of {TILE}; others are for "
+            "backend='reference'"
+        )
     if request.lse and not runs.lse:
         raise ValueError(
             f"return_lse: backend {runs.name!r} does not give it; use backend='reference' or a CUDA device"
@@ -193,6 +202,15 @@ def _decided(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLa
         runs = backends.BACKENDS["dense"]
     program, note = _program(patterns, layout, queries, q.shape[0], k.shape[1], runs, prices, request)
     return _Call(runs, prices, generation, program, note, scale)
+
+
+def _check_request(request: Request) -> None:
+    """TypeError, ValueError for what no caller can ask for."""
+    if not isinstance(request.lse, bool):
+        raise TypeError(f"return_lse is {shown(request.lse)}: use True or False")
+    if not isinstance(request.lowering, Lowering):
+        raise TypeError(f"lowering is {shown(request.lowering)}: give a Lowering, or None for the cheapest")
+    backends.check_name(request.backend)
 
 
 def _program(
@@ -247,5 +265,5 @@ def _check_sense(patterns: tuple[Pattern, ...], layout: TokenLayout, tile: int) 
     sensible: Memo = layout.once("sensible", lambda: Memo(SENSIBLE))
     for pattern in dict.fromkeys(patterns):
         if sensible.recall((pattern, tile)) is None:
-            pattern.denote(Tokens(layout, tile))
+            denoted(pattern, Tokens(layout, tile))
             sensible.keep((pattern, tile), True)

@@ -127,10 +127,10 @@ def slot_attribute(
         memo = order.__dict__.setdefault("_attributes", {})
         key = (e, device)
         if key not in memo:
-            memo[key] = torch.as_tensor(order.attribute(e, layout), dtype=torch.int32).to(device)[:, None]
+            memo[key] = torch.tensor(order.attribute(e, layout), dtype=torch.int32, device=device)[:, None]
         return memo[key]
     value = layout.once(
-        ("on", e, device), lambda: torch.as_tensor(attribute(e, layout), dtype=torch.int32).to(device)[:, None]
+        ("on", e, device), lambda: torch.tensor(attribute(e, layout), dtype=torch.int32, device=device)[:, None]
     )
     return value.expand(len(index), index.shape[1], -1).gather(-1, order.token_numbers(index))
 

@@ -46,7 +46,7 @@ def index_constant(values: tuple[int, ...], device: torch.device, dtype: torch.d
     key = ("index", values, dtype, device)
     constant = _indices.recall(key)
     if constant is None:
-        constant = _indices.keep(key, torch.tensor(values, dtype=dtype).to(device))
+        constant = _indices.keep(key, torch.tensor(values, dtype=dtype, device=device))
     used = _used.get()
     if used is not None:
         used.append(constant)
@@ -63,7 +63,7 @@ def array_constant(array: np.ndarray, device: torch.device) -> Tensor:
     graphs: nothing is told that it was used."""
     key = (id(array), device)
     if key not in _of_arrays or _of_arrays[key][0]() is not array:
-        tensor = torch.as_tensor(array.astype(np.int32)).to(device)
+        tensor = torch.tensor(array, dtype=torch.int32, device=device)
         _of_arrays[key] = (weakref.ref(array, lambda _: _of_arrays.pop(key, None)), tensor)
     return _of_arrays[key][1]
 

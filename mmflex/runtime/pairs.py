@@ -192,8 +192,8 @@ def _computed_by(plan: Planned, b: int, head: int, launch: HeadLaunch, rows: Ten
     slot = launch.slot_of[rows]
     count = torch.zeros((len(rows), n), dtype=torch.int32, device=rows.device)
     if launch.dense:
-        numbers = torch.as_tensor(plan.program.queries.numbers).to(rows.device)[rows]
-        valid = torch.as_tensor(plan.program.layout.valid[b % plan.program.layout.batch_size]).to(rows.device)
+        numbers = torch.tensor(plan.program.queries.numbers, device=rows.device)[rows]
+        valid = torch.tensor(plan.program.layout.valid[b % plan.program.layout.batch_size], device=rows.device)
         return (valid & valid[numbers][:, None] & (torch.arange(n, device=rows.device) <= numbers[:, None])).int()
     where = f"{head_name(plan, b, head)}: {launch.label}"
     for kind, (counts, index) in (("partial", launch.partial), ("full", launch.full)):

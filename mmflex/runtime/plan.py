@@ -21,7 +21,7 @@ from .attend import Attending
 from .backends import Backend
 from .device import writing_to
 from .explain import explain
-from .inputs import check
+from .inputs import check_numbers, check_planned, without_autocast
 from .planning import after_estimates
 from .state import PlanState
 from .verify import Verification, verify
@@ -43,6 +43,32 @@ class HeadDensity:
 
     def __float__(self) -> float:
         return self.total
+
+
+outside_graphs = torch.compiler.disable(
+    reason="planning is Python and sympy: call mmflex.attention inside of torch.compile, mmflex.plan outside"
+)
+"""For what torch.compile is not to trace: it would take minutes, and end in many small graphs."""
+
+NO_BACKWARD = "mmflex.attention has no backward: it is for prefill; train with the model's own attention"
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd records what is made of them."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+class ForwardOnly(torch.autograd.Function):
+    """Prefill has no backward: asking for one is an error instead of a silent gap in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, return_lse: bool) -> Any:
+        # detached: FlexAttention refuses tensors on the CPU that ask for gradients
+        return plan._attend(q.detach(), k.detach(), v.detach(), return_lse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(NO_BACKWARD)
 
 
 class Plan:
@@ -83,17 +109,20 @@ class Plan:
         if not (once and replay.replayed(self.state)):
             after_estimates(self.state)
 
+    @outside_graphs
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The attention of these tensors under this plan's mask: shapes as planned."""
-        check(q, k, v, self.program.groups[0].pattern, None)
-        if (tuple(q.shape), tuple(k.shape)) != self.shape:
-            raise ValueError(
-                f"planned for q and k of shapes {self.shape}, got {tuple(q.shape)}, {tuple(k.shape)}: plan again"
-            )
+        check_planned(q, k, v, self.program.groups[0].pattern, self.shape, self.state.device)
+        if wants_gradient(q, k, v):
+            return ForwardOnly.apply(q, k, v, self, False)[0]
         with torch.no_grad():
             return self._attend(q, k, v, False)[0]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+        with without_autocast(q.device):
+            return self._attended(q, k, v, need_lse)
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]:
         if q.device.type == "cpu" and not all(map(_finite, (q, k, v))):
             return self._eagerly(q, k, v, need_lse)
         if self.scale <= 0:
@@ -131,15 +160,17 @@ class Plan:
         query ``heads`` only, if given. For small N, or few rows: it is as large as it says."""
         program, state = self.program, self.state
         layout, queries, n = program.layout, program.queries, program.layout.length
-        chosen = np.arange(queries.count) if rows is None else np.asarray(rows, dtype=np.int64)
-        asked = list(range(program.heads)) if heads is None else list(heads)
+        chosen = np.arange(queries.count) if rows is None else check_numbers(rows, "rows", "queries", queries.count)
+        asked = list(range(program.heads))
+        if heads is not None:
+            asked = check_numbers(heads, "heads", "heads", program.heads).tolist()
         out = torch.zeros((state.batch, len(asked), len(chosen), n), dtype=torch.bool, device=state.device)
         if not len(chosen) or not n:
             return out
         order = given_order(chosen, queries.count, layout.batch_size, queries)
         keys = given_order(np.arange(n), n, layout.batch_size)
-        position = torch.as_tensor(layout.position).to(state.device)
-        row = position[:, torch.as_tensor(queries.numbers[chosen]).to(state.device).long()]
+        position = torch.tensor(layout.position, device=state.device)
+        row = position[:, torch.tensor(queries.numbers[chosen], dtype=torch.int64, device=state.device)]
         causal = (row[:, None, :, None] >= position[:, None, None]) & (position >= 0)[:, None, None]
         for group in program.groups:
             own = tuple(h for h in asked if h in group.heads)

@@ -67,7 +67,10 @@ def in_strips(
     """`softmax_attention` some rows at a time: ``mask(first, last)`` gives bool [B, H, last - first, N]. ``step``: rows
     that are not split."""
     batch, heads, m, n = *q.shape[:3], k.shape[2]
-    out, lse = q.new_empty((batch, heads, m, v.shape[3])), torch.empty(q.shape[:3], device=q.device)
+    out, lse = (
+        q.new_empty((batch, heads, m, v.shape[3])),
+        torch.empty(q.shape[:3], dtype=torch.float32, device=q.device),
+    )
     for first, last in _strips(m, n * batch * heads, step):
         rows = slice(first, last)
         out[:, :, rows], lse[:, :, rows] = softmax_attention(q[:, :, rows], k, v, mask(first, last), scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +12,15 @@ from torch import Tensor
 
 from ..compiler.launches import Launch, Part, view_of
 from ..compiler.orders import TokenOrder
-from ..compiler.program import Program
+from ..compiler.program import Leaf, Program
 from ..compiler.terms import selected_names
 from ..ir.pattern import EstimateFrom, Scope, View
+from ..ir.shown import shown
 from .backends import BlockLists
 from .classify import Values
 from .device import index_constant
 from .masks import MaskMod
+from .selected import check_selected
 
 
 @dataclass(eq=False)
@@ -123,19 +125,28 @@ class PlanState:
             result = estimator(query, key, self.view(scope, other, values), scale)
             self.estimates[estimator, scope] = (result, heads.slot_of)
 
+    def _estimate_of(self, leaf: Leaf) -> tuple[Any, tuple[int, ...], int]:
+        """(result, the head in it of each head of a leaf, its heads) of the estimator that a leaf selects from."""
+        if leaf.estimator is None:
+            return None, tuple(range(len(leaf.heads))), len(leaf.heads)
+        key = leaf.estimator, leaf.scope
+        result, slot_of = self.estimates[key]
+        estimated = next(heads for *other, heads in self.program.estimates if tuple(other) == key)
+        return result, tuple(slot_of[h] for h in leaf.heads), len(estimated.heads)
+
     def select(self, name: str) -> None:
         """Lets a pattern choose its sets and numbers."""
         leaf = self.program.leaves[name]
-        result, slot_of = self.estimates.get((leaf.estimator, leaf.scope), (None, {}))
-        index = tuple(slot_of[h] for h in leaf.heads) if slot_of else ()
-        for short, table in leaf.pattern.select(result, self.view(leaf.scope)).items():
-            if table.dim() > 2 and table.dtype != torch.bool:
-                raise TypeError(
-                    f"{name}: select() returned {short!r} as {table.dtype} {list(table.shape)}: a set is a bool tensor "
-                    "[B, H, keys] or [B, H, blocks, blocks] that is true for its members"
-                )
-            if slot_of and index != tuple(range(table.shape[1])):
-                table = table.index_select(1, self.index(index))
+        result, slots, heads = self._estimate_of(leaf)
+        view = self.view(leaf.scope)
+        chosen = leaf.pattern.select(result, view)
+        if not isinstance(chosen, Mapping):
+            raise TypeError(f"{name}: select() returned {shown(chosen)}: return a dictionary of tensors by name")
+        exprs = [group.expr for group in self.program.groups]
+        for short, table in chosen.items():
+            table = check_selected(table, f"{short}@{name}", exprs, view, self.batch, heads, self.device)
+            if table.shape[1:2] == (heads,) and slots != tuple(range(heads)):
+                table = table.index_select(1, self.index(slots))
             self.selections[f"{short}@{name}"] = table
 
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ..compiler.launches import GatheredRows
-from .inputs import check
+from ..ir.shown import shown
+from .inputs import check_planned
 from .pairs import PAIRS, Planned, VerificationError, head_launches, head_name, verify_lists
 
 OUTPUT_ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
@@ -66,11 +67,9 @@ class Verification:
 
 def verify(plan: Planned, q: Tensor, k: Tensor, v: Tensor, rows: int, seed: int, lse: bool) -> Verification:
     """See `Plan.verify`."""
-    check(q, k, v, plan.program.groups[0].pattern, None)
-    if (tuple(q.shape), tuple(k.shape)) != plan.shape:
-        raise ValueError(f"planned for q and k of shapes {plan.shape}, got {tuple(q.shape)}, {tuple(k.shape)}")
-    if rows < 1:
-        raise ValueError(f"rows is {rows}: give the number of query rows to recompute, 1 or more")
+    check_planned(q, k, v, plan.program.groups[0].pattern, plan.shape, plan.state.device)
+    if not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"rows is {shown(rows)}: give the number of query rows to recompute, 1 or more")
     if not all(bool(t.isfinite().all()) for t in (q, k, v)):
         raise ValueError("q, k or v holds a value that is not finite, so there is no error to measure: verify without")
     if not q.numel():
@@ -80,7 +79,7 @@ def verify(plan: Planned, q: Tensor, k: Tensor, v: Tensor, rows: int, seed: int,
     chosen = sampled_rows(plan, rows, draw)
     with torch.no_grad():
         out, sums = plan._attend(q, k, v, lse)
-    index = torch.as_tensor(chosen).to(q.device)
+    index = torch.tensor(chosen, device=q.device)
     q, out = q.index_select(2, index), out.index_select(2, index)
     sums = sums.index_select(2, index) if lse and sums is not None else None
 

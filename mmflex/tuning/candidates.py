@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from importlib.metadata import entry_points
 from typing import Any
 
+from ..ir.names import names
 from ..ir.pattern import Pattern, Union, find
 
 _MINFERENCE = (
@@ -46,11 +46,10 @@ class Besides(Union):
 def paper() -> tuple[Pattern, ...]:
     """The table of MMInference and MInference, from simple to complex, with what other installed patterns offer."""
     found: dict[str, list[Pattern]] = {}
-    for name in sorted({point.name for point in entry_points(group="mmflex.patterns")} | set(Pattern.known)):
-        if not name.startswith("_"):
-            offered = find(name).candidates()
-            if offered:
-                found[name] = list(offered)
+    for name in names():
+        offered = find(name).candidates()
+        if offered:
+            found[name] = list(offered)
     for name, budgets in _MINFERENCE:
         found.setdefault(name, []).append(find(name)(*budgets))
     first = [name for name in ("AShape", "VerticalSlash", "BlockTopK", "Grid") if name in found]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,9 +24,16 @@ from typing import Any
 
 from mmflex.ir import pattern as ir
 from mmflex.ir.pattern import Pattern
+from mmflex.ir.shown import clipped, shown
 
 SCHEMA = "mmflex.config"
 VERSION = 1
+
+MOST = 1024
+"""Layers of a model, and heads of a layer."""
+
+MOST_BYTES = 1 << 24
+"""Of a file."""
 
 Spec = Pattern | Sequence[Pattern] | Mapping[int, Pattern | Sequence[Pattern]]
 """One pattern for all heads of all layers, one per head for all layers, or either of the two per layer."""
@@ -53,27 +61,36 @@ class Config:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("layers", "heads"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}: a config needs a whole number, 1 or more")
+        _check_counts(self.layers, self.heads)
+        if not isinstance(self.model, str) or not isinstance(self.provenance, Mapping):
+            raise TypeError(
+                f"model is {shown(self.model)} and provenance {shown(self.provenance)}: a text and a dictionary are "
+                "needed"
+            )
         object.__setattr__(self, "patterns", per_layer(self.patterns, range(self.layers), self.heads))
 
     @classmethod
     def of(cls, spec: Spec, layers: int, heads: int, *, model: str = "", **provenance: Any) -> Config:
         """A config from a spec: ``Config.of(AShape(), layers=28, heads=28)``."""
+        _check_counts(layers, heads)
         return cls(model, layers, heads, per_layer(spec, range(layers), heads), provenance)
 
     def for_model(self, layers: int, heads: int) -> dict[int, tuple[Pattern, ...]]:
         """The patterns, if the model has the config's layer and head counts; else ValueError with both."""
         for name, own, other in (("layers", self.layers, layers), ("heads", self.heads, heads)):
             if own != other:
-                made_for = f" (made for {self.model})" if self.model else ""
+                made_for = f" (made for {clipped(self.model)})" if self.model else ""
                 raise ValueError(
                     f"this config{made_for} has {own} {name} but the model has {other}: use a config for this model, "
                     "or a spec such as one pattern for all heads"
                 )
         return dict(self.patterns)
+
+
+def _check_counts(layers: Any, heads: Any) -> None:
+    for name, value in (("layers", layers), ("heads", heads)):
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
+            raise ValueError(f"{name} is {shown(value)}: a config needs a whole number, from 1 to {MOST}")
 
 
 def per_layer(spec: Spec, layers: Iterable[int], heads: int) -> dict[int, tuple[Pattern, ...]]:
@@ -83,14 +100,17 @@ def per_layer(spec: Spec, layers: Iterable[int], heads: int) -> dict[int, tuple[
         TypeError: something that is not a pattern.
         ValueError: a layer that does not exist, or a number of patterns other than ``heads``.
     """
-    known = list(layers)
+    known = layers if isinstance(layers, range) else list(layers)
     if isinstance(spec, Mapping):
         for layer in spec:
             if not isinstance(layer, int) or isinstance(layer, bool):
-                raise TypeError(f"a spec maps layer numbers to patterns, got the key {layer!r}: use integers")
+                raise TypeError(f"a spec maps layer numbers to patterns, got the key {shown(layer)}: use integers")
             if layer not in known:
-                shown = f"{known[0]} to {known[-1]}" if known == list(range(known[0], known[-1] + 1)) else str(known)
-                raise ValueError(f"layer {layer} has no attention to set: the model's attention layers are {shown}")
+                whole = known and list(known) == list(range(known[0], known[-1] + 1))
+                there = f"{known[0]} to {known[-1]}" if whole else shown(known)
+                raise ValueError(
+                    f"layer {shown(layer)} has no attention to set: the model's attention layers are {there}"
+                )
         return {layer: _heads(value, heads, f"layer {layer}") for layer, value in sorted(spec.items())}
     everywhere = _heads(spec, heads, "the spec")
     return dict.fromkeys(known, everywhere)
@@ -100,11 +120,11 @@ def _heads(value: Any, heads: int, where: str) -> tuple[Pattern, ...]:
     if isinstance(value, Pattern):
         return (value,) * heads
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise TypeError(f"{where} is {value!r}: a pattern or one pattern per head is needed")
+        raise TypeError(f"{where} is {shown(value)}: a pattern or one pattern per head is needed")
     patterns = tuple(value)
     for head, pattern in enumerate(patterns):
         if not isinstance(pattern, Pattern):
-            raise TypeError(f"{where}, head {head} is {pattern!r}: a pattern is needed, such as AShape(128, 1024)")
+            raise TypeError(f"{where}, head {head} is {shown(pattern)}: a pattern is needed, such as AShape(128, 1024)")
     if len(patterns) != heads:
         raise ValueError(f"{where} has {len(patterns)} patterns for {heads} query heads: give one, or one per head")
     return patterns
@@ -183,13 +203,17 @@ class _Document:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        with self.path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise ValueError(f"{self.path}: more than {MOST_BYTES} bytes, which no config takes")
         try:
-            self.data = json.loads(self.path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{self.path}: not JSON: {error}") from None
+            self.data = json.loads(text.decode("utf-8"), object_pairs_hook=_object)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.path}: not JSON: {clipped(error)}") from None
 
     def fail(self, place: str, message: object) -> ValueError:
-        return ValueError(f"{self.path}: {place}: {message}" if place else f"{self.path}: {message}")
+        return ValueError(f"{self.path}: {clipped(place)}: {message}" if place else f"{self.path}: {message}")
 
     def at(self, place: str, build: Callable[[], Any]) -> Any:
         try:
@@ -200,7 +224,7 @@ class _Document:
     def number(self, value: Any, place: str, below: int | None = None) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0 or (below is not None and value >= below):
             limit = "" if below is None else f" below {below}"
-            raise self.fail(place, f"got {value!r}, a whole number from 0{limit} is needed")
+            raise self.fail(place, f"got {shown(value)}, a whole number from 0{limit} is needed")
         return value
 
     def config(self) -> Config:
@@ -209,27 +233,30 @@ class _Document:
             raise self.fail("", "a list, as MInference writes configs: read it with load_minference_config")
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-            raise self.fail("schema", f'got {found!r}, "{SCHEMA}" is needed')
-        if data.get("version") != VERSION:
-            raise self.fail("version", f"got {data.get('version')!r}; this mmflex reads version {VERSION}")
+            raise self.fail("schema", f'got {shown(found)}, "{SCHEMA}" is needed')
+        version = data.get("version")
+        if type(version) is not int or version != VERSION:
+            raise self.fail("version", f"got {shown(version)}; this mmflex reads version {VERSION}")
         kinds = {"model": str, "layers": int, "heads": int, "provenance": dict, "patterns": list, "spec": dict}
         for name, kind in kinds.items():
             if name not in data:
                 raise self.fail(name, "missing")
             if not isinstance(data[name], kind) or isinstance(data[name], bool):
-                raise self.fail(name, f"got {data[name]!r}, {kind.__name__} is needed")
+                raise self.fail(name, f"got {shown(data[name])}, {kind.__name__} is needed")
         for name in ("layers", "heads"):
-            if data[name] < 1:
-                raise self.fail(name, f"got {data[name]}, 1 or more is needed")
+            if not 1 <= data[name] <= MOST:
+                least = "1 or more" if data[name] < 1 else f"{MOST} or less"
+                raise self.fail(name, f"got {shown(data[name])}, {least} is needed")
         unknown = sorted(set(data) - set(kinds) - {"schema", "version"})
         if unknown:
             raise self.fail(unknown[0], f"unknown field; the fields are schema, version, {', '.join(kinds)}")
         table = [self.at(f"patterns[{i}]", partial(ir.from_json, x)) for i, x in enumerate(data["patterns"])]
         heads = data["heads"]
         patterns: dict[int, tuple[Pattern, ...]] = {}
+        layers = set(map(str, range(data["layers"])))
         for layer, entry in data["spec"].items():
             place = f"spec.{layer}"
-            if not layer.isdecimal() or int(layer) >= data["layers"]:
+            if layer not in layers:
                 raise self.fail(place, f"not a layer: layers are 0 to {data['layers'] - 1}")
             if isinstance(entry, list):
                 if len(entry) != heads:
@@ -248,22 +275,33 @@ class _Document:
         for layer, entry in enumerate(self.data):
             if set(entry) != {str(h) for h in range(heads)}:
                 found = sorted(entry, key=lambda h: (len(h), h))
-                raise self.fail(f"[{layer}]", f"heads are {found}, but layer 0 has {heads} heads: 0 to {heads - 1}")
+                raise self.fail(
+                    f"[{layer}]", f"heads are {shown(found)}, but layer 0 has {heads} heads: 0 to {heads - 1}"
+                )
             patterns[layer] = tuple(self.minference_head(entry[str(h)], f'[{layer}]["{h}"]') for h in range(heads))
         provenance = {"format": "minference", "file": self.path.name}
         return self.at("", lambda: Config(model, len(self.data), heads, patterns, provenance))
 
     def minference_head(self, entry: Any, place: str) -> Pattern:
         if not isinstance(entry, list) or len(entry) < 3:
-            raise self.fail(place, f"got {entry!r}, [kind, a, b, score] is needed")
+            raise self.fail(place, f"got {shown(entry)}, [kind, a, b, score] is needed")
         kind = entry[0]
-        if kind not in _MINFERENCE:
-            raise self.fail(f"{place}[0]", f"unknown kind {kind!r}: known are {', '.join(_MINFERENCE)}")
+        if not isinstance(kind, str) or kind not in _MINFERENCE:
+            raise self.fail(f"{place}[0]", f"unknown kind {shown(kind)}: known are {', '.join(_MINFERENCE)}")
         name, arguments = _MINFERENCE[kind]
         # MInference's files hold some budgets as floats
         budgets = [int(x) if isinstance(x, float) and x.is_integer() else x for x in entry[1:3]]
         numbers = [self.number(n, f"{place}[{i + 1}]") for i, n in enumerate(budgets)][: len(arguments)]
         return self.at(place, lambda: ir.find(name)(**dict(zip(arguments, numbers, strict=True))))
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError where a name stands twice, of which other readers take other values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the name {shown(name)} stands more than once in one object")
+    return found
 
 
 _MINFERENCE = {

@@ -25,7 +25,7 @@ from ..compiler.orders import TokenOrder, given_order
 from ..compiler.terms import selected_names
 from ..ir.atoms import Member, Touches
 from ..ir.layout import TokenLayout
-from ..ir.pattern import Dense, Pattern, Scope, Tokens, View
+from ..ir.pattern import Dense, Pattern, Scope, Tokens, View, denoted
 from ..ir.queries import QueryTokens
 from ..runtime.calls import TILE
 from ..runtime.classify import Values
@@ -127,7 +127,7 @@ class Denoted:
 def denote(pattern: Pattern, layout: TokenLayout, tile: int) -> Denoted:
     """The expression of a pattern. ValueError where it makes no sense with this layout (frames, but no video)."""
     t = Tokens(layout, tile)
-    return Denoted(sympy.sympify(pattern.denote(t)), t.leaves)
+    return Denoted(denoted(pattern, t), t.leaves)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,13 +155,13 @@ class Probe:
         self._share = share
         layout, device = layer.layout, layer.q.device
         half = torch.float16 if device.type == "cuda" else torch.float32
-        rows = torch.as_tensor(group.rows).to(device)
+        rows = torch.tensor(group.rows, device=device)
         q = layer.q[0, self.heads].index_select(1, rows).float() * (layer.scale or 1.0)
         k, v = layer.k[0, kv].float(), layer.v[0, kv].float()
         # Half precision takes the sum of 32k weights if no |v| is above 1. Errors are relative: a scale is no matter.
         self._unit = v.abs().amax().clamp(min=1e-30)
         v = (v / self._unit).to(half)
-        position = torch.as_tensor(layout.position[0]).to(device)
+        position = torch.tensor(layout.position[0], device=device)
         seen = (position <= position[rows][:, None]) & (position >= 0)
         scores = (q.unflatten(0, (-1, share)).flatten(1, 2) @ k.mT).unflatten(1, (share, -1)).flatten(0, 1)
         scores = scores.nan_to_num_(0.0).masked_fill_(~seen, float("-inf"))
@@ -171,16 +171,16 @@ class Probe:
         self._sides: dict[int | None, tuple[Tensor, Tensor, TokenOrder]] = {None: (weights, v, self._order(every))}
         for m in keys:
             own = np.flatnonzero(layout.of(m)[0]).astype(np.int32)
-            at = torch.as_tensor(own).to(device).long()
+            at = torch.tensor(own, device=device).long()
             self._sides[m] = (weights.index_select(2, at), v.index_select(1, at), self._order(own))
         self._rows = given_order(group.rows, layout.length)
         self.whole = {key: self._times(side[0], side[1]) for key, side in self._sides.items()}
         self.dense = self.whole[None].sums.float() / self.whole[None].mass[..., None]
-        self._strata = torch.as_tensor(group.share).to(device)  # [strata, R]
+        self._strata = torch.tensor(group.share, device=device)  # [strata, R]
         self._weights = self._strata[:, None].expand(-1, len(q), -1)  # [strata, h, R]
         if layer.importance is not None:
             important = layer.importance[self.heads].index_select(1, rows).double()
-            self._weights = (torch.as_tensor(group.tokens).to(device) * important)[None]
+            self._weights = (torch.tensor(group.tokens, device=device) * important)[None]
 
     def _order(self, keys: np.ndarray) -> TokenOrder:
         """Keys by slot, kept with the layout (with it stay the values of attributes on the device)."""

@@ -1,5 +1,5 @@
-"""Answers of one prompt, as JSON on the last line: ``python parallel.py RANKS [compiled]``. A script, because vLLM's
-workers are processes that import it again."""
+"""Answers of two prompts, and how many layers of prefills this process accelerated, as JSON on the last line:
+``python parallel.py RANKS [compiled]``. A script, because vLLM's workers are processes that import it again."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ def main() -> None:
     given = {"tensor_parallel_size": int(sys.argv[1]), "max_num_batched_tokens": 1024}
     given["enforce_eager"] = "compiled" not in sys.argv
     given["distributed_executor_backend"] = "mp" if int(sys.argv[1]) > 1 else None
-    config = {} if "plain" in sys.argv else options(SPEC, threshold=200, backend="reference")
+    config = options(SPEC, threshold=200, backend="reference")
     with serving.engine(serving.text_model(), config, **given) as llm:
-        print("\n" + json.dumps(serving.answers(llm, [serving.ids(1500), serving.ids(30, 1)])), flush=True)
+        found = serving.answers(llm, [serving.ids(1500), serving.ids(30, 1)])
+        layers = serving.accelerated().counters.layers if sys.argv[1] == "1" else None
+        print("\n" + json.dumps({"answers": found, "layers": layers}), flush=True)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def block_sums(
         return _sums_twin(q, means, limit, scale, size, bound)
     assert triton is not None
     tiles = triton.cdiv(blocks, _KEYS)
-    sums, tops = (torch.empty((batch, heads, rows, n), device=q.device) for n in (blocks, tiles))
+    sums, tops = (torch.empty((batch, heads, rows, n), dtype=torch.float32, device=q.device) for n in (blocks, tiles))
     more = (sums, tops) if bound is None else (torch.empty_like(sums), torch.empty_like(tops))
     _sums[(rows, tiles, batch * heads)](
         q, means, limit.contiguous(), sums if bound is None else bound.contiguous(), sums, tops, *more, scale, blocks,
@@ -163,8 +163,8 @@ def block_peaks(q: Tensor, k: Tensor, limit: Tensor, scale: float, size: int) ->
     if not fused(q, size):
         return _peaks_twin(q, k, limit, scale, size)
     assert triton is not None
-    peaks = torch.full((batch, heads, rows, blocks), float("-inf"), device=q.device)
-    lse = torch.empty((batch, heads, rows), device=q.device)
+    peaks = torch.full((batch, heads, rows, blocks), float("-inf"), dtype=torch.float32, device=q.device)
+    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
     _peaks[(triton.cdiv(rows, 64), batch * heads)](
         q, k, limit.contiguous(), peaks, lse, scale, keys, blocks, heads, rows,
         ROWS=64, SIZE=size, D=max(16, triton.next_power_of_2(dim)), DIM=dim, num_warps=4,

@@ -282,8 +282,8 @@ def last_mass(
     n, group, count = k.shape[2], heads // k.shape[1], rows.shape[1]
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
     chunks, tiles = triton.cdiv(n, _KEYS * _BLOCKS), triton.cdiv(size, tile)
-    top = torch.empty((batch, heads, chunks, count), device=q.device)
-    total, lse = torch.empty_like(top), torch.empty((batch, heads, count), device=q.device)
+    top = torch.empty((batch, heads, chunks, count), dtype=torch.float32, device=q.device)
+    total, lse = torch.empty_like(top), torch.empty((batch, heads, count), dtype=torch.float32, device=q.device)
     vertical = estimate_result((batch, heads, size), q.device)
     diagonal = estimate_result((batch, heads, size), q.device).zero_() if distances else None
     diagonals = estimate_result((batch, heads, tiles), q.device)

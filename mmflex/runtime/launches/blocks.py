@@ -154,7 +154,7 @@ def _end_of_visibility(state: PlanState, launch: BlockLaunch, part: Part) -> tup
         real = key < NEVER // 2
         if part.visible_until is None:
             return None, None if (launch.keys.index >= 0).all() else real
-        until = torch.as_tensor(part.visible_until).to(state.device).expand(state.batch, -1)
+        until = torch.tensor(part.visible_until, device=state.device).expand(state.batch, -1)
         return (until - (base or 0)).int().contiguous(), real & (until < NEVER)
 
     return state.program.once(("end of visibility", part, launch.tile_constant, state.batch, state.device), build)

@@ -31,7 +31,7 @@ class DenseExecution(Execution[DenseLaunch]):
         if queries.consecutive and not layout.padded:
             return dense.dense_attention(q, k[:, :, : queries.end], v[:, :, : queries.end], scale, lse, backend)
         out = q.new_zeros((*q.shape[:3], v.shape[3]))
-        sums = torch.full(q.shape[:3], float("-inf"), device=q.device) if lse else None
+        sums = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device) if lse else None
         for b in range(q.shape[0]):
             valid = layout.valid[b % layout.batch_size]
             for first, end in queries.runs:
@@ -66,4 +66,4 @@ class DenseExecution(Execution[DenseLaunch]):
 
 
 def _indices(numbers: np.ndarray, device: torch.device) -> Tensor:
-    return torch.as_tensor(numbers).to(device)
+    return torch.tensor(numbers, device=device)

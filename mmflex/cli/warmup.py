@@ -1,0 +1,52 @@
+"""``mmflex warmup``."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .app import app, fail
+
+
+@app.command()
+def warmup(
+    model: Annotated[str, typer.Argument(help="A folder or hub name; only its config.json is read.")],
+    config: Annotated[Path, typer.Option(help="The config (JSON) that the model will be patched with.")],
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts to come, separated by commas.")] = "32768,131072",
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'auto': a GPU if there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the weights and activations.")] = "bfloat16",
+    backend: Annotated[str, typer.Option(help="As in mmflex.patch.")] = "auto",
+) -> None:
+    """Compile kernels ahead, so that the first long prompt after a start waits less.
+
+    Builds the model's language layers with random weights, one for every other spec, and prefills prompts of text of
+    these lengths. What PyTorch, Triton and flash-attn-4 keep on disk serves the processes to come; `mmflex.warmup` does
+    the rest inside a process.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise fail("mmflex warmup needs transformers: pip install 'mmflex\\[transformers]'")
+    import torch
+
+    from ..integrations.warmup import random_model
+    from ..integrations.warmup import warmup as run
+    from ..tuning.config import load_config
+
+    console = Console()
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise fail(f"--dtype is {dtype!r}: give bfloat16, float16 or float32")
+    try:
+        numbers = [int(part) for part in lengths.split(",")]
+    except ValueError:
+        raise fail(f"--lengths is {lengths!r}: give numbers of tokens, separated by commas") from None
+    try:
+        patched = random_model(model, load_config(config), torch.device(device), kind, backend)
+        for number, seconds in zip(numbers, run(patched, numbers), strict=True):
+            console.print(f"{number:,} tokens: {seconds:.1f} s")
+    except (OSError, ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        raise fail(str(error)) from error
