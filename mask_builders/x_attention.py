@@ -43,12 +43,18 @@ class Antidiagonals:
         """Query-key products for one head and prompt: a stride-th of those of dense attention."""
         return view.rows * view.size / 2 / self.stride
 
+    def query_block(self, view: View) -> int:
+        """Queries of a block, all of which are needed to score it."""
+        stride = view.block_size(self.stride)
+        return -(-view.block_size(self.block_size) // stride) * stride
+
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> BlockMass:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `BlockMass`."""
         batch, heads, _, dim = q.shape
         kv_heads, stride = k.shape[1], view.block_size(self.stride)
-        size = -(-view.block_size(self.block_size) // stride) * stride
+        size = self.query_block(view)
         per = size // stride
+        q, view = view.whole_blocks(q, size)
         cells = arranged(view, stride, size)
         queries, reach, block_reach = (
             array_constant(a, q.device).expand(batch, -1) for a in (cells.queries, cells.reach, cells.block_reach)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .integrations.transformers import DenseFallback, patch, patched, token_layout, unpatch
     from .selfcheck import check
     from .tuning.config import Config, load_config, load_minference_config, save_config
+    from .tuning.default import default_spec
 
 __all__ = [
     "Config",
@@ -40,6 +41,7 @@ __all__ = [
     "check",
     "clear_caches",
     "configure",
+    "default_spec",
     "intercept",
     "last_token_logits",
     "layout_for",
@@ -63,6 +65,7 @@ _LAZY = {
     "DenseFallback": "integrations.transformers",
     "check": "selfcheck",
     "configure": "integrations.registration",
+    "default_spec": "tuning.default",
     "intercept": "integrations.intercept",
     "last_token_logits": "integrations.long_prefill",
     "layout_for": "integrations.layouts",
@@ -95,8 +98,8 @@ _show_in_notebooks()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "plot":
-        return import_module(".plot", __name__)
+    if name in ("distributed", "plot"):
+        return import_module(f".{name}", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_LAZY[name]}", __name__), name)

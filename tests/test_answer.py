@@ -217,7 +217,7 @@ def test_a_dry_run_loads_nothing(
     model = FAMILIES["qwen2_5_vl"].model()
     assert f"{sum(p.numel() for p in model.parameters()) / 1e6:,.0f}M parameters, 2 layers x 4 heads" in text
     assert "8 prefills and two answers of 64 tokens" in text
-    assert "VerticalSlash" in text
+    assert "XAttention" in text
 
 
 def test_text_alone(tmp_path: Path) -> None:

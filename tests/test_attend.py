@@ -24,17 +24,20 @@ from mmflex.runtime.launches import execution
 from mmflex.runtime.streams import SideStream
 
 TILE = 16
+HEAD_AND_TAIL = QueryTokens(((0, 96), (288, 384)))
 
 
 def planned(
-    spec: mmflex.Pattern, queries: int, keys: int, memory: str = "heads"
+    spec: mmflex.Pattern, queries: int | QueryTokens, keys: int, memory: str = "heads"
 ) -> tuple[mmflex.Plan, tuple[Tensor, ...]]:
     """A plan with tiles of 16, and q, k, v in the slots of its only launch."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, heads, n, 32) for heads, n in ((6, queries), (2, keys), (2, keys)))
+    rows = QueryTokens.last(queries, keys) if isinstance(queries, int) else queries
+    q, k, v = (torch.randn(1, heads, n, 32) for heads, n in ((6, rows.count), (2, keys), (2, keys)))
     if memory == "tokens":
         q = q.transpose(1, 2).contiguous().transpose(1, 2)
-    plan = mmflex.plan(q, k, spec, layout=TokenLayout.text(keys), backend="reference", block_size=TILE)
+    where = {"query_positions": rows, "backend": "reference", "block_size": TILE}
+    plan = mmflex.plan(q, k, spec, layout=TokenLayout.text(keys), **where)
     assert len(plan.program.launches) == 1
     return plan, in_slots(plan, q, k, v)
 
@@ -49,16 +52,21 @@ def in_slots(plan: mmflex.Plan, q: Tensor, k: Tensor, v: Tensor, any_length: boo
 
 @pytest.mark.parametrize("memory", ["heads", "tokens"])
 @pytest.mark.parametrize("strip", [1, 2, 6])
-@pytest.mark.parametrize(("queries", "keys"), [(192, 192), (96, 192), (185, 185)])
+@pytest.mark.parametrize(("queries", "keys"), [(192, 192), (96, 192), (185, 185), (HEAD_AND_TAIL, 384)])
 @pytest.mark.parametrize("spec", [VerticalSlash(40, 64, 16), AShape(20, 50)])
 def test_strips_are_the_same_attention(
-    monkeypatch: pytest.MonkeyPatch, spec: mmflex.Pattern, queries: int, keys: int, strip: int, memory: str
+    monkeypatch: pytest.MonkeyPatch,
+    spec: mmflex.Pattern,
+    queries: int | QueryTokens,
+    keys: int,
+    strip: int,
+    memory: str,
 ) -> None:
     """A prompt's queries in strips, as a batch over the same keys: same masks, lists and rows, and no copies."""
     monkeypatch.setattr(backends, "STRIP", strip)
     plan, (q, k, v) = planned(spec, queries, keys, memory)
     ready = plan.state.prepared[0]
-    assert ready.mask_mod.by_slot
+    assert ready.mask_mod.one_for_all
     whole, lse = reference.attend(q, k, v, ready.mask_mod, ready.lists, TILE, plan.scale)
     dealt = backends._in_strips(q, k, v, ready.mask_mod, ready.lists, TILE)
     assert dealt[0].shape == (q.shape[2] // TILE // strip, 6, strip * TILE, 32)
@@ -78,6 +86,31 @@ def test_lists_of_what_is_given_end_where_it_ends() -> None:
     assert [tuple(t.shape) for t in backends._cut(lists, 12, 12)] == [(1, 2, 12), (1, 2, 12, 12)] * 2
     assert [tuple(t.shape) for t in backends._cut(lists, 12, 40)] == [(1, 2, 12), (1, 2, 12, 13)] * 2
     assert [tuple(t.shape) for t in backends._cut(lists, 13, 12)] == [(1, 2, 13), (1, 2, 13, 12)] * 2
+
+
+@pytest.mark.parametrize(
+    ("queries", "in_place"),
+    [
+        (QueryTokens(((0, 96), (288, 384))), True),  # whole tiles
+        (QueryTokens(((0, 96), (288, 381))), True),  # the last one is not full
+        (QueryTokens(((100, 381),)), False),  # the first one begins within a tile
+        (QueryTokens(((0, 90), (288, 384))), False),
+        (QueryTokens(((96, 381),)), True),
+    ],
+)
+def test_queries_that_fill_their_slots_in_order_are_not_copied(queries: QueryTokens, in_place: bool) -> None:
+    plan, _ = planned(VerticalSlash(40, 64, 16), queries, 384)
+    (launch,) = plan.program.launches
+    assert launch.rows.stays(any_length=True) == in_place
+    q, k, v = (torch.randn(1, heads, n, 32) for heads, n in ((6, queries.count), (2, 384), (2, 384)))
+    assert (in_slots(plan, q, k, v, True)[0].data_ptr() == q.data_ptr()) == in_place
+    if in_place and launch.rows.slots > queries.count:
+        rows, keys, values = in_slots(plan, q, k, v, True)
+        ready = plan.state.prepared[0]
+        lists = backends._cut(ready.lists, -(-queries.count // TILE), keys.shape[2] // TILE)
+        padded = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[2] % TILE))
+        found, _ = reference.attend(padded, keys, values, ready.mask_mod, lists, TILE, plan.scale)
+        torch.testing.assert_close(found[:, :, : queries.count], plan.attend(q, k, v))
 
 
 def test_only_long_prompts_go_in_strips() -> None:

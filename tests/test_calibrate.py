@@ -39,7 +39,7 @@ from mmflex.compiler.program import Program
 from mmflex.ir.queries import QueryTokens
 from mmflex.tuning.calibrate import ATTEND, Settings, attend_features, blank, calibrate, fit, least_squares
 from mmflex.tuning.cases import Case, Sample, fit_cases
-from mmflex.tuning.cost import counted, program_of
+from mmflex.tuning.cost import Link, counted, program_of
 from mmflex.tuning.cost import predict as predict_any
 
 CPU = torch.device("cpu")
@@ -284,6 +284,41 @@ def test_predictions_grow_with_blocks_tokens_and_prompts() -> None:
     one, four = (predict(made, batch=batch) for batch in (1, 4))
     assert one.attend_ms < four.attend_ms < 4 * one.attend_ms
     assert expected_work(made, 1)[0].times(4) == expected_work(made, 4)[0]
+
+
+def test_ranks_share_the_work_and_wait_for_keys() -> None:
+    """Attending shrinks with the ranks, planning does not. Keys are waited for, values as long as planning does not
+    hide them, or all of it where patterns select by them."""
+    tokens, link = 32768, Link(gbs=2.0, call_ms=0.5, key_bytes=64)
+    for spec, queries, hides in (
+        (AShape(128, 4096), 0.0, True),
+        (VerticalSlash(200, 4096), 0.5, True),
+        (BlockTopK(40, values=0.2), 0.5, False),
+    ):
+        made = program(spec, tokens, PLANTED)
+        one = predict_any(made)
+        assert one.communication_ms == 0
+        for ranks in (2, 4):
+            several = predict_any(made, ranks=ranks, link=link)
+            assert several.attend_ms == pytest.approx(one.attend_ms / ranks, rel=0.15), (spec, ranks)
+            if spec != AShape(128, 4096):
+                assert several.planning_ms > 1.2 * one.planning_ms / ranks
+            each = 0.5 + tokens * 2 * 64 * (1 - 1 / ranks) / 2e6
+            exposed = max(0.0, each - several.planning_ms) if hides else each
+            assert several.communication_ms == pytest.approx(queries + each + exposed)
+            four = predict_any(made, batch=4, ranks=ranks, link=link)
+            assert four.communication_ms > several.communication_ms
+            parts = (getattr(several, f"{part}_ms") for part in ("attend", "dense", "moving", "planning", "waiting"))
+            assert several.total_ms == pytest.approx(sum(parts) + several.communication_ms)
+
+
+def test_what_is_not_dealt_out_is_not_predicted() -> None:
+    spec, layout = AShape(128, 128), mmflex.TokenLayout.text(1024)
+    for made in (random_plan(spec, layout), program_of(spec, layout, 4, 2, queries=512)):
+        with pytest.raises(ValueError, match=r"ranks is 2: give the program of a whole prompt \(program_of\)"):
+            predict_any(made, ranks=2)
+    with pytest.raises(ValueError, match=r"1024 tokens are 8 tiles of 128, but 5 ranks need 10"):
+        predict_any(program(spec, 1024), ranks=5)
 
 
 def test_the_host_counts_only_where_nothing_hides_it() -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mask_builders import AShape, BlockTopK, Boundary2D, Dense, Grid, QBoundary, VerticalSlash
+from mmflex import plan
 from mmflex.tuning.config import Config, head_slice, load_config, load_minference_config, per_layer, save_config
 
 MIXED = {
@@ -32,6 +34,33 @@ def config(**changes: Any) -> Config:
         "provenance": {"by": ["search", 1]},
     }
     return Config(**{**values, **changes})
+
+
+def test_resized_configs_keep_their_density() -> None:
+    def density(made: Config, tokens: int) -> float:
+        torch.manual_seed(0)
+        q, k = torch.randn(1, 4, tokens, 16), torch.randn(1, 2, tokens, 16)
+        return plan(q, k, made.patterns[0], backend="reference").density.total
+
+    heads = (AShape(128, 512), BlockTopK(4), VerticalSlash(128, 384), AShape(0, 256) | BlockTopK(3))
+    made = Config("", 1, 4, {0: heads}, {"tokens": 2048})
+    sample = density(made, 2048)
+    assert density(made, 4096) < 0.7 * sample
+    assert density(made.resized(4096), 4096) == pytest.approx(sample, rel=0.1)
+    assert made.resized(4096).patterns[0][:2] == (AShape(128, 1024), BlockTopK(8))
+    assert made.resized(2048).patterns == made.patterns
+    assert made.resized(4096).provenance == {"tokens": 4096, "resized from": 2048}
+    assert made.resized(4096).resized(2048).patterns == made.patterns
+    assert config().resized(600, sample=300).patterns[3] == (BlockTopK(200),) * 4
+
+
+def test_what_cannot_be_resized() -> None:
+    with pytest.raises(ValueError, match="this config does not say how long its sample was"):
+        config().resized(4096)
+    with pytest.raises(ValueError, match="tokens is 0: a length is a whole number"):
+        config(provenance={"tokens": 100}).resized(0)
+    with pytest.raises(ValueError, match="sample is -5: a length"):
+        config().resized(100, sample=-5)
 
 
 def test_round_trip(tmp_path: Path) -> None:

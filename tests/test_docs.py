@@ -224,6 +224,24 @@ def test_tables_of_real_weights_say_what_the_file_says(tmp_path: Path, monkeypat
     ]
 
 
+def test_the_table_of_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmflex.evaluation.real.report import Method, Report, TextRow
+    from mmflex.evaluation.real.score import Interval, Scores
+
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert results.default() == ""
+    kl = Interval(0.0314, 0.02, 0.04)
+    scores = Scores(21.0, 20.0, Interval(0.05, 0.04, 0.06), kl, kl, 0.9, 0.8, 0.2, 0.02, 0.1, 0.01, (0.2,) * 8, 99, 9)
+    found = []
+    for label in ("A-shape", "default:high"):
+        method = Method("x", label, "as given", None, False, 0.29, 0.1, 0.294, 0.0156, "cpu")
+        found.append(TextRow("prose", 4096, 1, method, scores, (21.0,)))
+    Report(tuple(found), (), (), ()).save(tmp_path / "real-x.json")
+    assert rows(results.default()) == [
+        "| `default:high` | prose | 4k | 1 | 29% | 1.6% | +5.0% (+4.0% to +6.0%) | 0.031 | 0.031 | 90.0% |"
+    ]
+
+
 def test_an_unknown_table_is_an_error() -> None:
     with pytest.raises(ValueError, match="no table 'nothing': use one of attention"):
         markers.with_tables("<!-- table: nothing -->")

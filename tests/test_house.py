@@ -12,9 +12,9 @@ FOUNDATIONS = ("ir", "compiler", "runtime")
 
 @pytest.mark.parametrize("module", sorted(GRAPH.nodes))
 def test_imports_go_one_way(module: str) -> None:
-    """ir <- compiler <- runtime <- tuning <- plot <- integrations <- evaluation <- selfcheck <- cli; patterns stand on
-    the first three alone, and only the self-check, the command line and the demo name them: others find them by their
-    entry points."""
+    """ir <- compiler <- runtime <- distributed <- tuning <- plot <- integrations <- evaluation <- selfcheck <- cli;
+    patterns stand on the first three alone, and only the self-check, the command line and the demo name them: others
+    find them by their entry points."""
     own = house.room(module)
     for other in GRAPH.successors(module):
         room = house.room(other)

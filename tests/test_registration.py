@@ -17,8 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 import mmflex  # noqa: E402
 import mmflex.runtime.attention as runtime  # noqa: E402
-from mask_builders import AShape, Dense, VerticalSlash  # noqa: E402
-from mmflex.integrations import registration  # noqa: E402
+from mask_builders import AShape, Dense  # noqa: E402
 
 SPEC = AShape(128, 128)
 IDS = torch.randint(5, 90, (1, 400), generator=torch.Generator().manual_seed(1))
@@ -133,14 +132,24 @@ def test_a_language_model_inside_another_is_patched_with_it() -> None:
     assert torch.equal(again.model(IDS).last_hidden_state, hidden)
 
 
+def test_compiled_before_its_first_forward() -> None:
+    compiled = torch.compile(built("mmflex"), backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(IDS).logits, wanted(), atol=1e-5, rtol=1e-4)
+
+
 def test_options() -> None:
     model = built("mmflex")
     mmflex.configure({1: Dense()}, backend="reference")
     model(IDS)
     assert vars(model)["_mmflex_patch"].spec == {1: (Dense(),) * 4}
-    mmflex.configure()
-    assert registration._arguments()["spec_or_config"] == VerticalSlash(1000, 4096)
-    with pytest.raises(TypeError, match="no option 'tiles': it takes spec, backend, mlp_chunk, vision, fuse"):
+    mmflex.configure(quality="fast")
+    other = built("mmflex")
+    other(IDS)
+    assert vars(other)["_mmflex_patch"].spec[0] == (mmflex.default_spec("fast"),) * 4
+    with pytest.raises(ValueError, match="a spec is given: leave one out"):
+        mmflex.configure(SPEC, quality="fast")
+    with pytest.raises(TypeError, match="no option 'tiles': it takes spec, quality, backend, mlp_chunk, vision, fuse"):
         mmflex.configure(tiles=3)
 
 

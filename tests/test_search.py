@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
@@ -12,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import mmflex
 from benchmarks import planted
 from mask_builders import AShape, BlockTopK, Boundary2D, Dense, Grid, QBoundary, VerticalSlash
 from mmflex.cli import app
+from mmflex.integrations.progress import LayerProgress
 from mmflex.tuning import candidates, probe
 from mmflex.tuning.budget import Budget, Option, Unreachable, allocate, knapsack
 from mmflex.tuning.config import load_config, save_config
@@ -583,6 +586,50 @@ def test_search_on_the_command_line(tensors: Path, tmp_path: Path) -> None:
     assert set(config.patterns) == {0, 1}
     assert config.provenance["prompt"].startswith("text 45 | video 200")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["found.json", "qkv.safetensors", "table.json"]
+
+
+def test_a_search_for_other_lengths_on_the_command_line(tensors: Path, tmp_path: Path) -> None:
+    table, out = tmp_path / "table.json", tmp_path / "found.json"
+    table.write_text(json.dumps([VerticalSlash(40, 128, 16, near=1).to_json()]))
+    arguments = ("--qkv", str(tensors), "--candidates", str(table), "--rows", "20", "--backend", "reference")
+    arguments = (*arguments, "--budget", "density=0.9", "-o", str(out))
+    text = output_of(*arguments)
+    tokens = load_config(out).provenance["tokens"]
+    assert f"the figures hold for {tokens:,} tokens; on prompts twice as long, about half the density" in text
+    found = load_config(out)
+    text = output_of(*arguments, "--for", str(3 * tokens))
+    assert f"budgets resized from {tokens:,} to {3 * tokens:,} tokens" in text
+    assert load_config(out) == found.resized(3 * tokens) != found
+    assert "--for is 0: give the tokens of a prompt" in output_of(*arguments, "--for", "0", code=1)
+
+
+def test_progress_is_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    q, k, v = qkv()
+    layers = [(i, q, k, v) for i in (0, 2, 5)]
+    options: dict[str, Any] = {"candidates": TABLE[:1], "budget": "density=0.9", "rows": 10, "layout": LAYOUT}
+    mmflex.search(layers, block_size=16, **options)
+    printed = capsys.readouterr()
+    first, second, last = printed.err.splitlines()
+    assert first == "searching patterns in 3 layers"
+    assert re.fullmatch(r"layer 0: 1 of 3, \d+ s, about \d+ s left", second)
+    assert re.fullmatch(r"layer 5: 3 of 3, \d+ s", last)
+    assert not printed.out
+    mmflex.search(layers, block_size=16, progress=False, **options)
+    assert not capsys.readouterr().err
+
+
+def test_progress_estimates_from_the_layers_that_took_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("mmflex.integrations.progress.time.monotonic", lambda: now[0])
+    text = io.StringIO()
+    with LayerProgress(10, console=Console(file=text)) as shown:
+        for layer in range(4):  # of an earlier run
+            shown.end(layer, searched=False)
+        for layer in range(4, 7):
+            now[0] += 8
+            shown.end(layer)
+    want = ["searching patterns in 10 layers", "layer 4: 5 of 10, 8 s, about 40 s left"]
+    assert text.getvalue().splitlines() == [*want, "layer 6: 7 of 10, 24 s, about 24 s left"]
 
 
 def test_an_interrupted_search_on_the_command_line(

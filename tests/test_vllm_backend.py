@@ -36,6 +36,7 @@ from mmflex.integrations.vllm.pages import ProbedPages, StridedPages, split_page
 from mmflex.integrations.vllm.requests import Prompt, Requests, Step, _current, follow_runner
 from mmflex.integrations.vllm.settings import read_settings
 from mmflex.integrations.vllm.warmup import lengths
+from mmflex.tuning.default import default_spec
 
 torch.set_num_threads(1)
 HEADS, KV_HEADS, DIM, PAGE, LAYERS = 4, 2, 16, 32, 2
@@ -674,7 +675,9 @@ def test_settings_say_what_is_wrong(tmp_path: Any) -> None:
     file = tmp_path / "config.json"
     mmflex.save_config(mmflex.Config.of({1: AShape(8, 64)}, LAYERS, HEADS), file)
     assert read_settings({"mmflex": str(file)}).for_model(LAYERS, HEADS) == {1: (AShape(8, 64),) * HEADS}  # type: ignore[union-attr]
-    assert read_settings({"mmflex": "default"}).for_model(1, 1) == {0: (VerticalSlash(1000, 2048),)}  # type: ignore[union-attr]
+    high = {"mmflex": {"config": "default:high"}}
+    assert read_settings(high).for_model(1, 2) == {0: (default_spec("high"),) * 2}  # type: ignore[union-attr]
+    assert read_settings({"mmflex": "default"}).for_model(1, 1) == {0: (default_spec(),)}  # type: ignore[union-attr]
     short = {
         "mmflex": {"spec": {"0": [{"pattern": "AShape", "sink": 4, "local": 64}]}, "threshold": 9, "backend": "flash"}
     }
@@ -687,6 +690,7 @@ def test_settings_say_what_is_wrong(tmp_path: Any) -> None:
         ({}, "neither"),
         ({"config": "default", "spec": {}}, "needs one of spec and config"),
         ({"config": 3}, "config is 3"),
+        ("default:best", "quality is 'best': use 'high', 'balanced', 'fast'"),
         ({"config": "default", "threshold": 0}, "threshold is 0"),
         ({"config": "default", "backend": "quick"}, "unknown backend 'quick'"),
         ({"spec": {"first": {}}}, "by layer number"),

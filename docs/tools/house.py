@@ -17,7 +17,7 @@ import networkx as nx
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("mmflex", "mask_builders")
-ROOMS = ("ir", "compiler", "runtime", "tuning", "plot", "integrations", "evaluation", "selfcheck", "cli")
+ROOMS = ("ir", "compiler", "runtime", "distributed", "tuning", "plot", "integrations", "evaluation", "selfcheck", "cli")
 """Folders of mmflex, each of which may import those to its left."""
 
 _LODGERS = {"mmflex.version": "ir", "mmflex.demo": "cli"}
@@ -102,9 +102,8 @@ def draw(graph: nx.DiGraph, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rooms, size = between_rooms(graph), sizes()
-    height = {name: i for i, name in enumerate(("ir", "compiler", "runtime", "tuning", "plot", "integrations"))}
-    height |= {"evaluation": 6, "selfcheck": 7, "cli": 8, "top": 9, "mask_builders": 3}
-    place = {name: (0.0 if name != "mask_builders" else 1.6, float(height.get(name, 9))) for name in rooms.nodes}
+    height = {name: i for i, name in enumerate((*ROOMS, "top"))} | {"mask_builders": 3}
+    place = {name: (0.0 if name != "mask_builders" else 1.6, float(height[name])) for name in rooms.nodes}
     figure, ax = plt.subplots(figsize=(6.5, 7.0))
     for a, b in nx.transitive_reduction(rooms).edges:
         bend = 0.5 if place[a][0] == place[b][0] and abs(place[a][1] - place[b][1]) > 1 else 0.0
@@ -116,7 +115,7 @@ def draw(graph: nx.DiGraph, path: Path) -> None:
         ax.text(
             x, y, label, ha="center", va="center", fontsize=9, bbox={"boxstyle": "round", "fc": "#dde8f4", "ec": "0.4"}
         )
-    ax.set(xlim=(-1.8, 2.6), ylim=(-0.6, 9.6))
+    ax.set(xlim=(-1.8, 2.6), ylim=(-0.6, len(ROOMS) + 0.6))
     ax.axis("off")
     figure.savefig(path, dpi=110, bbox_inches="tight")
 

@@ -299,12 +299,26 @@ def real() -> str:
             rows = [row for row in texts if (row["text"], row["tokens"]) == (text, length)]
             dense = rows[0]["scores"]["dense"]
             lines = [["dense", "-", "100%", "-", f"{dense:.2f}", *["-"] * 6], *map(_predictions, rows)]
-            about = f"*{text}*, {tokens(length)} tokens, {rows[0]['windows']} windows:"
+            about = f"*{text}*, {tokens(length)} tokens, {rows[0]['windows']} window{'s' * (rows[0]['windows'] != 1)}:"
             parts.append(f"{about}\n\n{markdown(columns, lines)}")
         if data.get("needles"):
             head = ("task", "tokens", "method", "setting", "ran", "right", "dense", "of dense's right")
             parts.append(f"Needles:\n\n{markdown(head, map(_needles, data['needles']))}")
     return "\n\n".join(parts)
+
+
+def default() -> str:
+    """What the default spec costs in predictions: a row for each quality, text and length."""
+    columns = ("spec", "text", "tokens", "windows", "ran", "estimates", "perplexity, over dense", "KL, all rows",
+               "KL, last rows", "first choice as dense")  # fmt: skip
+    lines = []
+    for _, data in load("real-*.json"):
+        for row in data.get("texts", []):
+            if row["method"]["label"].startswith("default"):
+                _, _, ran, estimates, _, over, kl, kl_last, _, _, same = _predictions(row)
+                name, length = f"`{row['method']['label']}`", tokens(row["tokens"])
+                lines.append([name, row["text"], length, str(row["windows"]), ran, estimates, over, kl, kl_last, same])
+    return markdown(columns, lines) if lines else ""
 
 
 def _predictions(row: dict[str, Any]) -> list[str]:
@@ -422,5 +436,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "real": real,
     "chunks": chunks,
     "serving": serving,
+    "default": default,
     "files": files,
 }

@@ -34,8 +34,9 @@ def run(
     spec: Annotated[
         str | None,
         typer.Option(
-            help="A config or pattern as a JSON file, one of MInference's files, or a pattern's JSON itself.",
-            show_default='what attn_implementation="mmflex" takes',
+            help="'default', 'default:high', 'default:fast', a config or pattern as a JSON file, one of MInference's "
+            "files, or a pattern's JSON itself.",
+            show_default="default",
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 64,
@@ -112,9 +113,7 @@ def run(
 
 
 def _spec(given: str | None) -> Any:
-    from ..integrations.registration import default_spec
-
-    return default_spec() if given is None else spec_of(given)[1]
+    return spec_of("default" if given is None else given)[1]
 
 
 def _device(name: str) -> str:

@@ -22,8 +22,9 @@ def evaluate_(
         list[str] | None,
         typer.Argument(
             metavar="[SPEC_OR_CONFIG]...",
-            help="Run as they are: a config or a pattern as a JSON file, one of MInference's files, or a pattern's "
-            """JSON itself, such as '{"pattern": "AShape", "version": 1, "local": 2048}'.""",
+            help="Run as they are: 'default' (or 'default:high', 'default:fast'), a config or a pattern as a JSON "
+            "file, one of MInference's files, or a pattern's JSON itself, such as "
+            """'{"pattern": "AShape", "version": 1, "local": 2048}'.""",
         ),
     ] = None,
     model: Annotated[

@@ -20,10 +20,14 @@ def numbers_of(text: str, kind: type, option: str) -> list[Any]:
 
 
 def spec_of(text: str) -> tuple[str, Any]:
-    """(label, spec) of an argument: a file, or a pattern's JSON itself."""
+    """(label, spec) of an argument: "default", a file, or a pattern's JSON itself."""
     from ..ir.pattern import Pattern
     from ..tuning.config import load_config, load_minference_config
+    from ..tuning.default import default_named
 
+    default = default_named(text)
+    if default is not None:
+        return text, default
     if text.lstrip().startswith("{"):
         try:
             pattern = Pattern.from_json(json.loads(text))
@@ -32,7 +36,7 @@ def spec_of(text: str) -> tuple[str, Any]:
         return str(pattern), pattern
     path = Path(text)
     if not path.is_file():
-        raise ValueError(f"there is no file {text}; give a config, or a pattern's JSON in quotes")
+        raise ValueError(f"there is no file {text}; give a config, 'default', or a pattern's JSON in quotes")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -48,6 +48,12 @@ def search(
         int | None,
         typer.Option(help="Length of the sample: of a task's prompt (default 8192), or to cut a text to."),
     ] = None,
+    prompts: Annotated[
+        int | None,
+        typer.Option(
+            "--for", help="Tokens of the prompts that the config is for, if not the sample's: budgets are resized."
+        ),
+    ] = None,
     video: Annotated[Path | None, typer.Option(help="For a model in a folder: a video file to read.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="An image file; may be given several times.")] = None,
     text: Annotated[
@@ -97,6 +103,8 @@ def search(
         raise fail("give a model (a folder, or a task) or --qkv FILE, one of the two")
     if not output.parent.is_dir():
         raise fail(f"there is no folder {output.parent} for the config: make it first")
+    if prompts is not None and prompts < 1:
+        raise fail(f"--for is {prompts}: give the tokens of a prompt")
     progress = output.with_name(output.name + ".progress")
     if progress.exists() and not resume:
         raise fail(f"{progress} holds a search that was interrupted: go on with --resume, or remove it")
@@ -122,11 +130,13 @@ def search(
                 Path(model), tokens, media, where
             )  # fmt: skip
         config = find(given, sample, checkpoint=progress, **options)
-        save_config(config, output)
+        fitted = config if prompts is None else config.resized(prompts)
+        save_config(fitted, output)
     except (ValueError, TypeError, OSError, NotImplementedError, RuntimeError, ImportError) as error:
         raise fail(_plain(error)) from error
     progress.unlink(missing_ok=True)
     _summary(config, console)
+    console.print(_promise(config, fitted), soft_wrap=True, highlight=False)
     console.print(f"written to {output}; look at it with [bold]mmflex show {output}[/]", soft_wrap=True)
 
 
@@ -255,6 +265,17 @@ def _layout(text: str) -> Any:
 
 
 # ---- what was found --------------------------------------------------------------------------------------------------
+
+
+def _promise(config: Config, fitted: Config) -> str:
+    """For which lengths the budget holds."""
+    made, tokens = config.provenance["tokens"], fitted.provenance["tokens"]
+    if made != tokens:
+        return f"budgets resized from {made:,} to {tokens:,} tokens: the figures above are those of the sample"
+    return (
+        f"the figures hold for {made:,} tokens; on prompts twice as long, about half the density: --for TOKENS, or "
+        "config.resized(tokens), makes a config for another length"
+    )
 
 
 def _summary(config: Config, console: Console) -> None:

@@ -235,7 +235,7 @@ class Launch:
     def _moved(self, layout: TokenLayout, heads: int | None, any_length: bool, gathers: bool = False) -> float:
         """Where queries and keys are used as they stand if they can be."""
         tile, out = self.rows.tile, 0.0
-        if not self.rows.stays(layout, any_length):
+        if not self.rows.stays(any_length):
             out += 2.0 * len(self.heads.heads) * (self.row_slots // tile)
         elif heads is not None and not self.heads.in_place(heads):
             ways = 2.0 if view_of(self.heads.heads, heads) is None else 1.0  # only the output has to be put there
@@ -247,7 +247,7 @@ class Launch:
     def _keys_stay(self, layout: TokenLayout, any_length: bool) -> bool:
         """Whether k and v are used as they stand."""
         kv = self.heads.kv_heads
-        return view_of(kv, max(kv) + 1) is not None and self.keys.stays(layout, any_length)
+        return view_of(kv, max(kv) + 1) is not None and self.keys.stays(any_length)
 
     def expected_work(self, layout: TokenLayout, heads: int | None = None, any_length: bool = False) -> Work:
         """For one prompt of a batch.

@@ -96,9 +96,14 @@ class TokenOrder:
         consecutive = self.queries is None or self.queries.consecutive
         return self.natural and consecutive and not self.first_token and not layout.padded
 
-    def stays(self, layout: TokenLayout, any_length: bool) -> bool:
+    @cached_property
+    def in_place(self) -> bool:
+        """Slot i holds query (or key) i, for all of them; the slots behind are empty."""
+        return self.slots >= self.tokens and bool((self.index[:, : self.tokens] == np.arange(self.tokens)).all())
+
+    def stays(self, any_length: bool) -> bool:
         """Whether tokens are used as they stand: each is in its slot, and they fill all slots, or need not."""
-        return self.identity or (any_length and self.slots_are_positions(layout))
+        return self.identity or (any_length and self.in_place)
 
     @cached_property
     def filled(self) -> np.ndarray:

@@ -41,9 +41,10 @@ class Prediction:
     """Predicted milliseconds of one call, planning counted.
 
     Attributes:
-        total_ms: the sum of the following five.
+        total_ms: the sum of the following six.
         attend_ms: block-sparse launches. dense_ms: plain attention. moving_ms: rows copied in, out, and merged.
         planning_ms: estimates, selections, block lists. waiting_ms: exposed host time.
+        communication_ms: of one of several ranks, what it waits for keys, values and queries of the others.
         launches: attending and moving, launch by launch.
         exact: from the block lists of a plan; else expected from the expressions.
         constants: the prices.
@@ -57,10 +58,12 @@ class Prediction:
     launches: tuple[LaunchPrediction, ...]
     exact: bool
     constants: Constants
+    communication_ms: float = 0.0
 
     @property
     def total_ms(self) -> float:
-        return self.attend_ms + self.dense_ms + self.moving_ms + self.planning_ms + self.waiting_ms
+        parts = (self.attend_ms, self.dense_ms, self.moving_ms, self.planning_ms, self.waiting_ms)
+        return sum(parts) + self.communication_ms
 
 
 # ---- how often each price counts -------------------------------------------------------------------------------------

@@ -132,6 +132,25 @@ def _block_topk(trace: Trace, config: Config | None) -> list[Ladder]:
     return [_of("BlockTopK", _tiles(trace), blocks=lambda i: i + 1)]
 
 
+def _stem(trace: Trace, config: Config | None) -> list[Ladder]:
+    """Block top-k whose budget falls along the prompt, scored without and with the values."""
+
+    def ladder(values: float) -> Ladder:
+        return _of("BlockTopK", _tiles(trace), blocks=lambda i: i + 1, decay=lambda i: 0.7, values=lambda i: values)
+
+    return [ladder(0.0), ladder(0.2)]
+
+
+def _triangle_mix(trace: Trace, config: Config | None) -> list[Ladder]:
+    """How many lower layers stay dense; the upper ones have the paper's tri-shape."""
+    lower, upper = find("Dense")(), find("TriShape")(8, 512, 128)
+
+    def at(i: int) -> Setting:
+        return Setting(f"{i} dense layers, then {upper}", {n: lower if n < i else upper for n in range(trace.depth)})
+
+    return [Ladder(trace.depth + 1, at)]
+
+
 SHARES = tuple(1 - 2 ** (-k / 8) for k in range(1, 81))
 """Shares of the attention mass to keep, denser towards 1: 0.083, 0.16, 0.23 ... 0.5 ... 0.9, 0.92 ... 0.999."""
 
@@ -147,7 +166,31 @@ def _x_attention(trace: Trace, config: Config | None) -> list[Ladder]:
     return [_by_share("XAttention", "threshold", {"stride": stride, "blocks": _tiles(trace)}) for stride in (8, 16)]
 
 
-def _by_share(name: str, field: str, fixed: dict[str, int]) -> Ladder:
+def _prism(trace: Trace, config: Config | None) -> list[Ladder]:
+    return [_by_share("Prism", "threshold", {"blocks": _tiles(trace)})]
+
+
+def _proxy_attn(trace: Trace, config: Config | None) -> list[Ladder]:
+    """gamma decides alone, without the paper's floor of 2048 tokens; a proxy for each KV head, or one for three."""
+    fixed = {"blocks": _tiles(trace), "minimum": TILE}
+    return [_by_share("ProxyAttn", "gamma", {**fixed, "kv_heads": shared}, "kv_heads") for shared in (1, 3)]
+
+
+def _flash_prefill(trace: Trace, config: Config | None) -> list[Ladder]:
+    """A cut that falls. What the paper forces is a third of a prompt of 4k tokens, so a second ladder forces little."""
+    kind, blocks = find("FlashPrefill"), _tiles(trace)
+
+    def ladder(**forced: int) -> Ladder:
+        def at(i: int) -> Setting:
+            pattern = kind(alpha=round(1 - SHARES[i], 4), blocks=blocks, **forced)
+            return Setting(str(pattern), pattern)
+
+        return Ladder(len(SHARES), at)
+
+    return [ladder(), ladder(near=TILE, sink=TILE, last=0)]
+
+
+def _by_share(name: str, field: str, fixed: dict[str, int], shown: str = "stride") -> Ladder:
     try:
         kind: Callable[..., Pattern] = find(name)
     except ValueError:
@@ -156,7 +199,7 @@ def _by_share(name: str, field: str, fixed: dict[str, int]) -> Ladder:
     def at(i: int) -> Setting:
         share = round(SHARES[i], 4)
         return Setting(
-            f"{field} {share:g}" + (f", stride {fixed['stride']}" if "stride" in fixed else ""),
+            f"{field} {share:g}" + (f", {shown} {fixed[shown]}" if shown in fixed else ""),
             kind(**{field: share}, **fixed),
         )
 
@@ -239,9 +282,15 @@ METHODS = {
         Method("minference", "MInference", "vertical-slash on every head; of three ratios the best", _minference),
         Method("block-topk", "block top-k", "the best key blocks by mean-pooled scores, as many for each query block",
                _block_topk),
+        Method("stem", "Stem", "block top-k with budgets that fall along the prompt; with and without values", _stem),
         Method("flexprefill", "FlexPrefill", "blocks or lines that hold gamma of the mass, tau 0.1", _flex_prefill),
         Method("xattention", "XAttention", "antidiagonal scores to a threshold; of two strides the best",
                _x_attention),
+        Method("prism", "Prism", "mean-pooled blocks by bands of rotary frequencies, to a threshold", _prism),
+        Method("flashprefill", "FlashPrefill", "blocks above a share of the heaviest; forced as in the paper or little",
+               _flash_prefill),
+        Method("proxyattn", "ProxyAttn", "blocks ranked by proxies that heads share, budgets by gamma", _proxy_attn),
+        Method("triangle-mix", "TriangleMix", "dense lower layers, as many as fit, and a tri-shape", _triangle_mix),
         Method(
             "mminference-intra", "MMInference w/o inter", "the config with each head's best part over all tokens",
             _searched, _intra_only,

@@ -20,6 +20,10 @@ from torch import nn
 NAME = "mmflex"
 """The name under which the attention and the mask function are registered with transformers."""
 
+DECODE_QUERIES = 64
+"""On a cache, fewer new tokens than this are decoding (assisted decoding checks a few at a time): there is nothing to
+save, and patterns are estimated from this many queries."""
+
 
 @dataclass(eq=False)
 class MaskDescription:

@@ -10,10 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from mmflex.distributed.estimates import check_whole_layers
+from mmflex.ir.layout import TokenLayout
+from mmflex.ir.pattern import Pattern
 from mmflex.tuning.config import head_slice
 
 from .closed import INSIDE, layer_attention
-from .masks import MaskDescription, causal_description, dense_function, previous_implementation
+from .masks import DECODE_QUERIES, MaskDescription, causal_description, dense_function, previous_implementation
+from .notice import MostlyDense
 from .prompts import LayoutUnknown
 from .window import SlidingWindow
 
@@ -23,6 +27,7 @@ class PatchedModel(Protocol):
 
     root: nn.Module
     owner: Any
+    text_model: nn.Module
     config: Any
     modules: list[nn.Module]
     spec: dict[int, tuple[Any, ...]]
@@ -30,15 +35,14 @@ class PatchedModel(Protocol):
     previous: str
     number: int
     called: bool
+    noticed: set[str]
     prompt: Any
     observer: Callable[..., None] | None
+    context_parallel: Any
+
+    mostly_dense: MostlyDense
 
     def notice(self, reason: str, kind: str = "") -> None: ...
-
-
-DECODE_QUERIES = 64
-"""On a cache, fewer new tokens than this are decoding (assisted decoding checks a few at a time): there is nothing to
-save, and patterns are estimated from this many queries."""
 
 
 SMALL_WINDOWED = 4096
@@ -78,6 +82,15 @@ def attention_forward(
     layer = module.layer_idx
     if patch.observer is not None:
         patch.observer(module, query, key, value, attention_mask, scaling, kwargs)
+    if patch.context_parallel is not None:
+        if query.shape[2] > 1:
+            _refuse(module, dropout, kwargs)
+        over_ranks, key, value = patch.context_parallel.attention(
+            module, slot.dense, query, key, value, attention_mask, scaling, kwargs
+        )
+        if over_ranks is not None:
+            return over_ranks, None
+    key, value = (own_kv_heads(patch, query.shape[1], t) for t in (key, value))
     out = None
     if query.shape[2] > 1 and layer in patch.spec:
         _refuse(module, dropout, kwargs)
@@ -207,7 +220,7 @@ def _run(
             backend = resolve(backend, query.device, width, query.dtype).name
         else:
             layout = patch.prompt.layout(batch, padding, first, past, end)
-            spec = head_slice(patch.spec[layer], heads, _tensor_parallel_rank(patch, heads, len(patch.spec[layer])))
+            spec = own_patterns(patch, layer, heads, layout)
     except LayoutUnknown as error:
         patch.notice(f"{error}", kind="layout")
         return None
@@ -215,6 +228,8 @@ def _run(
     wide = max(width, value.shape[-1])
     query, key, padded = (_widened(x, wide) for x in (query, key, value))
     out = attention(query, key, padded, spec, layout=layout, scale=scaling, backend=backend)
+    if backend == "auto":
+        patch.mostly_dense.ran(layer, tuple(spec), layout)
     return out[..., : value.shape[-1]]
 
 
@@ -264,10 +279,42 @@ def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
     return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
-def _tensor_parallel_rank(patch: PatchedModel, heads: int, patterns: int) -> int | None:
-    if heads == patterns:
+def tensor_parallel_rank(patch: PatchedModel, heads: int) -> int | None:
+    """Which of the tensor-parallel ranks this process is, where a layer computes only so many of its heads."""
+    if heads == int(patch.config.num_attention_heads):
         return None
+    if patch.context_parallel is not None and patch.context_parallel.tensor_ranks > 1:
+        return patch.context_parallel.tensor_rank
     mesh = getattr(patch.owner, "_device_mesh", None) or getattr(patch.root, "_device_mesh", None)
     if mesh is None:
         return None
     return int(mesh.get_local_rank("tp") if mesh.ndim > 1 else mesh.get_local_rank())
+
+
+def own_patterns(
+    patch: PatchedModel, layer: int, heads: int, layout: TokenLayout, ranks: int = 1
+) -> tuple[Pattern, ...]:
+    """A layer's patterns for this process's ``heads`` query heads, which it is to share with so many further ``ranks``.
+
+    Raises:
+        ValueError: a pattern that estimates from more heads of the layer together than that leaves.
+    """
+    patterns, every = patch.spec[layer], int(patch.config.num_attention_heads)
+    check_whole_layers(tuple(dict.fromkeys(patterns)), layout, every, kv_heads_of(patch.config), every // heads * ranks)
+    return head_slice(patterns, heads, tensor_parallel_rank(patch, heads))
+
+
+def own_kv_heads(patch: PatchedModel, heads: int, t: torch.Tensor) -> torch.Tensor:
+    """Keys or values [B, H, N, D] of this process's ``heads`` query heads: one of all KV heads, where tensor
+    parallelism has left them all here because it has more ranks than there are KV heads; else ``t``."""
+    every = int(patch.config.num_attention_heads)
+    rank = tensor_parallel_rank(patch, heads)
+    if rank is None or t.shape[1] == 1 or t.shape[1] * (every // heads) == kv_heads_of(patch.config):
+        return t
+    own = rank * heads * t.shape[1] // every
+    return t[:, own : own + 1]
+
+
+def kv_heads_of(config: Any) -> int:
+    """KV heads of a layer, over all processes."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)

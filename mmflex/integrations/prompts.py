@@ -199,17 +199,24 @@ class Prompt:
     def plain(self, padding: torch.Tensor | None, first: int, end: int) -> TokenLayout:
         """Keys ``first .. end`` as text: all that a mask without modalities needs. LayoutUnknown where tokens are
         masked out in the middle, so that a place in the prompt is not a distance."""
+        valid = self._valid(padding, end)
+        if valid is not None:
+            starts = np.diff(np.pad(valid, ((0, 0), (1, 1))).astype(np.int8), axis=1) > 0
+            if starts.sum(axis=1).max() > 1:
+                raise LayoutUnknown("the attention mask has holes, and the layer has a sliding window")
+        return self.as_text(padding, first, end)
+
+    def as_text(self, padding: torch.Tensor | None, first: int, end: int) -> TokenLayout:
+        """Keys ``first .. end`` as text, those that are masked out as padding, wherever they are."""
 
         def build() -> TokenLayout:
             valid = self._valid(padding, end)
             if valid is None:
                 return TokenLayout.text(end - first)
-            if (np.diff(np.pad(valid, ((0, 0), (1, 1))).astype(np.int8), axis=1) > 0).sum(axis=1).max() > 1:
-                raise LayoutUnknown("the attention mask has holes, and the layer has a sliding window")
             valid = valid[:, first:]
             return TokenLayout.from_modality_ids(np.zeros(valid.shape, np.int32), valid=valid)
 
-        return self._once(("plain", first, end), build)
+        return self._once(("text", first, end), build)
 
     def layout(self, batch: int, padding: torch.Tensor | None, first: int, past: int, end: int) -> TokenLayout:
         """The layout of keys ``first .. end`` of a forward over tokens ``past .. end``.

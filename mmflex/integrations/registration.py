@@ -34,9 +34,10 @@ _WAITING = "_mmflex_at_first_forward"
 
 @dataclass(frozen=True)
 class Options:
-    """What `patch` is called with for a model that selects "mmflex"; None for `default_spec`."""
+    """What `patch` is called with for a model that selects "mmflex"."""
 
     spec: Any = None
+    quality: Any = None
     backend: str = "auto"
     mlp_chunk: int | None = None
     vision: bool = True
@@ -56,25 +57,22 @@ def configure(spec: Any = None, **options: Any) -> None:
         model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="mmflex")
 
     Args:
-        spec: a spec or a `Config`, as in `patch`; None for the default.
-        backend, mlp_chunk, vision, fuse: as in `patch`.
+        spec: a spec or a `Config`, as in `patch`; None for `mmflex.default_spec`.
+        quality, backend, mlp_chunk, vision, fuse: as in `patch`.
 
     Raises:
         TypeError: another option; the message names those that exist.
+        ValueError: an unknown quality, or a quality and a spec.
     """
     global _options
     unknown = sorted(set(options) - set(Options.__dataclass_fields__))
     if unknown:
         names = ", ".join(Options.__dataclass_fields__)
         raise TypeError(f"mmflex.configure has no option {unknown[0]!r}: it takes {names}")
+    from mmflex.tuning.default import chosen_spec
+
+    chosen_spec(spec, options.get("quality"))
     _options = replace(Options(spec=spec), **options)
-
-
-def default_spec() -> Any:
-    """The spec of a model that selects "mmflex" and was given none by `configure`."""
-    from mmflex.ir.pattern import find
-
-    return find("VerticalSlash")(1000, 4096)
 
 
 # ---- models that select "mmflex" -----------------------------------------------------------------------------------
@@ -141,8 +139,7 @@ def _extended_selection(select: Any) -> Any:
 
 def _arguments() -> dict[str, Any]:
     arguments = dict(vars(_options))
-    spec = arguments.pop("spec")
-    return {"spec_or_config": default_spec() if spec is None else spec, **arguments}
+    return {"spec_or_config": arguments.pop("spec"), **arguments}
 
 
 def _forget(model: nn.Module) -> bool:

@@ -11,8 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from mmflex.compiler.constants import device_name
@@ -27,6 +25,8 @@ from mmflex.tuning.probe import Layer
 from mmflex.tuning.rows import Rows
 from mmflex.tuning.search import Search, Settings
 from mmflex.version import __version__
+
+from .progress import LayerProgress
 
 Given = Layer | tuple[int, str]
 """A layer, or the number of one that keeps the model's own attention and why."""
@@ -167,7 +167,7 @@ def search(
         rows: where errors are measured: a number of rows of each query modality, or `Rows`; by default 512 of each
             and the last 128, which count alike.
         checkpoint: JSON lines, written after every layer. If the file is there, the search goes on where it stopped.
-        progress: show a bar.
+        progress: show a bar on a terminal, else a line now and then, on the standard error stream.
         levels, tie: as in `mmflex.tuning.search.Settings`.
         objective: "answers": a model's errors count by how much its predictions at the last 64 tokens depend on them
             (`mmflex.integrations.importance`; one more forward pass and two backward, memory as for gradient
@@ -177,8 +177,9 @@ def search(
         block_size: tokens per block, for tensors (other than 128 for experiments).
 
     Returns:
-        A `Config`. Its provenance has the sample's and the model's hash, versions, the budget, and under ``per_head``
-        lists of error, recall, density, ms and weight over heads, by layer.
+        A `Config`, which meets the budget on prompts as long as the sample: `Config.resized` makes one for others. Its
+        provenance has the sample's and the model's hash, versions, the budget, and under ``per_head`` lists of error,
+        recall, density, ms and weight over heads, by layer.
 
     Raises:
         ValueError: a budget below the cheapest candidates (the least is named), a sample too short or too long, a
@@ -240,15 +241,13 @@ def _run(source: _Source, settings: Settings, held: Checkpoint, same: dict[str, 
     total_layers = len(source.wanted) if source.wanted else source.layers
     if total_layers is None and source.heads is not None and isinstance(source, _Tensors):
         total_layers = len(source.given)  # type: ignore[arg-type]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not progress)
-    with bar:
-        task = bar.add_task("searching patterns", total=total_layers)
+    with LayerProgress(total_layers, progress) as shown:
         layers = source.run()
         try:
             for given in layers:
                 index = given[0] if isinstance(given, tuple) else given.index
-                bar.update(task, description=f"searching patterns, layer {index}")
+                shown.begin(index)
+                searched = False
                 if isinstance(given, tuple):
                     held.layers[index] = Done("", skipped=given[1])
                 else:
@@ -261,6 +260,7 @@ def _run(source: _Source, settings: Settings, held: Checkpoint, same: dict[str, 
                             run = Search(settings, total)
                             _prepare(run, given, held, same)
                         held.layers[index] = Done(mark, tuple(run.run(given)))
+                        searched = True
                         held.save()
                     elif known.digest != mark:
                         raise ValueError(
@@ -268,7 +268,7 @@ def _run(source: _Source, settings: Settings, held: Checkpoint, same: dict[str, 
                             "here; give another path, or remove the file to start afresh"
                         )
                 del given
-                bar.advance(task)
+                shown.end(index, searched)
         finally:
             getattr(layers, "close", lambda: None)()
     held.save()

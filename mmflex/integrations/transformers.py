@@ -31,10 +31,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
+from mmflex.distributed.attention import Scheme
 from mmflex.runtime.backends import BACKENDS
 from mmflex.tuning.config import Config, Spec, per_layer
+from mmflex.tuning.default import Quality, chosen_spec
 
+from .context_parallel import CacheKind, ContextParallel
 from .decoder import DecoderLayers
 from .fallback import DenseFallback
 from .long_prefill import RowChunks, chunk_rows
@@ -46,6 +50,7 @@ from .masks import (
     previous_implementation,
     remember_previous,
 )
+from .notice import MostlyDense
 from .prefill import attention_forward, live
 from .prompts import Prompt, token_layout
 from .vision import VisionPatch
@@ -65,6 +70,9 @@ class Patch:
         spec: Spec | Config,
         backend: str,
         mlp_chunk: int | None,
+        mesh: DeviceMesh | None,
+        cache: CacheKind,
+        scheme: Scheme,
         vision: bool,
         fuse: bool | None,
     ) -> None:
@@ -77,14 +85,18 @@ class Patch:
         slots = [_Slot(self, module, self.previous) for module in modules]
         self.noticed: set[str] = set()
         self.called = False
+        self.mostly_dense = MostlyDense(type(root).__name__, self.spec)
         self.vision: VisionPatch | None = None
         self.layers: DecoderLayers | None = None
         self.observer: Callable[..., None] | None = None  # sees q, k and v of every layer (`capture`)
+        self.context_parallel = None if mesh is None else ContextParallel(self, mesh, cache, scheme)
         # from here on the model is changed
         self.chunks: list[RowChunks] = chunk_rows(self.text_model, mlp_chunk)
         # the prompt's hooks come after, because they forget the forward that is over
         self.handle = self.text_model.register_forward_hook(self.check_called)
         self.prompt = Prompt(root, self.text_model, self.notice_embeds)
+        if self.context_parallel is not None:
+            self.context_parallel.install()
         remember_previous(self.config, self.previous)
         self.number = id(self)
         live[self.number] = self
@@ -100,9 +112,9 @@ class Patch:
             )
         self.vision = VisionPatch(root, fuse=fuse) if vision else None
         layers = getattr(self.text_model, "layers", None)
-        self.layers = DecoderLayers(
-            list(layers) if isinstance(layers, nn.ModuleList) else [], modules, self.chunks, fuse
-        )
+        if isinstance(layers, nn.ModuleList):
+            unasked = None if mesh is None else False  # the collectives of several ranks are not traced by default
+            self.layers = DecoderLayers(list(layers), modules, self.chunks, unasked if fuse is None else fuse)
 
     def remove(self) -> None:
         if self.vision is not None:
@@ -110,6 +122,8 @@ class Patch:
         if self.layers is not None:
             self.layers.remove()
         self.prompt.remove()
+        if self.context_parallel is not None:
+            self.context_parallel.remove()
         self.handle.remove()
         for chunks in self.chunks:
             chunks.remove()
@@ -164,14 +178,18 @@ class _Slot:
 
 def patch(
     model: nn.Module,
-    spec_or_config: Spec | Config,
+    spec_or_config: Spec | Config | None = None,
     *,
+    quality: Quality | None = None,
     backend: str = "auto",
     mlp_chunk: int | None = None,
+    mesh: DeviceMesh | None = None,
+    cache: CacheKind = "replicated",
+    scheme: Scheme = "keys",
     vision: bool = True,
     fuse: bool | None = None,
 ) -> nn.Module:
-    """Make a transformers model prefill through `mmflex.attention`.
+    """Make a transformers model prefill through `mmflex.attention`: ``patch(model)``, or with a spec of its own.
 
     The table at the top of this module says which masks of the language model are honoured, which run dense with a
     notice, which are refused. A vision tower of a family in `integrations.vision.TOWERS` computes what it computed
@@ -181,31 +199,47 @@ def patch(
         model: a causal language model or a vision-language model, or a module that holds one (also from
             ``torch.compile``). Several models can be patched at once.
         spec_or_config: one pattern for all heads; a list with one per query head; ``{layer: pattern or list}``, where
-            layers left out keep the model's own attention; or a `Config`.
+            layers left out keep the model's own attention; or a `Config`. None: `mmflex.default_spec`, which needs no
+            search.
+        quality: of the default: "high", "balanced" (None) or "fast".
         backend: as in `mmflex.attention`.
         mlp_chunk: tokens at a time in MLPs and norms, so that very long prompts fit; None chunks by 32768 above 65536
             tokens, 0 never. Exact to rounding.
+        mesh: a `DeviceMesh` with a dimension "cp", to run every prompt on all its ranks: each of them patches its own
+            copy of the model and is given the whole prompt; logits arrive on every rank. A dimension "tp" may stand
+            beside it, for a model that is loaded with tensor parallelism.
+        cache: with a mesh, "replicated": every rank keeps all keys and values and decodes by itself; "sharded": each
+            keeps those of its tokens, and decode steps merge attention over the ranks.
+        scheme: with a mesh, "keys" gathers all keys and values; "heads" exchanges tokens for heads, for as many ranks
+            as divide the KV heads (`mmflex.distributed.attention`).
         vision: also the vision tower, where its family is known: attention in one call a layer, frames in chunks so
             that long videos fit. False leaves it alone.
         fuse: compile the layers around attention, of the language model and of the vision tower, one compilation for
             all layers and lengths each; None does so on CUDA for 16384 tokens (patches) or more in one call, True
-            always, False never. Exact to rounding. Decode steps run as they were.
+            always, False never; with a mesh the language model's only if True. Exact to rounding. Decode steps run as
+            they were.
 
     Returns:
         The model itself.
 
     Raises:
-        ValueError: already patched; an unknown backend; a spec or config of another number of layers or heads (both
-            are named).
+        ValueError: already patched; an unknown backend or quality; a quality and a spec; a spec or config of another
+            number of layers or heads (both are named); a mesh without "cp", or ranks that heads do not divide by. In a
+            forward: ranks with unlike prompts.
         TypeError: no transformers language model in ``model``.
-        NotImplementedError: soft-capping, sinks or an own attention, with the way out.
+        NotImplementedError: soft-capping, sinks or an own attention; a model whose tokens cannot be dealt out to ranks;
+            with the way out.
+        RuntimeError: in a forward, another rank has ended or fallen behind.
     """
     root: nn.Module = getattr(model, "_orig_mod", model)
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
     if any("_mmflex_patch" in module.__dict__ for module in root.modules()):
         raise ValueError(f"{type(root).__name__} is already patched: call mmflex.unpatch(model) first")
-    root.__dict__["_mmflex_patch"] = Patch(root, spec_or_config, backend, mlp_chunk, vision, fuse)
+    if mesh is None and (cache, scheme) != ("replicated", "keys"):
+        raise ValueError(f"cache is {cache!r} and scheme {scheme!r}, but mesh is None: they are for several ranks")
+    spec = chosen_spec(spec_or_config, quality)
+    root.__dict__["_mmflex_patch"] = Patch(root, spec, backend, mlp_chunk, mesh, cache, scheme, vision, fuse)
     return model
 
 
@@ -219,17 +253,9 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def patched(
-    model: nn.Module,
-    spec_or_config: Spec | Config,
-    *,
-    backend: str = "auto",
-    mlp_chunk: int | None = None,
-    vision: bool = True,
-    fuse: bool | None = None,
-) -> Iterator[nn.Module]:
+def patched(model: nn.Module, spec_or_config: Spec | Config | None = None, **options: Any) -> Iterator[nn.Module]:
     """`patch` for the length of a ``with`` block; arguments and errors as there."""
-    patch(model, spec_or_config, backend=backend, mlp_chunk=mlp_chunk, vision=vision, fuse=fuse)
+    patch(model, spec_or_config, **options)
     try:
         yield model
     finally:

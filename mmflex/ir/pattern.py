@@ -24,11 +24,12 @@ from .names import find, name_of
 from .segments import modality_id
 from .shown import clipped, shown
 from .tokens import Tokens, denoted
-from .view import EstimateFrom, Scope, View
+from .view import EstimateFrom, Scope, SharedQueries, View
 
 __all__ = [
-    "Dense", "Difference", "EstimateFrom", "Estimator", "Intersection", "Pattern", "Restricted", "Scope", "Tokens",
-    "Union", "View", "among", "check_counts", "check_flags", "check_nesting", "denoted", "find", "from_json", "union",
+    "Dense", "Difference", "EstimateFrom", "Estimator", "Intersection", "Pattern", "Restricted", "Scope",
+    "SharedQueries", "Tokens", "Union",
+    "View", "among", "check_counts", "check_flags", "check_nesting", "denoted", "find", "from_json", "union",
 ]  # fmt: skip
 """What patterns are written with is imported from here, wherever it is defined."""
 
@@ -50,7 +51,11 @@ class Estimator(Protocol):
     ``scored(view) -> float``: the query-key products that it takes for one head and prompt. The cost model prices
     them, and `mmflex eval` reports them beside what a pattern computes.
     ``values = True``: it reads `View.values`. A plan that is made without v is then an error.
-    ``whole_layer = True``: it is called with all heads of the layer, whichever of them have the pattern.
+    ``whole_layer = True``: it is called with all heads of the layer, whichever of them have the pattern. ``kv_heads``:
+    how many KV heads in a row it then takes together, if not all of them: processes that have some of the heads each
+    need a multiple of it.
+    ``query_block(view) -> int``: it scores blocks of so many queries in scope, and takes them whole
+    (`View.whole_blocks`): where several processes hold the queries, those of a block on a border are shared.
     """
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, view: View, scale: float) -> Any:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .layout import TokenLayout
@@ -29,10 +32,25 @@ class EstimateFrom:
 
     Attributes:
         q: [B, Hq, L, D]. queries: which tokens they are.
+        shared: where several processes hold the queries of a prompt, each those of its own call; else None.
     """
 
     q: torch.Tensor
     queries: QueryTokens
+    shared: SharedQueries | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SharedQueries:
+    """The queries of a prompt that several processes hold together, each in a call of its own.
+
+    Attributes:
+        queries: which tokens they are, those of all calls.
+        sum: adds up a tensor of every process, over all of them.
+    """
+
+    queries: QueryTokens
+    sum: Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +80,43 @@ class View:
         q, or those that were given for it."""
         given = self.estimate_from
         return (q, self.queries) if given is None else (given.q, given.queries)
+
+    @property
+    def shared(self) -> SharedQueries | None:
+        """Where other processes hold the prompt's other queries: what all of them are, and how to add up over them."""
+        return None if self.estimate_from is None else self.estimate_from.shared
+
+    @property
+    def shared_queries(self) -> View:
+        """The prompt as seen with the queries of all processes; this view where no others hold any."""
+        return self if self.shared is None else dataclasses.replace(self, queries=self.shared.queries)
+
+    def whole_blocks(self, q: torch.Tensor, size: int) -> tuple[torch.Tensor, View]:
+        """(queries [B, H, L, D], the view with them) for estimators that score blocks of ``size`` queries in scope:
+        those of the call, q, and of those that were given for it the ones that make its blocks whole."""
+        given = self.estimate_from
+        if given is None:
+            return q, self
+
+        def build() -> tuple[np.ndarray, np.ndarray, QueryTokens] | None:
+            block = np.where(self.layout.of(self.scope.query), self.layout.coordinate(self.scope.query) // size, -1)
+            mine, others = self.queries.numbers, np.setdiff1d(given.queries.numbers, self.queries.numbers)
+            wanted = np.zeros(len(others), bool)
+            for row in block:
+                wanted |= np.isin(row[others], np.unique(row[mine])) & (row[others] >= 0)
+            if not wanted.any():
+                return None
+            tokens = np.concatenate([mine, others[wanted]])
+            source = np.searchsorted(given.queries.numbers, others[wanted])
+            return source, tokens.argsort(kind="stable"), QueryTokens.listed(np.sort(tokens))
+
+        key = ("whole blocks", self.scope, self.queries, given.queries, size)
+        more = self.layout.once(key, build)
+        if more is None:
+            return q, self
+        source, order = (torch.as_tensor(index).to(q.device) for index in more[:2])
+        every = torch.cat([q, given.q.index_select(2, source)], 2).index_select(2, order)
+        return every, dataclasses.replace(self, queries=more[2])
 
     @property
     def size(self) -> int:

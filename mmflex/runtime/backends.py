@@ -203,7 +203,7 @@ def attend(
     if any(t.shape[-1] != _head_dim(t.shape[-1]) for t in (q, v)):  # zeros add nothing to a score
         q, k, v = (torch.nn.functional.pad(t, (0, _head_dim(t.shape[-1]) - t.shape[-1])) for t in (q, k, v))
     lists = _cut(lists, -(-q.shape[2] // tile), -(-k.shape[2] // tile))
-    strips = name == "flash" and q.shape[0] == 1 and mask_mod.by_slot and _strips(q.shape[2], tile)
+    strips = name == "flash" and q.shape[0] == 1 and mask_mod.one_for_all and _strips(q.shape[2], tile)
     if strips:
         q, k, v, mask_mod, lists = _in_strips(q, k, v, mask_mod, lists, tile)
     kernel = _kernel(mask_mod.source, name, tile, scale, lse, _bucket(name, q, k, v, lists, strips))

@@ -255,9 +255,26 @@ def _program(
     return programs.once(key, build)
 
 
+def settled_backend(q: Tensor, k: Tensor, spec: Spec, layout: TokenLayout, queries: QueryTokens) -> str:
+    """What "auto" means for all ``queries`` of a prompt, by name: "dense" where that is predicted to be faster. For
+    calls that each have some of the queries, and would settle it each in its own way."""
+    patterns = (spec,) * q.shape[1] if isinstance(spec, Pattern) else tuple(spec)
+    runs = backends.resolve("auto", q.device, q.shape[3], q.dtype)
+    prices = constants.constants_for(q.device, runs.name, q.dtype, q.shape[3])
+    program, _ = _program(patterns, layout, queries, q.shape[0], k.shape[1], runs, prices, Request())
+    return "dense" if all(isinstance(launch, DenseLaunch) for launch in program.launches) else runs.name
+
+
 def programs_of(layout: TokenLayout) -> list[tuple[Program, str]]:
     """The programs that are kept with a layout, and why each is dense, if it is."""
     return list(layout.once("programs", lambda: Memo(PROGRAMS)).values())
+
+
+def why_dense(layout: TokenLayout, patterns: tuple[Pattern, ...]) -> str:
+    """Why the cost model had the last call with a layout and these patterns run dense; "" where it did not."""
+    programs: Memo = layout.once("programs", lambda: Memo(PROGRAMS))
+    notes = [note for (kept, *_), (_, note) in list(programs.items()) if kept == patterns]
+    return notes[-1].removeprefix("dense: ") if notes else ""
 
 
 def _check_sense(patterns: tuple[Pattern, ...], layout: TokenLayout, tile: int) -> None:

@@ -27,13 +27,14 @@ class MaskMod:
         source: Python source of the mask_mod; two launches with equal source share one compiled kernel.
         captures: int32 tensors.
         comparison: what it compares, as people read it; "" where it looks things up.
-        by_slot: it compares the number of the query's slot, and is the same for all prompts.
+        one_for_all: it is the same for all prompts and reads its tensors with one index each, so that queries may be
+            dealt out as a batch.
     """
 
     source: str
     captures: tuple[Tensor, ...]
     comparison: str = ""
-    by_slot: bool = False
+    one_for_all: bool = False
 
     def bind(self, *captures: Tensor) -> Callable[[Any, Any, Any, Any], Tensor]:
         """The mask_mod over given tensors."""
@@ -62,8 +63,8 @@ def _write(names: list[str], body: str) -> str:
 
 
 def comparison(row: Tensor | None, limit: Tensor | None) -> MaskMod:
-    """``row[b, q] >= limit[b, h, kv]``; row int32 [B, Q] or [B, H, Q] (None: the number of the slot), limit int32
-    [B, H, KV] (None: the number of the slot, and nothing is read for a key).
+    """``row[b, q] >= limit[b, h, kv]``; row int32 [B, Q] (with one prompt read as a line) or [B, H, Q] (None: the
+    number of the slot), limit int32 [B, H, KV] (None: the number of the slot, and nothing is read for a key).
 
     Limits are captured as one line, with where each head's begin: with one index a kernel adds constants to one
     address, with several it works out an address of 64 bits for every key (flash-attn-4: 6 instructions beside the
@@ -71,6 +72,7 @@ def comparison(row: Tensor | None, limit: Tensor | None) -> MaskMod:
     """
     left, right, captures = "q", "kv", {}
     if row is not None:
+        row = row[0] if row.dim() == 2 and row.shape[0] == 1 else row
         left, captures["row"] = _query(row), row
     if limit is not None:
         batch, heads, slots = limit.shape
@@ -79,14 +81,18 @@ def comparison(row: Tensor | None, limit: Tensor | None) -> MaskMod:
         first = _first_limits(batch, heads, slots, limit.device)
         captures |= {"limit": limit.flatten(), "first": first[0] if one else first}
     text = f"row >= {'key' if limit is None else 'limit[key]'}"
-    by_slot = row is None and (limit is None or limit.shape[0] == 1)
-    return MaskMod(_write(list(captures), f"{left} >= {right}"), tuple(captures.values()), text, by_slot)
+    one_for_all = (row is None or row.dim() == 1) and (limit is None or limit.shape[0] == 1)
+    return MaskMod(_write(list(captures), f"{left} >= {right}"), tuple(captures.values()), text, one_for_all)
 
 
 def in_strips(mask_mod: MaskMod, strip: int) -> MaskMod:
-    """A comparison by slots, of one prompt, for queries in strips of so many, of which ``b`` is the number."""
-    assert mask_mod.by_slot
-    return replace(mask_mod, source=mask_mod.source.replace("return q >=", f"return b * {strip} + q >="))
+    """A comparison of one prompt, for queries in strips of so many, of which ``b`` is the number."""
+    assert mask_mod.one_for_all
+    slot = f"b * {strip} + q"
+    source = mask_mod.source.replace("return q >=", f"return {slot} >=").replace(
+        "return row[q] >=", f"return row[{slot}] >="
+    )
+    return replace(mask_mod, source=source)
 
 
 def _first_limits(batch: int, heads: int, slots: int, device: torch.device) -> Tensor:
@@ -104,7 +110,7 @@ def _first_limits(batch: int, heads: int, slots: int, device: torch.device) -> T
 
 
 def _query(row: Tensor) -> str:
-    return "row[b, q]" if row.dim() == 2 else "row[b, h, q]"
+    return {1: "row[q]", 2: "row[b, q]", 3: "row[b, h, q]"}[row.dim()]
 
 
 def looked_up(

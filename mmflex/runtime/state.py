@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -117,7 +117,7 @@ class PlanState:
             query, key = take_heads(q, heads.heads, self.device), take_heads(k, heads.kv_heads, self.device)
             other, values = None, None
             if given is not None:
-                other = EstimateFrom(take_heads(given.q, heads.heads, self.device), given.queries)
+                other = replace(given, q=take_heads(given.q, heads.heads, self.device))
             if getattr(estimator, "values", False):
                 if v is None:
                     raise ValueError(f"{estimator} estimates from v too, but the plan is made without it: give v=")

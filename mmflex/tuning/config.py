@@ -86,6 +86,34 @@ class Config:
                 )
         return dict(self.patterns)
 
+    def resized(self, tokens: int, *, sample: int | None = None) -> Config:
+        """The config for prompts of another length.
+
+        A search meets its budget at the sample's length. Budgets are numbers of tokens and blocks, so that on prompts
+        twice as long a head computes about half the share of the pairs. Here they are multiplied by ``tokens`` over the
+        sample's, so that the density stays about the same; thresholds, sinks and strides stay as they are. No budget
+        passes below what a pattern needs for its nearest keys: much shorter prompts are denser.
+
+        Args:
+            tokens: of the prompts that it is for.
+            sample: tokens of the prompt that it was made on; None: as the provenance has it.
+
+        Raises:
+            ValueError: a length that is none, or a config that does not say what it was made on.
+        """
+        made = self.provenance.get("tokens") if sample is None else sample
+        if not isinstance(made, int):
+            raise ValueError(
+                'this config does not say how long its sample was (provenance["tokens"]): give resized(tokens, sample=)'
+            )
+        for name, value in (("tokens", tokens), ("sample", made)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}: a length is a whole number, 1 or more")
+        factor = tokens / made
+        patterns = {layer: tuple(p.scaled(factor) for p in heads) for layer, heads in self.patterns.items()}
+        provenance = {**self.provenance, "tokens": tokens, "resized from": made}
+        return Config(self.model, self.layers, self.heads, patterns, provenance)
+
 
 def _check_counts(layers: Any, heads: Any) -> None:
     for name, value in (("layers", layers), ("heads", heads)):

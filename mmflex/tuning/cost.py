@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from ..compiler.lower import lower
 from ..compiler.prices import Prediction, expected_work
 from ..compiler.prices import predict as _predict
 from ..compiler.program import Program
+from ..distributed.dealing import Dealing
+from ..distributed.estimates import estimates_from_values
 from ..ir.layout import TokenLayout
 from ..ir.pattern import Pattern
 from ..ir.queries import QueryTokens
@@ -22,7 +24,33 @@ from ..runtime.calls import TILE
 from ..runtime.plan import Plan
 
 
-def predict(planned: Plan | Program, constants: Constants | None = None, batch: int = 1) -> Prediction:
+@dataclass(frozen=True)
+class Link:
+    """What ranks send each other. The numbers are those of two H200 over NVLink, by NCCL.
+
+    Attributes:
+        gbs: 1e9 bytes a second that a rank receives in an all-gather.
+        call_ms: of one collective, however little it moves.
+        key_bytes: of one key of one head: 128 numbers of two bytes.
+    """
+
+    gbs: float = 271.0
+    call_ms: float = 0.03
+    key_bytes: int = 256
+
+    def gather_ms(self, tokens: int, kv_heads: int, ranks: int) -> float:
+        """Milliseconds for the keys (or values) of ``tokens`` tokens, of which every rank lacks what the others
+        hold."""
+        received = tokens * kv_heads * self.key_bytes * (ranks - 1) / ranks
+        return self.call_ms + received / (self.gbs * 1e6)
+
+
+NVLINK = Link()
+
+
+def predict(
+    planned: Plan | Program, constants: Constants | None = None, batch: int = 1, ranks: int = 1, link: Link = NVLINK
+) -> Prediction:
     """Predicted milliseconds of ``mmflex.attention``, planning counted.
 
     Args:
@@ -30,15 +58,43 @@ def predict(planned: Plan | Program, constants: Constants | None = None, batch: 
             expressions alone; see `program_of`).
         constants: those of the device and backend that it was made for, if None.
         batch: prompts, for a program; a plan knows its own.
+        ranks: GPUs over which the prompt of a program is dealt out (`mmflex.distributed.attention`): what the
+            slowest of them takes. Estimates and selections are made by each; values arrive while it plans, unless
+            patterns select by them.
+        link: what connects the ranks.
 
     Raises:
-        TypeError: ``planned`` is neither.
+        TypeError: ``planned`` is neither. ValueError: ranks for a plan or a chunk, or more of them than the tokens go
+            round.
     """
+    if ranks != 1:
+        if not isinstance(planned, Program) or planned.queries.count != planned.layout.length:
+            raise ValueError(f"ranks is {ranks}: give the program of a whole prompt (program_of), no plan and no chunk")
+        return _predict_rank(planned, constants, batch, ranks, link)
     if isinstance(planned, Plan):
         return _predict(planned.program, constants, planned.shape[0][0], counted(planned))
     if not isinstance(planned, Program):
         raise TypeError(f"predict takes a plan (mmflex.plan(...)) or a program, got {type(planned).__name__}")
     return _predict(planned, constants, batch)
+
+
+def _predict_rank(program: Program, constants: Constants | None, batch: int, ranks: int, link: Link) -> Prediction:
+    dealing = Dealing.head_tail(program.layout.length, ranks)
+    by_head = {h: group.pattern for group in program.groups for h in group.heads}
+    patterns = tuple(by_head[h] for h in range(program.heads))
+    prices = program.constants if constants is None else constants
+    how: Any = {"lse": True, "full_width": False, "constants": prices}
+    # The first rank has the prompt's last queries, which may see most; the last one has no chunk of early ones, which
+    # see least.
+    shares = [
+        lower(patterns, program.layout, dealing.queries(rank), program.kv_heads, program.tile, **how)
+        for rank in (0, ranks - 1)
+    ]
+    alone = max((_predict(share, prices, batch) for share in shares), key=lambda prediction: prediction.total_ms)
+    each = link.gather_ms(batch * dealing.total, program.kv_heads, ranks)
+    queries = link.call_ms if shares[0].estimates else 0.0
+    hidden = 0.0 if estimates_from_values(patterns, program.layout) else alone.planning_ms
+    return replace(alone, communication_ms=queries + each + max(0.0, each - hidden))
 
 
 def counted(plan: Plan) -> dict[int, Work]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...ir.pattern import Pattern
 from ...tuning.config import Config, Spec
 from .. import methods as table
 from ..evaluate import versions
@@ -164,7 +164,7 @@ class _Run:
         def trace() -> Trace:
             return capture(self.model.model, {"input_ids": windows[:1].to(self.model.device)}, self.backend(tokens))
 
-        entries = sizing.entries(trace, text.name, *self.key(text, tokens, None, s.windows))
+        entries = sizing.entries(trace, text.name, *self.key(text, tokens, None))
         gc.collect()  # queries, keys and values of all layers
         layouts: dict[str, Any] = {}
         rows = [self.window(text, i, windows[i], entries, layouts) for i in range(len(windows))]
@@ -210,14 +210,12 @@ class _Run:
             where = f"{text.name}, {len(ids)} tokens, window {number + 1} of {self.settings.windows}"
             self.progress(f"{where}: dense")
             dense = hidden_states(self.model.model, ids)
-            hidden: list[Hidden] = []
             for i in missing:
                 self.progress(f"{where}: {entries[i].label} {entries[i].setting}")
                 with sparse(self.model.model, entries[i].spec, self.backend(len(ids)), layouts) as ran:
-                    hidden.append(hidden_states(self.model.model, ids))
+                    states = hidden_states(self.model.model, ids)
                 self.kept.put(np.array(ran.mean()), "ran", *keys[i])
-            for i, scores in zip(missing, self.compared(ids, dense, hidden), strict=True):
-                self.kept.put(scores, "scores", *keys[i])
+                self.kept.put(self.compared(ids, dense, states), "scores", *keys[i])
         return [(self._kept("scores", key), self._kept("ran", key)) for key in keys]
 
     def _kept(self, kind: str, key: tuple[Any, ...]) -> np.ndarray:
@@ -225,17 +223,15 @@ class _Run:
         assert array is not None
         return array
 
-    def compared(self, ids: Tensor, dense: Hidden, hidden: Sequence[Hidden]) -> list[np.ndarray]:
-        """float64 [4, rows] of every method's hidden states; the dense logits are made once."""
+    def compared(self, ids: Tensor, dense: Hidden, other: Hidden) -> np.ndarray:
+        """float64 [4, rows], as `compare`. The dense logits are made again for every entry: so each is kept at once."""
         model, targets = self.model.model, ids.to(dense.states.device)[1:]
-        parts: list[list[Tensor]] = [[] for _ in hidden]
+        parts = []
         for first in range(0, len(targets), HEAD_ROWS):
             last = min(first + HEAD_ROWS, len(targets))
-            want = log_probabilities(logits(model, dense, first, last))
-            for part, states in zip(parts, hidden, strict=True):
-                got = log_probabilities(logits(model, states, first, last))
-                part.append(compare(want, got, targets[first:last]).cpu())
-        return [torch.cat(part, dim=1).numpy() for part in parts]
+            want, got = (log_probabilities(logits(model, of, first, last)) for of in (dense, other))
+            parts.append(compare(want, got, targets[first:last]).cpu())
+        return torch.cat(parts, dim=1).numpy()
 
     # ---- needles ---------------------------------------------------------------------------------------------------
 
@@ -316,14 +312,13 @@ def _spec_key(spec: Any) -> Any:
 
 def source_digest() -> str:
     """A hash of what decides the figures, so that a result names what ran: the compiler, the runtime, and the packages
-    of the patterns that are loaded."""
+    of the patterns that are installed."""
     root = Path(__file__).parents[2]
     folders = {root / name for name in ("ir", "compiler", "runtime")}
-    for kind in Pattern.__subclasses__():
-        package = kind.__module__.partition(".")[0]
-        file = getattr(sys.modules.get(package), "__file__", None)
-        if package != "mmflex" and file is not None and file.endswith("__init__.py"):
-            folders.add(Path(file).parent)
+    for package in {point.module.partition(".")[0] for point in entry_points(group="mmflex.patterns")}:
+        spec = find_spec(package)
+        if spec is not None:
+            folders |= {Path(folder) for folder in spec.submodule_search_locations or ()}
     digest = hashlib.sha256()
     for path in sorted((p for folder in folders for p in folder.rglob("*.py")), key=lambda p: (p.parent.name, p.name)):
         digest.update(f"{path.parent.name}/{path.name}".encode() + path.read_bytes())

@@ -70,7 +70,7 @@ def sparse(model: Any, spec: Spec | Config, backend: str, layouts: dict[str, Any
         _refuse(module, float(options.get("dropout") or 0.0), options)
         layout = patch.prompt.layout(query.shape[0], getattr(mask, "padding", None), 0, 0, query.shape[2])
         scale = options.get("scaling")
-        made = plan(query, key, patterns, layout=layout, scale=scale, backend=backend)
+        made = plan(query, key, patterns, layout=layout, scale=scale, backend=backend, v=value)
         ran.density.append(made.density.total)
         ran.estimates.append(estimated(made))
         return made.attend(query, key, value).transpose(1, 2).contiguous(), None

@@ -29,6 +29,7 @@ from torch import nn
 
 from mmflex.ir.layout import TokenLayout
 from mmflex.tuning.config import Config, Spec
+from mmflex.tuning.default import Quality, chosen_spec
 
 from .interception import Interception, LayoutReader
 
@@ -37,8 +38,9 @@ __all__ = ["Interception", "LayoutReader", "intercept"]
 
 def intercept(
     model: nn.Module,
-    spec_or_config: Spec | Config,
+    spec_or_config: Spec | Config | None = None,
     *,
+    quality: Quality | None = None,
     layout: TokenLayout | LayoutReader | None = None,
     layers: Sequence[nn.Module] | None = None,
     chunks: bool = False,
@@ -57,7 +59,8 @@ def intercept(
         model: the language model, or a module that holds it: its decoder layers are found by their ``self_attn`` and
             the like. Several models can be intercepted at once, one model only once.
         spec_or_config: one pattern for all heads; a list with one per query head; ``{layer: pattern or list}``, where
-            layers left out are not touched; or a `Config`.
+            layers left out are not touched; or a `Config`. None: `mmflex.default_spec`, which needs no search.
+        quality: of the default: "high", "balanced" (None) or "fast".
         layout: which of the prompt's tokens is what, or a reader that finds out while the model runs
             (`mmflex.integrations.video_models`). None: text.
         layers: the decoder layers or their attention modules in order, where they are not found.
@@ -68,8 +71,9 @@ def intercept(
         A context manager that is the record of what happened: ``taken``, ``left``, ``reasons``, ``str()``.
 
     Raises:
-        ValueError: intercepted or patched already; an unknown backend; a spec of another number of layers or heads
-            (both are named); during the block, a layout whose padding is not the mask's.
+        ValueError: intercepted or patched already; an unknown backend or quality; a quality and a spec; a spec of
+            another number of layers or heads (both are named); during the block, a layout whose padding is not the
+            mask's.
         TypeError: no decoder layers, or several stacks of them.
     """
-    return Interception(model, spec_or_config, layout, layers, chunks, backend)
+    return Interception(model, chosen_spec(spec_or_config, quality), layout, layers, chunks, backend)

@@ -21,6 +21,7 @@ from mmflex.runtime.backends import BACKENDS
 from mmflex.tuning.config import Config, Spec, per_layer
 
 from ..fallback import DenseFallback
+from ..notice import MostlyDense
 from ..prompts import LayoutUnknown, checked_layout
 from .calls import Attention, long_call
 from .heads import KVGroups
@@ -77,6 +78,7 @@ class Interception:
         self.modules = attention_modules(self.model, layers)
         first = self.modules[0][1]
         self.spec = _Spec(spec, [n for n, _ in self.modules], query_heads(first, config_of(self.model, first)))
+        self.mostly_dense = MostlyDense(type(self.model).__name__, self.spec.patterns)
         self.taken: Counter[int] = Counter()
         self.left: Counter[tuple[int, str]] = Counter()
         self.details: dict[str, str] = {}
@@ -278,6 +280,8 @@ class _Layer:
         q, k, padded = (_widened(x, width) for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
             out = attention(q, k, padded, spec, layout=layout, scale=scale, backend=backend)
+        if backend == "auto":
+            self.interception.mostly_dense.ran(self.number, tuple(spec), layout)
         return out[..., : v.shape[3]]
 
 

@@ -10,6 +10,7 @@ from mmflex.ir import pattern as ir
 from mmflex.ir.pattern import Pattern
 from mmflex.runtime.backends import BACKENDS
 from mmflex.tuning.config import Config, Spec, load_config, per_layer
+from mmflex.tuning.default import default_named
 
 KEY = "mmflex"
 """Name of the entry in vLLM's ``additional_config``."""
@@ -36,18 +37,13 @@ class Settings:
         return per_layer(self.spec, range(layers), heads)
 
 
-def default_spec() -> Pattern:
-    """What ``"default"`` stands for: columns and diagonals of every head, found in every prompt anew. It needs no
-    search and fits no model in particular."""
-    return ir.find("VerticalSlash")(vertical=1000, slash=2048)
-
-
 def read_settings(additional_config: Any) -> Settings | None:
     """The settings in vLLM's ``additional_config``; None where mmflex is off.
 
-    ``"off"`` (or nothing) is off; ``"default"`` and the path of a config file stand for ``{"config": ...}``. Else an
-    object with one of ``config`` (a path, or ``"default"``) and ``spec`` (a pattern as JSON, a list with one per query
-    head, or an object of either by layer number), and optionally ``threshold`` and ``backend``.
+    ``"off"`` (or nothing) is off; ``"default"`` (or ``"default:high"``, ``"default:fast"``: `mmflex.default_spec`) and
+    the path of a config file stand for ``{"config": ...}``. Else an object with one of ``config`` (these too) and
+    ``spec`` (a pattern as JSON, a list with one per query head, or an object of either by layer number), and optionally
+    ``threshold`` and ``backend``.
 
     Raises:
         ValueError: anything else; it says which field and what is expected.
@@ -78,7 +74,8 @@ def read_settings(additional_config: Any) -> Settings | None:
     elif not isinstance(given["config"], str):
         raise ValueError(f'{where}: config is {given["config"]!r}: give the path of a file, or "default"')
     else:
-        spec = default_spec() if given["config"] == "default" else load_config(given["config"])
+        default = default_named(given["config"])
+        spec = load_config(given["config"]) if default is None else default
     return Settings(spec, threshold, backend)
 
 

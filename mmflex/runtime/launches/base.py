@@ -105,7 +105,7 @@ class Execution(Generic[L]):
         nothing moves. ``any_length``: they need not fill all slots."""
         heads, layout, device = launch.heads.kv_heads, state.program.layout, state.device
         main, table = launch.keys.slots, prepared.section_table
-        if table is None and launch.keys.stays(layout, any_length):
+        if table is None and launch.keys.stays(any_length):
             return take_heads(k, heads, device), take_heads(v, heads, device)
         out_k, out_v = (t.new_empty((t.shape[0], len(heads), launch.key_slots, t.shape[3])) for t in (k, v))
         first = 0
@@ -124,7 +124,7 @@ class Execution(Generic[L]):
         """q [B, H, M, D] in the query slots of the launch."""
         heads, index = launch.heads.heads, prepared.row_index
         if index is None:
-            if launch.rows.stays(state.program.layout, any_length):
+            if launch.rows.stays(any_length):
                 return take_heads(q, heads, state.device)
             index = launch.rows.on("index", state.device)[:, None].expand(state.batch, len(heads), -1)
         return take_rows(q, index, heads_at=state.index(tuple(max(h, 0) for h in heads)))

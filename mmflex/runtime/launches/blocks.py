@@ -98,7 +98,7 @@ class BlockExecution(Execution[BlockLaunch]):
         return PreparedLaunch(lister.done(), mask_mod, section_table=gathered.table)
 
     def covers(self, state: PlanState, launch: BlockLaunch, slots: int, queries: int) -> bool:
-        return launch.rows.stays(state.program.layout, slots == queries) and launch.heads.in_place(state.program.heads)
+        return launch.rows.stays(slots == queries) and launch.heads.in_place(state.program.heads)
 
     def merge(
         self,

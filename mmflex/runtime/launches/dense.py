@@ -32,18 +32,26 @@ class DenseExecution(Execution[DenseLaunch]):
             return dense.dense_attention(q, k[:, :, : queries.end], v[:, :, : queries.end], scale, lse, backend)
         out = q.new_zeros((*q.shape[:3], v.shape[3]))
         sums = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device) if lse else None
-        for b in range(q.shape[0]):
-            valid = layout.valid[b % layout.batch_size]
-            for first, end in queries.runs:
-                row = np.searchsorted(queries.numbers, first)  # the first query of the run
-                index_q = _indices(np.flatnonzero(valid[first:end]) + row, q.device)
+        row = 0
+        for first, end in queries.runs:
+            rows = slice(row, row + end - first)
+            row = rows.stop
+            if not layout.padded:
+                part = dense.dense_attention(q[:, :, rows], k[:, :, :end], v[:, :, :end], scale, lse, backend)
+                out[:, :, rows] = part[0]
+                if sums is not None and part[1] is not None:
+                    sums[:, :, rows] = part[1]
+                continue
+            for b in range(q.shape[0]):
+                valid = layout.valid[b % layout.batch_size]
+                index_q = _indices(np.flatnonzero(valid[first:end]) + rows.start, q.device)
                 index_k = _indices(np.flatnonzero(valid[:end]), q.device)
                 pairs = ((q, index_q), (k, index_k), (v, index_k))
                 own = [t[b : b + 1].index_select(2, index) for t, index in pairs]
-                part, part_sums = dense.dense_attention(own[0], own[1], own[2], scale, lse, backend)
-                out[b].index_copy_(1, index_q, part[0])
-                if sums is not None and part_sums is not None:
-                    sums[b].index_copy_(1, index_q, part_sums[0].float())
+                part = dense.dense_attention(own[0], own[1], own[2], scale, lse, backend)
+                out[b].index_copy_(1, index_q, part[0][0])
+                if sums is not None and part[1] is not None:
+                    sums[b].index_copy_(1, index_q, part[1][0].float())
         return out, sums
 
     def covers(self, state: PlanState, launch: DenseLaunch, slots: int, queries: int) -> bool:
