@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmflex.cli.arguments import spec_of
 from rich.console import Console
 
 import mmflex
+from mmflex.cli.options import spec_of
 from mmflex.cli.real import show
 from mmflex.evaluation.real import Report, Text, evaluate, load, read
 from mmflex.evaluation.real.evaluate import source_digest
