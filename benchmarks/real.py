@@ -35,7 +35,7 @@ import torch
 from rich.console import Console
 
 import mmflex
-from mmflex.cli.arguments import spec_of
+from mmflex.cli.options import spec_of
 from mmflex.cli.real import show
 from mmflex.evaluation.real import Report, Text, evaluate, load, read
 from mmflex.evaluation.real.evaluate import source_digest
