@@ -68,6 +68,10 @@ def test_command(tmp_path: Path) -> None:
                                    "--lengths", "300,200", "--backend", "reference", "--dtype", "float32"])  # fmt: skip
     assert run.exit_code == 0, run.output
     assert "300 tokens: " in run.output
+    run = CliRunner().invoke(app, ["warmup", str(tmp_path / "model"), "--config", "default:fast",
+                                   "--lengths", "210", "--backend", "reference", "--dtype", "float32"])  # fmt: skip
+    assert run.exit_code == 0, run.output
+    assert "210 tokens: " in run.output
     for given, said in ((["--lengths", "many"], "--lengths is 'many'"), (["--dtype", "int8"], "--dtype is 'int8'")):
         run = CliRunner().invoke(app, ["warmup", str(tmp_path / "model"), "--config", str(tmp_path / "specs.json"),
                                        *given])  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,7 +14,12 @@ from .app import app, fail
 @app.command()
 def warmup(
     model: Annotated[str, typer.Argument(help="A folder or hub name; only its config.json is read.")],
-    config: Annotated[Path, typer.Option(help="The config (JSON) that the model will be patched with.")],
+    config: Annotated[
+        str,
+        typer.Option(
+            help="What the model will be patched with: a config (JSON), or 'default', 'default:high', 'default:fast'."
+        ),
+    ],
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts to come, separated by commas.")] = "32768,131072",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'auto': a GPU if there is one.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the weights and activations.")] = "bfloat16",
@@ -34,6 +38,7 @@ def warmup(
     from ..integrations.warmup import random_model
     from ..integrations.warmup import warmup as run
     from ..tuning.config import load_config
+    from ..tuning.default import default_named
 
     console = Console()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -45,7 +50,9 @@ def warmup(
     except ValueError:
         raise fail(f"--lengths is {lengths!r}: give numbers of tokens, separated by commas") from None
     try:
-        patched = random_model(model, load_config(config), torch.device(device), kind, backend)
+        default = default_named(config)
+        spec = load_config(config) if default is None else default
+        patched = random_model(model, spec, torch.device(device), kind, backend)
         for number, seconds in zip(numbers, run(patched, numbers), strict=True):
             console.print(f"{number:,} tokens: {seconds:.1f} s")
     except (OSError, ValueError, TypeError, NotImplementedError, RuntimeError) as error:

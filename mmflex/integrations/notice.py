@@ -21,29 +21,25 @@ class MostlyDense:
 
     def __init__(self, name: str, layers: Collection[int]) -> None:
         self.name, self.layers = name, frozenset(layers)
-        self.reasons: dict[int, str] = {}
         self.said = False
-        self.judged = ""
+        self.prompt = ""
+        self.reasons: dict[int, str] = {}
 
     def ran(self, layer: int, spec: tuple[Any, ...], layout: TokenLayout) -> None:
-        """After a layer has run by "auto". Prompts are judged at the last layer, each layout only while it is new."""
-        if self.said or layout.fingerprint == self.judged:
+        """After a layer has run by "auto"; with each layout in turn it is looked at once."""
+        if self.said:
+            return
+        if layout.fingerprint != self.prompt:
+            self.prompt, self.reasons = layout.fingerprint, {}
+        if layer in self.reasons:
             return
         reason = "" if all(isinstance(pattern, Dense) for pattern in spec) else why_dense(layout, spec)
-        if reason:
-            self.reasons[layer] = reason
-        else:
-            self.reasons.pop(layer, None)
-        if layer != max(self.layers):
-            return
-        self.judged = layout.fingerprint
-        if 2 * len(self.reasons) > len(self.layers):
+        self.reasons[layer] = reason
+        if 2 * sum(map(bool, self.reasons.values())) > len(self.layers):
             self.said = True
-            number, reason = max(self.reasons.items())
             warnings.warn(
-                f"mmflex: {self.name} runs {len(self.reasons)} of {len(self.layers)} layers of this prompt of "
-                f'{layout.length} tokens dense under backend="auto", which is predicted to be faster (layer {number}: '
-                f"{reason}). Longer prompts run sparse; to run the spec at any "
-                "length, name a backend",
+                f"mmflex: {self.name} runs most layers of this prompt of {layout.length} tokens dense, which "
+                f'backend="auto" predicts to be faster (layer {layer}: {reason}). Longer prompts run sparse; to run '
+                "the spec at any length, name a backend",
                 stacklevel=2,
             )

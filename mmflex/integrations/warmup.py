@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mmflex.ir.layout import TokenLayout
-from mmflex.tuning.config import Config
+from mmflex.tuning.config import Config, Spec, per_layer
 
 from .prompts import token_layout
 
@@ -76,12 +76,12 @@ def _one_of_each(layers: nn.ModuleList, spec: dict[int, tuple[Any, ...]]) -> lis
     return list(kinds.values())
 
 
-def random_model(name: str, config: Config, device: torch.device, dtype: torch.dtype, backend: str) -> nn.Module:
+def random_model(name: str, spec: Spec | Config, device: torch.device, dtype: torch.dtype, backend: str) -> nn.Module:
     """A patched model with the shape that the ``config.json`` of a folder or hub name has, and random weights: as many
     layers as have other specs, no vision tower to speak of.
 
     Raises:
-        OSError: no such model. ValueError: a config for another number of layers or heads; a model without one.
+        OSError: no such model. ValueError: a spec for another number of layers or heads; a model without one.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -89,8 +89,9 @@ def random_model(name: str, config: Config, device: torch.device, dtype: torch.d
 
     shape = AutoConfig.from_pretrained(name)
     text = shape.get_text_config()
-    spec = config.for_model(text.num_hidden_layers, text.num_attention_heads)
-    distinct = list(dict.fromkeys(spec.values()))
+    layers, heads = text.num_hidden_layers, text.num_attention_heads
+    by_layer = spec.for_model(layers, heads) if isinstance(spec, Config) else per_layer(spec, range(layers), heads)
+    distinct = list(dict.fromkeys(by_layer.values()))
     text.num_hidden_layers = len(distinct)
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: len(distinct)]
