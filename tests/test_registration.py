@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 import mmflex  # noqa: E402
 import mmflex.runtime.attention as runtime  # noqa: E402
 from mask_builders import AShape, Dense  # noqa: E402
+from mmflex.integrations import registration  # noqa: E402
 
 SPEC = AShape(128, 128)
 IDS = torch.randint(5, 90, (1, 400), generator=torch.Generator().manual_seed(1))
@@ -151,6 +153,12 @@ def test_options() -> None:
         mmflex.configure(SPEC, quality="fast")
     with pytest.raises(TypeError, match="no option 'tiles': it takes spec, quality, backend, mlp_chunk, vision, fuse"):
         mmflex.configure(tiles=3)
+
+
+def test_older_versions_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their models have no such methods."""
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.46.3")
+    registration.register(ModuleType("transformers.modeling_utils"))
 
 
 def test_models_that_cannot_be_patched_say_why() -> None:

@@ -36,7 +36,8 @@ def prefill_times() -> str:
 
 def prefill_memory() -> str:
     """Peak gigabytes of a prefill over length."""
-    return _over_length(_prefill("peak_gb"), "peak memory, GB", "Peak memory of a prefill over prompt length")
+    title = "Peak memory of a prefill over prompt length"
+    return _over_length(_prefill("peak_gb"), "peak memory, GB", title, scale="linear")
 
 
 def _prefill(field: str) -> dict[str, list[tuple[float, float]]]:
@@ -89,7 +90,7 @@ def quality() -> str:
     def draw(axes: Any) -> None:
         for i, (label, line) in enumerate(points.items()):
             x, y = zip(*sorted(line), strict=True)
-            axes.scatter(x, y, s=18, marker=MARKERS[i % 8], color=OTHERS[i % 8], label=label)
+            axes.scatter(x, y, s=18, marker=MARKERS[(i + i // 8) % 8], color=OTHERS[i % 8], label=label)
         axes.set_xlabel("share of the causal pairs that were computed")
         axes.set_ylabel("perplexity over dense, %")
         axes.legend(frameon=False, fontsize=7)
@@ -97,7 +98,7 @@ def quality() -> str:
     return _figure(draw, "Perplexity over the dense model's against density")
 
 
-def _over_length(lines: dict[str, list[tuple[float, float]]], unit: str, title: str) -> str:
+def _over_length(lines: dict[str, list[tuple[float, float]]], unit: str, title: str, scale: str = "log") -> str:
     if not lines:
         return ""
 
@@ -107,7 +108,11 @@ def _over_length(lines: dict[str, list[tuple[float, float]]], unit: str, title: 
             x, y = zip(*sorted(dict(line).items()), strict=True)
             dense = label == "best dense kernel" or label in results.DENSE.values()
             style = {"color": "#6a7078", "linestyle": "--"} if dense else {"color": OTHERS[i % 8]}
-            axes.loglog(x, y, marker=MARKERS[i % 8], markersize=4, linewidth=1.5, label=label, **style)
+            axes.plot(x, y, marker=MARKERS[i % 8], markersize=4, linewidth=1.5, label=label, **style)
+        axes.set_xscale("log")
+        axes.set_yscale(scale)
+        if scale == "linear":
+            axes.set_ylim(bottom=0)
         axes.set_xticks(marks, [results.tokens(int(n)) for n in marks], fontsize=8)
         axes.minorticks_off()
         axes.grid(alpha=0.25)

@@ -25,6 +25,14 @@ DECODE_QUERIES = 64
 save, and patterns are estimated from this many queries."""
 
 
+def supported() -> bool:
+    """Whether the transformers that is installed is new enough for `patch`."""
+    import transformers
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2] if part.isdecimal())
+    return version >= (5, 17)
+
+
 @dataclass(eq=False)
 class MaskDescription:
     """A 4-D attention mask that has not been built: what `transformers.masking_utils` asked for.

@@ -81,11 +81,15 @@ def configure(spec: Any = None, **options: Any) -> None:
 def register(modeling: ModuleType) -> None:
     """Makes "mmflex" a valid name for the models of a ``transformers.modeling_utils``; nothing for versions that
     `patch` does not support."""
-    from .transformers import register_functions, supported
+    from .masks import supported
 
-    model_class = modeling.PreTrainedModel
-    if not supported() or hasattr(model_class.set_attn_implementation, "_mmflex"):
+    if not supported():
         return
+    model_class = modeling.PreTrainedModel
+    if hasattr(model_class.set_attn_implementation, "_mmflex"):
+        return
+    from .transformers import register_functions
+
     register_functions()
     model_class.post_init = _extended_post_init(model_class.post_init)
     model_class.set_attn_implementation = _extended_selection(model_class.set_attn_implementation)

@@ -49,6 +49,7 @@ from .masks import (
     forget_previous,
     previous_implementation,
     remember_previous,
+    supported,
 )
 from .notice import MostlyDense
 from .prefill import attention_forward, live
@@ -260,14 +261,6 @@ def patched(model: nn.Module, spec_or_config: Spec | Config | None = None, **opt
         yield model
     finally:
         unpatch(model)
-
-
-def supported() -> bool:
-    """Whether the transformers that is installed is new enough for `patch`."""
-    import transformers
-
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2] if part.isdecimal())
-    return version >= (5, 17)
 
 
 def _language_model(root: nn.Module) -> tuple[Any, Any, nn.Module, list[nn.Module]]:
