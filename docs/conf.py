@@ -11,14 +11,15 @@ import mmflex
 
 project = "mmflex"
 author = "the mmflex authors"
+project_copyright = "2026, the mmflex authors. Licence: Apache 2.0"
 version = release = mmflex.__version__
 
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "docs.tools.mathml",
     "docs.tools.site",
 ]
 exclude_patterns = ["tools"]
@@ -33,6 +34,9 @@ autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme = "furo"
 html_title = f"mmflex {release}"
 html_theme_options = {"navigation_with_keys": True}

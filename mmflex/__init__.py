@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .compiler.lower import Lowering
+from .integrations.registration import register_when_imported
 from .ir.layout import Segment, TokenLayout
 from .ir.pattern import Pattern, Tokens, View
 from .ir.queries import QueryTokens
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .integrations.intercept import intercept
     from .integrations.layouts import layout_for
     from .integrations.long_prefill import last_token_logits
+    from .integrations.registration import configure
     from .integrations.search import search
     from .integrations.transformers import DenseFallback, patch, patched, token_layout, unpatch
     from .selfcheck import check
@@ -38,6 +40,7 @@ __all__ = [
     "attention",
     "check",
     "clear_caches",
+    "configure",
     "default_spec",
     "intercept",
     "last_token_logits",
@@ -61,6 +64,7 @@ _LAZY = {
     "Config": "tuning.config",
     "DenseFallback": "integrations.transformers",
     "check": "selfcheck",
+    "configure": "integrations.registration",
     "default_spec": "tuning.default",
     "intercept": "integrations.intercept",
     "last_token_logits": "integrations.long_prefill",
@@ -105,3 +109,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY})
+
+
+register_when_imported()

@@ -388,7 +388,12 @@ def _run(settings: Settings, console: Console, picture: Path | None, device: tor
     report(result, len(calls) // 2, console)
     if settings.more:
         console.print(f"[dim]To see more: {settings.more}.[/]")
-    console.print(needles(device))
+    from .evaluation import models
+
+    if models.present("v-niah"):
+        console.print(needles(device))
+    else:
+        console.print("[dim]The table of answers needs weights that are in a checkout, and not in the wheel.[/]")
     return result
 
 
@@ -435,7 +440,7 @@ def report(result: Result, layer: int, console: Console) -> None:
     console.print(f"[bold]plan of layer {layer}[/]")
     console.print(plan.explain(), highlight=False, markup=False, soft_wrap=True)
     console.print()
-    table = Table(title=f"{result.tokens:,} tokens: what one waits for")
+    table = Table(title=f"{result.tokens:,} tokens: time to the first token")
     table.add_column("")
     table.add_column("SDPA", justify="right")
     table.add_column("mmflex", justify="right")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import mmflex
 from mask_builders import AShape, Dense, Grid, VerticalSlash
 from mmflex.cli import app
 from mmflex.tuning.config import Config, save_config
@@ -38,6 +39,27 @@ def test_help_says_what_it_does(command: str) -> None:
     assert "Usage" in text
     assert len(text) > 300
     assert "--frames" not in text  # sizes of the demo are for tests
+
+
+def test_demo_without_the_weights_of_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a wheel has none of them."""
+    pytest.importorskip("transformers")
+    from mmflex.evaluation import models
+
+    monkeypatch.setattr(models, "WEIGHTS", tmp_path)
+    assert not models.present("v-niah")
+    sizes = ("--frames", "16", "--size", "56", "--layers", "1", "--runs", "1", "--device", "cpu")
+    text = output_of("demo", *sizes, "-o", str(tmp_path / "masks.png"))
+    assert "weights that are in a checkout" in text
+    assert "a trained model" not in text
+
+
+def test_version_names_what_a_bug_report_needs() -> None:
+    lines = output_of("--version").splitlines()
+    assert lines[0].startswith(f"mmflex {mmflex.__version__}, Python 3.")
+    names = ["torch", "triton", "flash-attn-4", "transformers"]
+    assert [line.split(" ", 1)[0] for line in lines[1:]] == names
+    assert lines[1] == f"torch {torch.__version__}"
 
 
 def test_demo_at_a_tiny_size(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import mmflex
 pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 
-from docs.tools import blocks, commands, markers, results
+from docs.tools import blocks, commands, markers, plots, results
 
 ROOT = Path(__file__).parents[1]
 ALL = [ROOT / "README.md", *markers.pages()]
@@ -245,3 +245,62 @@ def test_the_table_of_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_an_unknown_table_is_an_error() -> None:
     with pytest.raises(ValueError, match="no table 'nothing': use one of attention"):
         markers.with_tables("<!-- table: nothing -->")
+
+
+# ---- formulas, plots and built pages ---------------------------------------------------------------------------------
+
+
+def test_formulas_become_mathml() -> None:
+    """All of the pages, without a rest of LaTeX; rows and columns of aligned ones."""
+    mathml = pytest.importorskip("docs.tools.mathml", reason="needs latex2mathml")
+    formulas = [
+        f for page in markers.pages() for f in re.findall(r"^\$\$\n(.*?)^\$\$$", page.read_text("utf-8"), re.M | re.S)
+    ]
+    assert len(formulas) > 15
+    for formula in formulas:
+        made = mathml.mathml(formula, display=True)
+        assert made.startswith("<math")
+        assert not re.search(r"\\\\|\\[a-z]|&amp;", made)
+        if "aligned" in formula:
+            assert made.count("<mtr>") == formula.count("\\\\\n") + 1
+            assert made.count("<mtd>") == formula.count("&") + made.count("<mtr>")
+    assert "<mi>columns</mi>" in mathml.mathml(r"\mathrm{columns}")
+    with pytest.raises(ValueError, match="not converted"):
+        mathml.mathml(r"\begin{aligned}a & \unknowncommand b\end{aligned}")
+
+
+def test_plots_are_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    for name in ("attention_times", "prefill_times", "prefill_memory"):
+        made = plots.PLOTS[name]()
+        assert made.startswith("```{raw} html\n<figure")
+        assert "\n\n" not in made
+        assert made == plots.PLOTS[name]()
+    assert "VerticalSlash()" in plots.PLOTS["attention_times"]()
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert {make() for make in plots.PLOTS.values()} == {""}
+    methods = {"sdpa": {"seconds": 9.0, "vision_s": 4.0}, "mmflex": {"seconds": 2.0, "vision_s": 0.5}, "fa2": {}}
+    row = {"tokens": 65876, "methods": methods}
+    (tmp_path / "prefill-x.json").write_text(json.dumps({"settings": {"whole": True}, "rows": [row]}))
+    assert "vision tower" in plots.stages()
+    assert "65,876" in plots.stages()
+    text = {"scores": {"excess": {"value": 0.031}}, "method": {"label": "Some method", "ran": 0.3}}
+    (tmp_path / "real-x.json").write_text(json.dumps({"texts": [text]}))
+    assert "Some method" in plots.quality()
+
+
+def test_a_page_that_needs_a_network_or_shows_latex_is_found() -> None:
+    built = pytest.importorskip("docs.tools.built", reason="needs latex2mathml")
+    good = (
+        '<p>a <code>\\begin{x}</code> <svg><text>$$</text></svg> C:\\ no</p><a href="https://x.y">x</a>'
+        '<link rel="canonical" href="https://x.y">'
+        '<div class="table-wrapper docutils"><table class="docutils"></table></div>'
+    )
+    assert built.problems(good) == []
+    bad = (
+        r"<p>\[q \ge k\]</p><script src='https://cdn.x/mathjax.js'></script><p>$$ x $$</p>"
+        "<img src='//x/y.png'><table class='docutils'></table>"
+    )
+    assert [wrong.split(":")[0] for wrong in built.problems(bad)] == [
+        "raw LaTeX", "loads https", "raw LaTeX", "loads //x/y.png", "a table that cannot be scrolled"
+    ]  # fmt: skip

@@ -69,7 +69,7 @@ def test_own_pattern_is_short_and_travels_as_json() -> None:
 
 def test_commands_are_those_of_the_checks() -> None:
     """.ci/run installs and tests as the README says; two commands set up, everything pinned that is asked for."""
-    setup, demo, tests = blocks(README, "bash")
+    setup, demo, check, tests = blocks(README, "bash")
     install = setup.splitlines()
     assert len(install) == 2
     checks = (ROOT / ".ci" / "run").read_text()
@@ -77,6 +77,7 @@ def test_commands_are_those_of_the_checks() -> None:
     assert tests.strip() in checks
     assert tests.strip() in (ROOT / "CONTRIBUTING.md").read_text()
     assert demo.strip() == "mmflex demo"
+    assert check.strip() == "mmflex check"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [
         *project["dependencies"],

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import mmflex
-from mask_builders import AShape, BlockTopK, Dense, Grid, QBoundary, VerticalSlash
+from mask_builders import AShape, BlockTopK, Dense, Grid, ProxyAttn, QBoundary, VerticalSlash
 from mmflex.integrations.vllm import batch, options, plugin
 from mmflex.integrations.vllm import engine as engines
 from mmflex.integrations.vllm.backend import RUNS, Platform, accelerated_backend
@@ -200,7 +200,8 @@ class CompilationConfig(types.SimpleNamespace):
 
 def config(additional: dict[str, Any], **changed: Any) -> Any:
     """A `VllmConfig`."""
-    text = types.SimpleNamespace(num_hidden_layers=LAYERS, num_attention_heads=HEADS, model_type="qwen2")
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    text = types.SimpleNamespace(num_hidden_layers=LAYERS, model_type="qwen2", **heads)
     model = {"hf_text_config": text, "hf_config": text, "max_model_len": 4096, "dtype": torch.float32}
     parallel = {"tensor_parallel_size": 1, "decode_context_parallel_size": 1}
     return types.SimpleNamespace(
@@ -364,6 +365,13 @@ def test_ranks_run_the_patterns_of_their_heads(rank: int) -> None:
     out = server.step([("a", 0, 300)], sides)
     same(out[0], wanted(sides["a"][0], Dense(), 0, 300))
     same(out[1], wanted(sides["a"][1], SPEC[2 * rank : 2 * rank + 2], 0, 300))
+
+
+def test_heads_estimated_together_are_not_torn_apart() -> None:
+    """A proxy for the heads of two KV heads would be another one on a rank that has one of them."""
+    with pytest.raises(ValueError, match=r"heads of 2 KV heads together, but 2 ranks share the 4 query heads"):
+        Server(ProxyAttn(0.9, 8, 128, kv_heads=2), parallel={"tensor_parallel_size": 2})
+    Server(ProxyAttn(0.9, 8, 128, kv_heads=1), parallel={"tensor_parallel_size": 2})
 
 
 def test_shared_caches_are_read_rather_than_the_layers_own_keys() -> None:

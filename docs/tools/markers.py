@@ -3,7 +3,7 @@
 ``<!-- example: Grid(local=512); mask, orders -->`` to ``<!-- end -->``: formula, numbers and pictures of a pattern.
 These are kept in the pages, to be read anywhere; ``python -m docs.tools`` renews them, and the tests say when to.
 
-``<!-- table: attention -->``: a table from code or results, made when the site is built.
+``<!-- table: attention -->``, ``<!-- plot: attention_times -->``: from code or results, made when the site is built.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import commands, examples, results
+from . import commands, examples, plots, results
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = re.compile(r"^<!-- example: (.*?) -->\n(.*?)^<!-- end -->$", re.M | re.S)
 TABLE = re.compile(r"^<!-- table: (.*?) -->$", re.M)
+PLOT = re.compile(r"^<!-- plot: (.*?) -->$", re.M)
 TABLES: dict[str, Callable[[], str]] = {**results.TABLES, "commands": commands.commands}
 
 
@@ -39,11 +40,14 @@ def with_examples(text: str, page: Path) -> str:
 
 
 def with_tables(text: str) -> str:
-    """A page's text with its tables; ValueError for a table that there is not."""
+    """A page's text with its tables and plots; ValueError for one that there is not."""
 
-    def made(match: re.Match[str]) -> str:
-        if match[1] not in TABLES:
-            raise ValueError(f"there is no table {match[1]!r}: use one of {', '.join(TABLES)}")
-        return TABLES[match[1]]()
+    def made(kind: str, known: dict[str, Callable[[], str]]) -> Callable[[re.Match[str]], str]:
+        def one(match: re.Match[str]) -> str:
+            if match[1] not in known:
+                raise ValueError(f"there is no {kind} {match[1]!r}: use one of {', '.join(known)}")
+            return known[match[1]]()
 
-    return TABLE.sub(made, text)
+        return one
+
+    return PLOT.sub(made("plot", plots.PLOTS), TABLE.sub(made("table", TABLES), text))

@@ -86,12 +86,17 @@ def _milli(value: Any) -> str:
 
 
 def attention() -> str:
-    """One layer's attention on a GPU: a table for each file."""
+    """One layer's attention on a GPU: a table for each file, the longest prompts and the greatest gains first."""
+
+    def gain(row: dict[str, Any]) -> float:
+        return row["S"] if isinstance(row.get("S"), (int, float)) else 0.0
+
     columns = ("tokens", "pattern", "kernels", "best dense", "mmflex", "faster", "density", "planning", "rate", "error")
     parts = []
-    for name, data in load("attention*.json"):
+    files = sorted(load("attention*.json"), key=lambda file: -max(map(gain, file[1].get("rows", [])), default=0.0))
+    for name, data in files:
         rows = []
-        for row in sorted(data.get("rows", []), key=lambda r: (r.get("backend", ""), r.get("tokens", 0))):
+        for row in sorted(data.get("rows", []), key=lambda r: (r.get("backend", ""), -r.get("tokens", 0), -gain(r))):
             dense = {k: v for k, v in row.get("dense_ms", {}).items() if isinstance(v, (int, float))}
             best = min(dense, key=dense.__getitem__) if dense else ""
             ran = "dense" if row.get("runs") == "dense" else "sparse"
@@ -258,6 +263,29 @@ def evaluation() -> str:
     return "\n\n".join(parts)
 
 
+def choice() -> str:
+    """Right answers at 8k tokens, by method, at shares of the dense attention FLOPs; the best first."""
+    tasks: dict[str, dict[tuple[str, Any], dict[str, Any]]] = {}
+    for _, data in load("eval-*.json"):
+        for row in data.get("rows", []):
+            if row.get("tokens") == 8192 and not row.get("over"):
+                cells = tasks.setdefault(row["task"], {})
+                known = cells.get((row["label"], row["target"]))
+                if known is None or known["score"]["asked"] < row["score"]["asked"]:
+                    cells[row["label"], row["target"]] = row
+    columns = [(task, share) for task in tasks for share in (0.25, 0.4)]
+    labels = dict.fromkeys(label for cells in tasks.values() for label, _ in cells)
+    lines = []
+    for label in labels:
+        found = [tasks[t].get((label, share)) or tasks[t].get((label, None)) for t, share in columns]
+        best = sum(cell["score"]["accuracy"] for cell in found if cell)
+        lines.append((best, [label, *(_answers(cell) for cell in found)]))
+    if not lines:
+        return ""
+    head = [f"{task.upper()}, {share:.0%}" for task, share in columns]
+    return markdown(["method", *head], [line for _, line in sorted(lines, key=lambda line: -line[0])])
+
+
 def real() -> str:
     """A model that was not trained here: predictions and answers, a table for each file, text and length."""
     columns = ("method", "setting", "ran", "estimates", "perplexity", "over dense", "KL, all rows", "KL, last rows",
@@ -404,6 +432,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu,
     "check": check,
     "evaluation": evaluation,
+    "choice": choice,
     "real": real,
     "chunks": chunks,
     "serving": serving,

@@ -17,7 +17,7 @@ def setup(app: Any) -> dict[str, Any]:
 
     def read(app: Any, name: str, source: list[str]) -> None:
         page = Path(app.env.doc2path(name))
-        if markers.TABLE.search(source[0]):
+        if markers.TABLE.search(source[0]) or markers.PLOT.search(source[0]):
             app.env.note_reread()  # results may change without the page
         source[0] = markers.with_tables(markers.with_examples(source[0], page))
 

@@ -1,6 +1,6 @@
 """The command line, one file per group of commands."""
 
-from . import check, evaluation, run, search, show, tuning, warmup
+from . import answer, check, evaluation, run, search, show, tuning, warmup
 from .app import app
 
-__all__ = ["app", "check", "evaluation", "run", "search", "show", "tuning", "warmup"]
+__all__ = ["answer", "app", "check", "evaluation", "run", "search", "show", "tuning", "warmup"]

@@ -64,7 +64,7 @@ def evaluate_(
         int | None, typer.Option(help="Prompts of a seed; with --model of a task.", show_default="8; with --model 20")
     ] = None,
     questions: Annotated[int, typer.Option(help="Questions in a prompt.")] = 8,
-    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of seeds of prompts.")] = 3,
     first_seed: Annotated[int, typer.Option(help="The first seed; the sample prompt has the one before.")] = 1000,
     flops: Annotated[
         str | None,

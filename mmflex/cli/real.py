@@ -10,6 +10,7 @@ from rich.console import Console
 
 from .app import fail
 from .options import numbers_of, spec_of
+from .progress import Progress
 
 if TYPE_CHECKING:
     from ..evaluation.real import Report
@@ -64,7 +65,7 @@ def evaluate_model(
             drawable(picture)
         before = sum(map(Report.load, add), Report())
         where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        with _progress(console) as say:
+        with Progress(console) as say:
             say(f"loading {model}")
             loaded = load(model, device=where)
 
@@ -86,29 +87,6 @@ def evaluate_model(
             console.print(f"drawn to {picture}")
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         raise fail(str(error)) from error
-
-
-class _progress:
-    """What comes next: a status line on a terminal, else a line each."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.status = console.status("") if console.is_terminal else None
-
-    def __enter__(self) -> _progress:
-        if self.status is not None:
-            self.status.start()
-        return self
-
-    def __call__(self, text: str) -> None:
-        if self.status is not None:
-            self.status.update(text)
-        else:
-            self.console.print(text, style="dim", highlight=False)
-
-    def __exit__(self, *args: object) -> None:
-        if self.status is not None:
-            self.status.stop()
 
 
 def show(report: Report, console: Console) -> None:

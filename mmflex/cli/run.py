@@ -30,8 +30,8 @@ def demo(
     """See it work: a Qwen2.5-VL reads a video, dense and sparse, side by side.
 
     Builds the real model class with random weights, draws a video of moving shapes (nothing is downloaded), and
-    prefills it with PyTorch's attention and through [bold]mmflex.patch[/]. Prints what one waits for up to the first
-    token, planning counted, what each pattern computes, how far the outputs are apart and why the plan is what it is.
+    prefills it with PyTorch's attention and through [bold]mmflex.patch[/]. Prints the time to the first token by
+    stage, planning counted, what each pattern computes, how far the outputs are apart and why the plan is what it is.
     On a CPU the model is small and the video has 16 thousand tokens: under two minutes on two cores. On a GPU with 40
     GB it has four layers of the 7B shape and its whole vision tower, and the video 65 thousand tokens.
     """

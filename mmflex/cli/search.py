@@ -80,7 +80,7 @@ def search(
             "takes gradients); 'outputs': all heads and tokens alike. With --qkv it is outputs."
         ),
     ] = "answers",
-    seed: Annotated[int, typer.Option(help="Of a task's prompt.")] = 1 << 20,
+    seed: Annotated[int, typer.Option(help="Seed of a task's prompt.")] = 1 << 20,
     device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'auto': a GPU if there is one.")] = "auto",
     backend: Annotated[str, typer.Option(help="Whose costs count; 'auto' for the one that would run.")] = "auto",
     resume: Annotated[
@@ -90,8 +90,8 @@ def search(
     """Find which pattern each head of a model gets, on one sample prompt.
 
     Runs the prompt through the model once, densely, and tries a table of patterns on every layer: which one keeps the
-    attention output closest to dense within the budget. Writes a config for [bold]mmflex.patch(model, config)[/], and
-    looks at nothing else: take a sample like the prompts that the config is for, at best as long.
+    attention output closest to dense within the budget. Writes a config for [bold]mmflex.patch(model, config)[/].
+    It judges by this sample alone: give one like the prompts that the config is for, as long as they are if possible.
 
       mmflex search v-niah --budget density=0.25 -o v-niah.json
       mmflex search ./Qwen2.5-VL-7B-Instruct --video film.mp4 --frames 96 --text "What happens?" --budget cost=0.3

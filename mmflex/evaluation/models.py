@@ -1,7 +1,7 @@
 """The small models of the evaluation: building, saving and loading them.
 
 Both are trained from scratch by ``python -m benchmarks.train`` on generated prompts (`mmflex.evaluation.samples`), and
-their weights are shipped with the package:
+their weights (17 MB) come with the repository, not with the wheel:
 
     vision   Qwen2_5_VLForConditionalGeneration, 5.7M parameters: V-NIAH and MM-NIAH
     text     Qwen2ForCausalLM, 2.7M parameters: retrieval and variable tracking
@@ -153,8 +153,9 @@ def restore(
     for name in (_FILE, "config.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name} is missing: the {kind} model's weights come with the package, "
-                f"or train it with 'python -m benchmarks.train --task {kind} --out {folder}'"
+                f"{folder / name} is missing: the weights of the {kind} model are in the repository, not in the wheel; "
+                f"install from a checkout with 'pip install -e .', or train it with 'python -m benchmarks.train "
+                f"--task {kind} --out {folder}'"
             )
     of = _class(kind)
     model = of(of.config_class.from_pretrained(folder))
@@ -164,6 +165,15 @@ def restore(
         raise ValueError(f"{folder / _FILE} is not a {kind} model: missing {missing[:3]}, unknown {unexpected[:3]}")
     model.tie_weights()
     return model.to(device=device, dtype=dtype).eval()
+
+
+def present(task: str) -> bool:
+    """Whether the weights of a task's model are installed: a checkout has them, a wheel does not."""
+    return (WEIGHTS / _kind(task) / _FILE).is_file()
+
+
+def _kind(task: str) -> str:
+    return "vision" if task in VISION else "text"
 
 
 def load(task: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
@@ -179,5 +189,5 @@ def load(task: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = 
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
-    kind = "vision" if task in VISION else "text"
+    kind = _kind(task)
     return restore(kind, WEIGHTS / kind, device=device, dtype=dtype)

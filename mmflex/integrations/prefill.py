@@ -73,7 +73,7 @@ def attention_forward(
         if previous is None:
             raise RuntimeError(
                 f"{type(module).__name__} asks for mmflex but belongs to no patched model: call mmflex.patch(model, "
-                "spec), or select another attention with model.set_attn_implementation"
+                "spec), or select an attention with set_attn_implementation on the model that is called"
             )
         return _dense(module, dense_function(module, previous), previous, query, key, value, attention_mask, scaling,
                       dropout, kwargs)  # fmt: skip

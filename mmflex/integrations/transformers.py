@@ -26,6 +26,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class Patch:
         live[self.number] = self
         for module, slot in zip(modules, slots, strict=True):
             vars(module)["_mmflex"] = slot
-        _register()
+        register_functions()
         _select(self.owner, self.config, NAME)
         if self.config._attn_implementation != NAME:
             self.remove()
@@ -261,6 +262,14 @@ def patched(model: nn.Module, spec_or_config: Spec | Config | None = None, **opt
         unpatch(model)
 
 
+def supported() -> bool:
+    """Whether the transformers that is installed is new enough for `patch`."""
+    import transformers
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2] if part.isdecimal())
+    return version >= (5, 17)
+
+
 def _language_model(root: nn.Module) -> tuple[Any, Any, nn.Module, list[nn.Module]]:
     """(text config, outermost and innermost model that have it, attention modules) of a model.
 
@@ -271,8 +280,7 @@ def _language_model(root: nn.Module) -> tuple[Any, Any, nn.Module, list[nn.Modul
         from transformers import PreTrainedModel
     except ImportError as error:
         raise ImportError(f"mmflex.patch needs transformers 5.17 or newer, and there are none: {_ELSE}") from error
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2] if part.isdecimal())
-    if version < (5, 17):
+    if not supported():
         raise ImportError(f"mmflex.patch needs transformers 5.17 or newer, got {transformers.__version__}: {_ELSE}")
 
     models = [m for m in root.modules() if isinstance(m, PreTrainedModel)]
@@ -321,6 +329,10 @@ _NO_SCORES = "(mmflex changes which pairs are attended to, not their scores): ru
 _ELSE = "for a model of other code that calls scaled_dot_product_attention there is mmflex.intercept(model, spec)"
 
 
+selecting: ContextVar[bool] = ContextVar("mmflex_selecting", default=False)
+"""Whether a patch is selecting an attention: such calls are not those of a user (`registration`)."""
+
+
 def _select(owner: Any, config: Any, implementation: str) -> None:
     """Select an attention for the language model alone.
 
@@ -329,13 +341,18 @@ def _select(owner: Any, config: Any, implementation: str) -> None:
     """
     inside = {id(m.config): m.config for m in owner.modules() if hasattr(type(m), "set_attn_implementation")}
     others = [(c, c._attn_implementation) for c in inside.values() if c is not config]
-    owner.set_attn_implementation({"": implementation})
+    token = selecting.set(True)
+    try:
+        owner.set_attn_implementation({"": implementation})
+    finally:
+        selecting.reset(token)
     for other, before in others:
         if other._attn_implementation != before:
             other._attn_implementation_internal = before
 
 
-def _register() -> None:
+def register_functions() -> None:
+    """Makes "mmflex" a name of transformers' two registries: of attention functions and of mask functions."""
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 

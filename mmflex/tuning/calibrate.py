@@ -43,7 +43,7 @@ class Settings:
     Attributes:
         lengths: tokens; constants are fitted at the least and the greatest, predictions tested at all but the least.
         heads, kv_heads, head_dim, dtype: of the tensors.
-        seconds: budget of one backend; cases that say least are left out when it is used up.
+        seconds: budget of one backend; the least informative cases are left out when it is used up.
         each: seconds for the runs of one timing.
     """
 
@@ -229,7 +229,7 @@ def calibrate(
             tell enough.
     """
     if backend in ("auto", "dense"):
-        raise ValueError(f"backend {backend!r} is nothing to calibrate: use 'flash', 'triton', 'cpu' or 'reference'")
+        raise ValueError(f"backend {backend!r} cannot be calibrated: use 'flash', 'triton', 'cpu' or 'reference'")
     backends.resolve(backend, device, settings.head_dim, settings.dtype)
     begin = time.perf_counter()
     held: dict[int, Any] = {}

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from mmflex.distributed.estimates import check_whole_layers
 from mmflex.integrations.layouts.inputs import setting
+from mmflex.ir.layout import TokenLayout
 from mmflex.ir.pattern import Pattern
 from mmflex.runtime.backends import resolve, why_not
 from mmflex.tuning.config import head_slice
@@ -85,7 +87,8 @@ def read_engine(vllm_config: Any, rank: int) -> Engine | None:
         rank: of this process among those that share the heads of a layer.
 
     Raises:
-        ValueError: settings that make no sense, or a config for another model; both numbers are named.
+        ValueError: settings that make no sense, a config for another model (both numbers are named), or patterns that
+            estimate from more heads together than a rank has.
     """
     settings = read_settings(getattr(vllm_config, "additional_config", None))
     if settings is None:
@@ -97,6 +100,9 @@ def read_engine(vllm_config: Any, rank: int) -> Engine | None:
     whole = settings.for_model(layers, heads)
     if heads % size:
         raise ValueError(f"{heads} query heads cannot be shared by {size} tensor-parallel ranks evenly")
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    for patterns in dict.fromkeys(whole.values()):
+        check_whole_layers(patterns, TokenLayout.text(1), heads, kv_heads, size)
     spec = {layer: head_slice(patterns, heads // size, rank) for layer, patterns in whole.items()}
     captured = setting(vllm_config, "compilation_config", "max_cudagraph_capture_size", default=0)
     return Engine(

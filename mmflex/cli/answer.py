@@ -1,0 +1,287 @@
+"""``mmflex run``: a model of yours answers one prompt, dense beside sparse."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .app import app, fail
+from .options import spec_of
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from ..evaluation.beside import Beside
+    from ..integrations.frames import Frames
+
+
+@app.command()
+def run(
+    model: Annotated[
+        str, typer.Argument(help="A folder with a transformers model, or a name that transformers finds.")
+    ],
+    prompt: Annotated[str, typer.Option(help="The question or the text; @file.txt reads a file.")],
+    video: Annotated[Path | None, typer.Option(help="A video file, read by PyAV or torchcodec.")] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(help="Frames to take, evenly spread.", show_default="one a second, at most 128"),
+    ] = None,
+    spec: Annotated[
+        str | None,
+        typer.Option(
+            help="'default', 'default:high', 'default:fast', a config or pattern as a JSON file, one of MInference's "
+            "files, or a pattern's JSON itself.",
+            show_default="default",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 64,
+    runs: Annotated[int, typer.Option(min=1, help="Timed prefills of each side.")] = 2,
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'auto': a GPU if there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="'auto' (as stored), 'bfloat16', 'float16' or 'float32'.")] = "auto",
+    backend: Annotated[str, typer.Option(help="As in mmflex.attention; 'auto' may run short prompts dense.")] = "auto",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Draw the masks of a layer to this file (PNG, SVG, PDF).")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, and about how long it takes; load no weights.")
+    ] = False,
+) -> None:
+    """Answer one prompt with a model of yours, dense and sparse.
+
+    Prints the time to the first token by stage, both answers, and the density of the masks. Nothing is sampled: where
+    the answers differ, it is by the masks (or by rounding, where two tokens are almost equally likely).
+
+      mmflex run Qwen/Qwen2.5-VL-7B-Instruct --video film.mp4 --prompt "What happens?" -o masks.png
+      mmflex run ./SmolLM2-135M-Instruct --prompt @report.txt --dry-run
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise fail("this needs transformers: pip install 'mmflex\\[transformers]', with --video 'mmflex\\[video]'")
+    from ..evaluation.report import writable
+
+    console = Console()
+    try:
+        writable([json_file, output])
+        if output is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ImportError("--output draws with matplotlib: pip install 'mmflex[plot]'")
+        chosen = _spec(spec)
+        text = Path(prompt[1:]).read_text(encoding="utf-8") if prompt.startswith("@") else prompt
+        with Progress(console) as say:
+            taken = None
+            if video is not None:
+                from ..integrations.frames import read_frames
+
+                say(f"reading {video}")
+                taken = read_frames(video, frames)
+                console.print(
+                    f"{len(taken.indices)} of {taken.total} frames of {taken.pixels.shape[2]} x "
+                    f"{taken.pixels.shape[1]} pixels, by {taken.reader}",
+                    highlight=False,
+                )
+            say("preparing the prompt")
+            inputs, decode = prepare(model, text, taken)
+            where = _device(device)
+            if dry_run:
+                _say_plan(console, model, inputs, chosen, where, dtype, backend, tokens, runs)
+                return
+            say("loading the model")
+            loaded = load(model, where, dtype)
+            from ..evaluation.beside import beside
+
+            given = {name: _placed(value, loaded) for name, value in inputs.items()}
+            found = beside(
+                loaded, given, chosen, decode, new_tokens=tokens, runs=runs, backend=backend, say=say
+            )  # fmt: skip
+            if output is not None and found.plan is not None:
+                say(f"drawing masks to {output}")
+                _draw(found.plan, output)
+        show(found, console)
+        if json_file is not None:
+            json_file.write_text(json.dumps({"model": model, "prompt": text, **found.to_json()}, indent=1) + "\n")
+            console.print(f"written to {json_file}", soft_wrap=True)
+        if output is not None and found.plan is not None:
+            console.print(f"masks of the middle layer: {output}", soft_wrap=True)
+        elif output is not None:
+            console.print("no picture: everything ran dense")
+    except (ValueError, TypeError, OSError, NotImplementedError, RuntimeError, ImportError) as error:
+        raise fail(str(error).replace("[", "\\[")) from error
+
+
+def _spec(given: str | None) -> Any:
+    return spec_of("default" if given is None else given)[1]
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+# ---- model and prompt ------------------------------------------------------------------------------------------------
+
+
+def prepare(model: str, text: str, frames: Frames | None) -> tuple[dict[str, Any], Any]:
+    """(inputs of a prompt, function from token ids to text), by the model's own processor or tokenizer."""
+    import transformers
+
+    if frames is None:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
+        if getattr(tokenizer, "chat_template", None):
+            messages = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return dict(tokenizer(text, return_tensors="pt")), lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    if importlib.util.find_spec("torchvision") is None:
+        raise ImportError("transformers' video processors need torchvision: pip install 'mmflex[video]'")
+    processor: Any = transformers.AutoProcessor.from_pretrained(model)
+    content = [{"type": "video"}, {"type": "text", "text": text}]
+    written = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    inputs = processor(
+        text=[written],
+        videos=[frames.pixels],
+        video_metadata=[frames.metadata],
+        do_sample_frames=False,  # they were chosen when they were read
+        return_tensors="pt",
+    )
+    return dict(inputs), lambda ids: processor.decode(ids, skip_special_tokens=True)
+
+
+def load(model: str, device: str, dtype: str) -> Any:
+    """The model, in evaluation mode."""
+    import torch
+    import transformers
+
+    kind = _kind(transformers.AutoConfig.from_pretrained(model))
+    loaded = kind.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    return loaded.eval().to(device)
+
+
+def _kind(config: Any) -> Any:
+    import transformers
+
+    multimodal = getattr(config, "vision_config", None) is not None
+    return transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
+
+
+def _placed(value: Any, model: Any) -> Any:
+    """An input on the model's device; pixels in its dtype."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(model.device, model.dtype if value.is_floating_point() else None)
+
+
+# ---- what is said ----------------------------------------------------------------------------------------------------
+
+
+def _say_plan(
+    console: Console,
+    model: str,
+    inputs: dict[str, Any],
+    spec: Any,
+    device: str,
+    dtype: str,
+    backend: str,
+    tokens: int,
+    runs: int,
+) -> None:
+    """The dry run: sizes from the config, seconds from one matrix product here."""
+    import transformers
+
+    from ..integrations.layouts import layout_for
+
+    config = transformers.AutoConfig.from_pretrained(model)
+    text = config.get_text_config(decoder=True)
+    layout = layout_for(config, inputs)
+    length = int(inputs["input_ids"].shape[1])
+    parameters = _parameters(config)
+    products = 2 * parameters * length / _rate(device, dtype)
+    prefills = 2 * (1 + runs)
+    console.print(f"prompt: {length:,} tokens ({layout.summary()})", highlight=False)
+    console.print(
+        f"model: {config.model_type}, {parameters / 1e6:,.0f}M parameters, {text.num_hidden_layers} layers x "
+        f"{text.num_attention_heads} heads; on {device}, weights are not loaded in a dry run",
+        highlight=False,
+        soft_wrap=True,
+    )
+    shown = spec if not hasattr(spec, "patterns") else f"a config of {spec.layers} layers x {spec.heads} heads"
+    console.print(f"spec: {shown}, backend {backend}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"would run: {prefills} prefills and two answers of {tokens} tokens, dense and sparse; matrix products take "
+        f"about {products:.2g} s a prefill here, {prefills * products:.2g} s in all; attention, the vision tower and "
+        "compilation (10 to 60 s on a CPU) come on top",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _parameters(config: Any) -> int:
+    """Parameters of a config's model, counted without memory for them."""
+    import torch
+
+    with torch.device("meta"):
+        built = _kind(config).from_config(config)
+    return sum(parameter.numel() for parameter in built.parameters())
+
+
+def _rate(device: str, dtype: str) -> float:
+    """Floating-point operations a second of a matrix product on a device."""
+    import time
+
+    import torch
+
+    size = 4096 if device.startswith("cuda") else 1024
+    kind = torch.float32 if dtype == "float32" else torch.bfloat16
+    a = torch.randn(size, size, device=device).to(kind)
+    for number in range(3):
+        if number == 2:
+            start = time.perf_counter()
+        (a @ a).sum().item()
+    return 2 * size**3 / (time.perf_counter() - start)
+
+
+def show(found: Beside, console: Console) -> None:
+    """The tables and both answers."""
+    console.print(f"{found.prompt_tokens:,} tokens: {found.layout}", highlight=False, soft_wrap=True)
+    table = Table(title="time to the first token")
+    for name in ("", "dense", "mmflex"):
+        table.add_column(name, justify="right" if name else "left")
+    dense, sparse = found.dense, found.sparse
+    for stage in dense.seconds:
+        table.add_row(stage, f"{dense.seconds[stage]:.2f} s", f"{sparse.seconds.get(stage, 0.0):.2f} s")
+    table.add_row("in all", f"{dense.first_token_s:.2f} s", f"{sparse.first_token_s:.2f} s")
+    table.add_row("first call, with the answer", f"{dense.first_s:.1f} s", f"{sparse.first_s:.1f} s")
+    console.print(table)
+    if found.densities and min(found.densities) < 1:
+        low, high = min(found.densities), max(found.densities)
+        mean = sum(found.densities) / len(found.densities)
+        console.print(
+            f"density: {mean:.1%} of the causal pairs were computed, {low:.1%} to {high:.1%} by layer", highlight=False
+        )
+    else:
+        console.print(
+            "every causal pair was computed: the masks leave nothing out of a prompt of this length, or dense "
+            "attention is faster for it"
+        )
+    for name, side in (("dense", dense), ("mmflex", sparse)):
+        console.print(f"[bold]{name}:[/]")
+        console.print(side.answer.strip(), markup=False, highlight=False, soft_wrap=True)
+    shared = min(len(dense.tokens), len(sparse.tokens))
+    console.print(f"the answers agree in their first {found.same} of {shared} tokens", style="dim", highlight=False)
+
+
+def _draw(plan: Any, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from ..plot import plot_masks
+
+    heads = [group.heads[0] for group in plan.program.groups][:4]
+    plot_masks(plan, heads).savefig(path, bbox_inches="tight")
