@@ -49,9 +49,10 @@ HUGE = (2**31 - 1, 2**31, 2**32, sys.maxsize, 2**63, 2**70)
 
 
 def counts(pattern: mmflex.Pattern) -> list[str]:
-    """Fields that are budgets: those whose size beyond the prompt makes no difference."""
+    """Fields that are budgets: those whose size beyond the prompt makes no difference; a grid's ``slash`` is a flag."""
     names = {"sink", "local", "last", "vertical", "slash", "blocks", "minimum", "first", "last_q"}
-    return [f.name for f in dataclasses.fields(pattern) if f.name in names]  # type: ignore[arg-type]
+    fields = (f.name for f in dataclasses.fields(pattern))  # type: ignore[arg-type]
+    return [name for name in fields if name in names and not isinstance(getattr(pattern, name), bool)]
 
 
 @st.composite
@@ -73,7 +74,7 @@ def test_budgets_beyond_the_prompt_are_those_of_the_prompt(case_and_huge: tuple[
     pattern, heads = case["spec"][0], len(case["spec"])
     # Forced keys and diagonals stay within budgets: a prompt and a tile more than everything.
     enough = 2 * case["layout"].length + 4 * case["tile"] + 64
-    how = {"layout": case["layout"], "backend": "reference", "block_size": case["tile"]}
+    how = {"v": v, "layout": case["layout"], "backend": "reference", "block_size": case["tile"]}
     plans = [
         mmflex.plan(q, k, [dataclasses.replace(pattern, **values)] * heads, **how)
         for values in (huge, dict.fromkeys(huge, enough))
@@ -114,7 +115,7 @@ def test_what_is_not_finite_reaches_the_rows_that_see_it(
     qkv[side][index] = value
     clean[side][index] = 0.0
     plan = mmflex.plan(
-        qkv["q"], qkv["k"], case["spec"], layout=case["layout"], backend=backend,
+        qkv["q"], qkv["k"], case["spec"], v=qkv["v"], layout=case["layout"], backend=backend,
         block_size=case["tile"] if backend == "reference" else 128,
     )  # fmt: skip
     out, lse = plan._attend(*qkv.values(), True)
