@@ -187,7 +187,7 @@ WORKS: dict[str, Work] = {
         (FlashPrefill(0.2, 4, 0.4), None),
         (ProxyAttn(0.8, 4, 128), None),
         (BlockTopK(4, decay=0.6, values=0.2), None),
-        needs="looked up, several patterns",
+        needs="blocks, several patterns",
     ),
     "mixed": _of(
         ALL_LINES, EVERYTHING, LINES, BY_QUERY, NEAR, how=MODALITY_MAJOR,
