@@ -148,6 +148,18 @@ def test_the_bound_of_int32_is_that_of_the_prompt() -> None:
     refused(lambda: plan(spec, n=2 * N), ValueError, str(factor))
 
 
+@pytest.mark.parametrize("joined", [sympy.Or, sympy.And])
+def test_parts_that_no_bound_decides_may_be_negated_together(joined: Any) -> None:
+    """Products of both tokens: of no block is it known whether it holds anything."""
+    spec = own(lambda t: ~joined(t.q * t.k < 100, (t.q + 3) * t.k <= 400))
+    made = plan(spec)
+    rows, keys = np.arange(N)[:, None], np.arange(N)
+    both = rows * keys < 100, (rows + 3) * keys <= 400
+    wanted = ~(both[0] | both[1] if joined is sympy.Or else both[0] & both[1])
+    assert (made.dense_mask()[0, 0].numpy() == wanted & (rows >= keys)).all()
+    made.verify(*(torch.randn(1, heads, N, 16) for heads in (2, 1, 1)), rows=20)
+
+
 def test_segments_may_have_any_number() -> None:
     """Values that are only compared need not be added."""
     segment = np.where(np.arange(N) < 40, 2**31 - 1, -(2**31))

@@ -193,6 +193,15 @@ class _Recipe:
     tables: tuple[tuple[str, bool], ...]
 
 
+def _joined(e: Boolean, parts: list[str]) -> str:
+    """The parts of a conjunction or disjunction; constants are worked out, since ``~`` of Python's True is -2."""
+    sign, neutral, decisive = ("&", "True", "False") if isinstance(e, sympy.And) else ("|", "False", "True")
+    if decisive in parts:
+        return decisive
+    left = [part for part in parts if part != neutral]
+    return f"({f' {sign} '.join(left)})" if left else neutral
+
+
 class _Writer:
     """Names and source for what atoms read (`mmflex.ir.atoms`)."""
 
@@ -229,9 +238,8 @@ class _Writer:
         if e in (sympy.true, sympy.false):
             return str(bool(e)), str(bool(e))
         if isinstance(e, (sympy.And, sympy.Or)):
-            sign = " & " if isinstance(e, sympy.And) else " | "
             parts = [self.write(arg) for arg in e.args]
-            return "(" + sign.join(p[0] for p in parts) + ")", "(" + sign.join(p[1] for p in parts) + ")"
+            return _joined(e, [part[0] for part in parts]), _joined(e, [part[1] for part in parts])
         if isinstance(e, sympy.Not):
             some, every = self.write(e.args[0])
             flip = {"True": "False", "False": "True"}
