@@ -23,7 +23,8 @@ from mmflex import selfcheck
 from mmflex.cli import app
 from mmflex.runtime import backends
 from mmflex.runtime.launches import blocks
-from mmflex.selfcheck import cases, lowerings, report, runner, worker
+from mmflex.runtime.varlen import Segments
+from mmflex.selfcheck import cases, lowerings, report, runner, segments, worker
 from mmflex.selfcheck.groups import GROUPS
 from mmflex.selfcheck.jobs import Job, Options
 from mmflex.selfcheck.oracle import token_mask
@@ -298,6 +299,24 @@ def test_a_process_that_dies_fails_its_check_alone(monkeypatch: pytest.MonkeyPat
 def test_what_is_refused(options: dict[str, Any], error: str) -> None:
     with pytest.raises((ValueError, RuntimeError), match=error):
         mmflex.check(**options)
+
+
+def test_segments_that_see_each_other_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"way": "sdpa", "lengths": "windows", "dtype": "float32"}
+    assert worker.result("segments", settings, "cpu")["verdict"] == "ok"
+    real = segments.varlen_attention
+
+    def pairs_of_windows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cut: Segments, **how: Any) -> torch.Tensor:
+        return real(q, k, v, Segments(cut.starts[::2]), **how)
+
+    monkeypatch.setattr(segments, "varlen_attention", pairs_of_windows)
+    assert "WRONG: attention within segments is" in worker.result("segments", settings, "cpu")["verdict"]
+
+    def spilling(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cut: Segments, **how: Any) -> torch.Tensor:
+        return real(q, k, v, cut, **how) + 0.0 * v.sum()
+
+    monkeypatch.setattr(segments, "varlen_attention", spilling)
+    assert "WRONG: a NaN in v of token 64" in worker.result("segments", settings, "cpu")["verdict"]
 
 
 def test_groups_hand_out_jobs_that_travel() -> None:
