@@ -84,7 +84,7 @@ def test_a_pattern_that_is_no_frozen_dataclass_says_so() -> None:
         n: int = 1
 
     for wrong in (Plain, Thawed):
-        with pytest.raises(TypeError, match=rf"{wrong.__name__} is no frozen dataclass.*@dataclass\(frozen=True\)"):
+        with pytest.raises(TypeError, match=rf"{wrong.__name__} must be a frozen dataclass.*@dataclass\(frozen=True\)"):
             wrong()
 
 

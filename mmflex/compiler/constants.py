@@ -120,7 +120,7 @@ class Constants:
         """ValueError for what is not a record of this version."""
         names = {f.name for f in fields(cls)} - {"source"}
         if isinstance(data, Mapping):
-            data = {"product": 0.0, **data}  # files of before have it in what a token costs
+            data = {"product": 0.0, **data}  # older files count it in the price of a token
         if not isinstance(data, Mapping) or set(data) != names:
             odd = sorted(names ^ set(data)) if isinstance(data, Mapping) else [repr(data)]
             raise ValueError(f"not a record of constants: fields missing or unknown: {', '.join(odd)[:200]}")

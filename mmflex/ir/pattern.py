@@ -85,9 +85,7 @@ class Pattern:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if not dataclasses.is_dataclass(cls) or cls.__hash__ is None:
-            raise TypeError(
-                f"{cls.__name__} is no frozen dataclass, as patterns are: put @dataclass(frozen=True) on it"
-            )
+            raise TypeError(f"{cls.__name__} must be a frozen dataclass: put @dataclass(frozen=True) on it")
         self = super().__new__(cls)
         object.__setattr__(self, "serial", new_serial(self))
         return self

@@ -36,7 +36,7 @@ def stream(device: torch.device) -> int:
 
 def follows_from_layout(state: PlanState) -> bool:
     """Whether the lists of a program follow from its layout alone (nothing is selected), and are small enough to keep.
-    Not while a graph is captured: they would lie in its memory."""
+    Not while a graph is captured: they would be allocated from its pool."""
     program = state.program
     return not program.leaves and program.layout.length <= LONGEST and stream(state.device) >= 0
 
