@@ -13,6 +13,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import reference
+from .caches import bounded
 
 _FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -85,7 +86,7 @@ TRIED = 1 << 15
 """Keys up to which the dense kernels are autotuned: they differ by a few per cent, now one way and now
 the other, and on short prompts by what the host does. Beyond, flash-attn-4 is the fastest, and a trial takes long."""
 
-_faster: dict[Any, Dense] = {}
+_faster = bounded(256)
 
 
 def _fastest(q: Tensor, k: Tensor, v: Tensor, scale: float, flash: bool) -> Dense:
@@ -95,12 +96,13 @@ def _fastest(q: Tensor, k: Tensor, v: Tensor, scale: float, flash: bool) -> Dens
         return usual
     like = [(*t.shape[:2], t.shape[2].bit_length(), t.shape[3], _in_memory(t), t.data_ptr() % 16) for t in (q, k, v)]
     key = (q.device, q.dtype, q.shape[2] == n, flash, *like)
-    if key not in _faster:
+    choice: Dense | None = _faster.recall(key)
+    if choice is None:
         if torch.cuda.is_current_stream_capturing():
             return usual
         kernels = [_sdpa, *([_flash] if flash else []), *([_cudnn, _plain] if q.shape[2] == n else [])]
-        _faster[key] = _tried(kernels, q, k, v, scale)
-    return _faster[key]
+        choice = _faster.keep(key, _tried(kernels, q, k, v, scale))
+    return choice
 
 
 def _in_memory(t: Tensor) -> str:
