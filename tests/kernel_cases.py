@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 import unittest.mock
+from dataclasses import dataclass
+from typing import Any
 
+import sympy
 import torch
 
 import mmflex
@@ -19,6 +22,16 @@ from mmflex.runtime.kernels import use_triton
 from mmflex.runtime.kernels.mass import block_diagonals
 from mmflex.runtime.kernels.rows import fill_slots, put_rows, take_rows
 from mmflex.runtime.kernels.select import gathered, heaviest
+
+
+@dataclass(frozen=True)
+class Undecided(mmflex.Pattern):
+    """Not both, or neither, of two parts of which no bound says whether a block holds anything."""
+
+    joined: Any
+
+    def mask(self, t: mmflex.Tokens) -> Any:
+        return ~self.joined(t.q * t.k < 100, (t.q + 3) * t.k <= 400)
 
 
 def lists(device: str) -> None:
@@ -41,6 +54,8 @@ def lists(device: str) -> None:
         grid,
         Strided(90),
         Dilated(5, 99, 3),
+        Undecided(sympy.Or),
+        Undecided(sympy.And),
     ]
     for batch, lay in ((1, layout), (2, TokenLayout.batch([layout, layout[:200]], side="left"))):
         chosen = [*specs, boundary, vs - AShape(9, 40), [specs[0], vs, grid, specs[7]]]
