@@ -130,9 +130,6 @@ class Program:
         """What ``build`` returns, kept in `memo`."""
         return self.memo.once(key, build)
 
-    def launch_number(self, launch: Launch) -> int:
-        return next(i for i, other in enumerate(self.launches) if other is launch)
-
 
 def _estimated(heads: tuple[int, ...], group: int) -> HeadMap:
     """The heads that an estimator looks at: neighbours of them too, where q and k are then views and it is little

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from ..ir.layout import layouts_alive
 from ..ir.memo import Memo
 
 _memos: list[Memo] = []
-_others: list[Callable[[], None]] = []
 
 
 def bounded(size: int) -> Memo:
@@ -18,12 +16,6 @@ def bounded(size: int) -> Memo:
     memo = Memo(size)
     _memos.append(memo)
     return memo
-
-
-def on_clear(forget: Callable[[], None]) -> Callable[[], None]:
-    """Decorator: have `clear_caches` call a function as well."""
-    _others.append(forget)
-    return forget
 
 
 def clear_caches() -> None:
@@ -35,8 +27,6 @@ def clear_caches() -> None:
     """
     for memo in _memos:
         memo.clear()
-    for forget in _others:
-        forget()
     for layout in layouts_alive():
         layout.forget()
     for name, module in list(sys.modules.items()):

@@ -83,8 +83,8 @@ def _flash_attention() -> Callable[..., Any]:
 
 
 TRIED = 1 << 15
-"""Keys up to which the dense kernels are autotuned: they differ by a few per cent, now one way and now
-the other, and on short prompts by what the host does. Beyond, flash-attn-4 is the fastest, and a trial takes long."""
+"""Keys up to which the dense kernels are autotuned: they differ by a few per cent, now one way and now the other, and
+on short prompts by what the host does. Beyond, flash-attn-4 is the fastest, and a trial takes long."""
 
 _faster = bounded(256)
 
