@@ -163,6 +163,8 @@ class Bench:
     def step(self, name: str, work: Callable[[], Any]) -> Any:
         """Runs a step on every rank; an error is noted and the next step goes on where all ranks had it. The result of
         rank 0 goes into the report."""
+        if name in self.report["steps"]:
+            return self.report["steps"][name]
         late = self.everybody(float(time.monotonic() > self.deadline))
         if any(late):
             self.say(f"{name}: left out, the time limit was reached (--limit)")
@@ -386,6 +388,8 @@ class Bench:
         if self.step("exactness", lambda: self.exactness(CHECK_SPEC, True)) is None:
             return
         self.step("block patterns", lambda: self.exactness(BLOCK_SPEC, False))
+        for name in ("model", "tensor parallel, weights"):  # they change this process
+            self.report["steps"].pop(name, None)
         self.step("model", self.make_model)
         for tokens in args.lengths:
             self.step(f"one GPU, {tokens}", lambda n=tokens: self.prefill(n, True))
@@ -454,7 +458,7 @@ def one_rank(rank: int, size: int, port: int, args: argparse.Namespace) -> None:
             "tokens": list(args.lengths),
         },
         "machine": machine(device),
-        "steps": {},
+        "steps": json.loads(args.json.read_text(encoding="utf-8"))["steps"] if args.resume else {},
         "errors": {},
         "left_out": [],
     }
@@ -468,6 +472,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, help=f"tokens over all ranks alone (default {LONGEST}; 0: none)")
     parser.add_argument("--ranks", type=int, default=2, help="processes, where torchrun has not started them")
     parser.add_argument("--json", type=Path, help="where the results go")
+    parser.add_argument("--resume", action="store_true", help="keep the steps that the JSON already has")
     parser.add_argument("--tiny", action="store_true", help="a small float32 model on the CPU")
     parser.add_argument("--backend", default="auto", help="mmflex's backend")
     parser.add_argument("--limit", type=float, default=440, help="seconds after which no further step starts")

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmflex.compiler.plan import build
 from rich.console import Console
 from rich.table import Table
 
 import mmflex
 from mmflex.compiler.constants import constants_for, shipped
+from mmflex.compiler.lower import lower
 from mmflex.compiler.prices import Prediction, predict
+from mmflex.ir.queries import QueryTokens
 from mmflex.runtime import backends
 from mmflex.tuning.cases import Case, held_out_cases, measure
 
@@ -76,8 +77,8 @@ def before(path: Path) -> list[dict[str, Any]]:
             raise SystemExit(f"no constants are shipped for {data['device']} with backend {name!r}")
         runs = backends.BACKENDS[name]
         layout = mmflex.TokenLayout.text(n)
-        program = build(
-            [attention.SPECS[pattern]] * attention.HEADS, layout, n, attention.KV_HEADS, 128,
+        program = lower(
+            [attention.SPECS[pattern]] * attention.HEADS, layout, QueryTokens.last(n, n), attention.KV_HEADS, 128,
             lse=runs.lse, full_width=runs.full_width, constants=records[0],
         )  # fmt: skip
         rows.append(row(n, pattern, name, found["total_ms"], predict(program), None))

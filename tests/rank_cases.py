@@ -184,6 +184,31 @@ def generated(mesh: Any, spec: Any, inputs: dict[str, Any], options: dict[str, A
     return got
 
 
+def long_prompt(mesh: Any, spec: Any, fuse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits after a video prompt without a mask, its layout read off it and given, of one process and over the ranks,
+    run as prompts of 100,000 tokens are: embeddings are let go, layers compiled where ``fuse`` says so. A dense
+    fallback is an error."""
+    import warnings
+
+    from mmflex.integrations import context_parallel
+
+    model, inputs = qwen_vl(), video_prompt()
+    del inputs["attention_mask"]
+    got = []
+    for where in ({}, {"mesh": mesh}):
+        with (
+            warnings.catch_warnings(),
+            mock.patch.object(context_parallel, "LET_GO", 0),
+            mmflex.patched(model, spec, backend="reference", fuse=fuse, **where),
+        ):
+            warnings.simplefilter("error", mmflex.DenseFallback)
+            own = [mmflex.last_token_logits(model, inputs)]
+            with mmflex.token_layout(mmflex.layout_for(model.config, inputs)):
+                own.append(mmflex.last_token_logits(model, inputs))
+            got.append(torch.stack(own))
+    return got[0], got[1]
+
+
 def tiny(name: str) -> tuple[Any, dict[str, Any], Any]:
     """(a model of two layers, inputs of 600 tokens or so, a spec)."""
     import transformers

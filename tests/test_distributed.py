@@ -312,6 +312,13 @@ def test_generate_gives_one_processs_tokens(
             assert max(dealt) < 0.6 * inputs["input_ids"].shape[1]
 
 
+@pytest.mark.parametrize("fuse", [False, True])
+def test_long_prompts_let_their_embeddings_go(pool: RankPool, fuse: bool) -> None:
+    """What the model's code holds of them becomes a rank's share: nothing may count tokens by it."""
+    for one, several in pool.run(2, rank_cases.long_prompt, SPEC, fuse):
+        torch.testing.assert_close(several, one, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -747,11 +747,19 @@ def test_the_profiling_run_takes_the_memory_and_leaves_zeros() -> None:
     assert server.engine.buffer.memory is taken
 
 
-def test_lengths_of_the_warm_up_differ() -> None:
-    for budget, longest in ((8192, 131072), (4096, 4096), (2048, 1024), (1, 1)):
-        pairs = lengths(min(budget, longest), longest)
-        assert pairs[0] == (min(budget, longest),) * 2
+def test_the_warm_up_meets_every_way_to_read_queries_twice() -> None:
+    """Whole prompts and chunks, of whole tiles and not; long ones in strips of 16 tiles (131072 queries or more)."""
+    for budget, longest in ((131136, 131136), (8192, 131072), (4096, 4096), (2048, 1024), (300, 300), (1, 1)):
+        budget = min(budget, longest)
+        pairs = lengths(budget, longest)
+        assert pairs[0] == (budget, budget)
         assert all(1 <= queries <= keys <= longest for queries, keys in pairs)
+        if budget >= 1024:
+            for whole in (True, False):
+                met = [queries for queries, keys in pairs if (queries == keys) == whole]
+                assert len({n for n in met if n % 128 == 0 and n < 131072}) >= 2
+                assert len({n for n in met if n % 128}) >= 2
+        assert any(n % 2048 == 0 and n >= 131072 for n, _ in pairs) == (budget >= 131072)
 
 
 def test_the_entry_point_does_nothing_without_vllm() -> None:

@@ -202,10 +202,10 @@ class ContextParallel:
         forward = self._dealt(module, tokens, past, cache, inputs, wanted)
         self.forward = forward
         rank, dealing = self.ranks.rank, forward.dealing
-        share = dealing.take(tokens, rank, 1)
-        if name == "inputs_embeds":
+        share, others = dealing.take(tokens, rank, 1), self._others(inputs, tokens, dealing, past)
+        if name == "inputs_embeds":  # last: the tensor of all tokens may become the share
             share = self._let_go(tokens, share, forward)
-        return (), {**self._others(inputs, tokens, dealing, past), name: share}
+        return (), {**others, name: share}
 
     def leave_text(self, module: nn.Module, args: Any, output: Any) -> Any:
         """After the language model: the hidden states that are wanted, on every rank, and the cache."""

@@ -91,6 +91,7 @@ class Prompt:
         self.notes: dict[str, Any] = {}
         self.seen: dict[str, Any] = {}
         self.text: dict[str, Any] = {}
+        self.queries = 0  # tokens of the language model's running forward; over ranks its tensors get shorter
         self.running, self.depth = False, 0
         self.history: tuple[weakref.ref[Any], TokenLayout] | None = None
         self.whole: TokenLayout | None = None
@@ -117,14 +118,6 @@ class Prompt:
             module.__dict__.pop(name, None)
             if own is not None:
                 setattr(module, name, own)
-
-    @property
-    def queries(self) -> int:
-        """Tokens of the language model's running forward; 0 outside of one."""
-        for name in ("inputs_embeds", "input_ids"):
-            if self.text.get(name) is not None:
-                return int(self.text[name].shape[1])
-        return 0
 
     # ---- hooks: they look at host data, so they are outside of compiled graphs; decode steps skip them -------------
 
@@ -178,6 +171,8 @@ class Prompt:
         except TypeError:
             return
         self.text = {name: inputs.get(name) for name in ("position_ids", "past_key_values", *_TOKENS)}
+        given = [self.text[name] for name in ("inputs_embeds", "input_ids") if self.text[name] is not None]
+        self.queries = int(given[0].shape[1]) if given else 0
 
     def leave_text(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.text:
@@ -191,7 +186,7 @@ class Prompt:
         if self.whole is not None and cache is not None:
             self.history = (weakref.ref(cache), self.whole)
         self.whole = None
-        self.text = {}
+        self.text, self.queries = {}, 0
         self.memo.clear()
 
     # ---- what attention asks ---------------------------------------------------------------------------------------

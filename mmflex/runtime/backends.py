@@ -224,11 +224,14 @@ def _cut(lists: BlockLists, rows: int, keys: int) -> BlockLists:
 STRIP = 16
 """Query tiles of a strip."""
 
+LONG_QUERIES = 1 << 17
+"""Queries from which on they are dealt out in strips."""
+
 
 def _strips(queries: int, tile: int) -> bool:
     """Whether queries are dealt out in strips: of long prompts, whose keys are more than a cache holds, where they fit.
     Others are not padded for it: copies take what strips save."""
-    return queries >= 1024 * tile and queries % (STRIP * tile) == 0
+    return queries >= LONG_QUERIES and queries % (STRIP * tile) == 0
 
 
 def _in_strips(

@@ -28,6 +28,8 @@ def dense_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Causal attention, the last M of N positions: q [B, H, M, D], k and v [B, Hkv, N, D]. Without padding. By the
     fastest kernel there is: of SDPA, and beside the flash backend flash-attn-4."""
+    if not q.shape[2]:  # flash-attn-4 divides by the number of queries
+        return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32) if lse else None
     if not lse:
         return dense_kernel(q, k, v, scale, backend)(q, k, v, scale), None
     half, like = q.dtype in (torch.bfloat16, torch.float16), q.shape[2:] == k.shape[2:] == v.shape[2:]
@@ -92,7 +94,7 @@ _faster = bounded(256)
 def _fastest(q: Tensor, k: Tensor, v: Tensor, scale: float, flash: bool) -> Dense:
     """The fastest dense kernel for tensors like these, tried once for each power of two of their length."""
     n, usual = k.shape[2], _flash if flash else _sdpa
-    if n > TRIED or not q.shape[2]:
+    if n > TRIED:
         return usual
     like = [(*t.shape[:2], t.shape[2].bit_length(), t.shape[3], _in_memory(t), t.data_ptr() % 16) for t in (q, k, v)]
     key = (q.device, q.dtype, q.shape[2] == n, flash, *like)

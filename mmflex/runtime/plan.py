@@ -134,7 +134,7 @@ class Plan:
     def _dense_alone(self, q: Tensor, k: Tensor, v: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
         """All heads dense: nothing but the kernel, chosen once for each way that the tensors lie in memory."""
         scale = self._kernel_scale
-        if need or not q.is_cuda:
+        if need or not q.is_cuda or not q.shape[2]:
             return dense.dense_attention(q, k, v, scale, need, self.backend)
         strides = (q.stride(), k.stride(), v.stride())
         kernel = self._kernels.get(strides)

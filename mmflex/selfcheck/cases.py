@@ -64,7 +64,8 @@ PROMPTS = {
     "two chunks": PromptKind(queries=((100, 100 + QUERIES // 3), (500, 500 + 2 * QUERIES // 3))),
     "padded left": PromptKind((0, 600), "left"),
     "padded right": PromptKind((550, 0), "right"),
-    "padded chunk": PromptKind((0, 640), "left", queries=((TOKENS - QUERIES, TOKENS),)),
+    # Of the second prompt, the first run of queries is padding alone.
+    "padded chunks": PromptKind((0, 640), "left", queries=((50, 50 + QUERIES // 2), (TOKENS - QUERIES // 2, TOKENS))),
     "unlike": PromptKind((0, 0), unlike=True),
     "unlike chunk": PromptKind((0, 0), unlike=True, queries=((333, 333 + QUERIES),)),
     "one layout for two": PromptKind(None),

@@ -147,7 +147,7 @@ def accelerated_impl(base: type, platform: Platform) -> type:
             if attn_metadata is None:
                 found = rules.spec(layer.layer_name)
                 if rules.warms and found is not None:
-                    warm_up(rules.engine, found[1], query, int(rules.arguments["num_kv_heads"]), self.scale)
+                    warm_up(rules.engine, found[1], query, key, value, self.scale)
                 return standard()
             found = None if not runs else rules.spec(layer.layer_name)
             if found is None:

@@ -14,29 +14,33 @@ from torch import Tensor
 
 from mmflex.ir.pattern import Pattern
 from mmflex.runtime.attention import plan
+from mmflex.runtime.backends import LONG_QUERIES, STRIP
+from mmflex.runtime.calls import TILE
 
 from .engine import Engine, logger, why_not_auto
 from .threshold import sample_layout
 
 
-def warm_up(engine: Engine, spec: tuple[Pattern, ...], query: Tensor, kv_heads: int, scale: float) -> None:
+def warm_up(engine: Engine, spec: tuple[Pattern, ...], query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
     """Runs a spec as the largest step would, and as some smaller ones. Once for every spec.
 
-    query [T, Hq, D]: of vLLM's profiling run, of as many tokens as a step may have.
+    query [T, Hq, D], key and value [T, Hkv, D]: of vLLM's profiling run, of as many tokens as a step may have. Whole
+    prompts are read from them and others from the buffer, because kernels are compiled for the order in memory too.
     """
-    tokens, dim = query.shape[0], query.shape[2]
-    key = (spec, kv_heads)
-    if key in engine.warmed or tokens < min(engine.budget, engine.longest):  # vLLM's dummy runs of fewer tokens
+    tokens, kv_heads, dim = query.shape[0], key.shape[1], query.shape[2]
+    warmed = (spec, kv_heads)
+    if warmed in engine.warmed or tokens < min(engine.budget, engine.longest):  # vLLM's dummy runs of fewer tokens
         return
-    engine.warmed.add(key)
+    engine.warmed.add(warmed)
     if why_not_auto(engine.settings.backend, query.device, dim, query.dtype) is not None:
         return
     started = time.perf_counter()
-    k, v = engine.buffer.take(query, kv_heads, engine.longest, dim)
-    k.normal_()
-    v.normal_()
-    q = query.transpose(0, 1)[None]
+    gathered = engine.buffer.take(query, kv_heads, engine.longest, dim)
+    for t in gathered:
+        t.normal_()
+    q, *own = (t.transpose(0, 1)[None] for t in (query, key, value))
     for queries, keys in lengths(min(tokens, engine.longest), engine.longest):
+        k, v = own if queries == keys else gathered
         for images in (True, False) if engine.holds_images else (False,):
             layout = sample_layout(keys, images)
             sides = q[:, :, :queries], k[:, :, :keys]
@@ -53,14 +57,16 @@ def warm_up(engine: Engine, spec: tuple[Pattern, ...], query: Tensor, kv_heads: 
 
 
 def lengths(budget: int, longest: int) -> list[tuple[int, int]]:
-    """(queries, keys) to run: the largest step as a whole prompt and as the end of the longest, then others, because a
-    kernel takes any length only once it has met two, and any number of queries beside keys once they have differed."""
-    odd = max(1, budget // 2 - 51)
-    sizes = [
-        (budget, budget),
-        (budget, longest),
-        (odd, odd),
-        (odd, longest),
-        (max(1, odd // 2), max(odd, longest - 203)),
-    ]
+    """(queries, keys) to run: the largest step as a whole prompt and as the end of the longest; then, for every way in
+    which kernels read queries (copied to whole tiles, whole tiles where they are, strips), whole prompts and chunks of
+    two lengths, because a kernel takes any length only once it has met two."""
+    sizes = [(budget, budget), (budget, longest)]
+    for unit, least, most in ((1, 1, budget // 2), (TILE, TILE, budget // 2), (STRIP * TILE, LONG_QUERIES, budget)):
+        odd = unit == 1
+        first = most // unit * unit - 51 * odd
+        second = first // 2 // unit * unit if least < LONG_QUERIES else first - unit
+        last = longest // unit * unit - 203 * odd
+        for queries, keys in ((first, first), (first, last), (second, second), (second, last - unit)):
+            if least <= queries <= keys:
+                sizes.append((queries, keys))
     return list(dict.fromkeys(sizes))
