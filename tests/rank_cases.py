@@ -101,7 +101,8 @@ def one_ends(mesh: Any) -> None:
 def decoded(mesh: Any, q: Any, k: Any, v: Any, seen: Any) -> Any:
     """`attend_shares` with a third of the keys on rank 0, the rest on rank 1 and none on rank 2."""
     ranks = Ranks.of(mesh)
-    first, end = [(0, 200), (200, 600), (600, 600)][ranks.rank]
+    n = k.shape[2]
+    first, end = [(0, n // 3), (n // 3, n), (n, n)][ranks.rank]
     return attend_shares(q, k[:, :, first:end], v[:, :, first:end], seen[..., first:end], 0.25, ranks)
 
 

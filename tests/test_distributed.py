@@ -263,15 +263,16 @@ def test_a_rank_that_ends_is_an_error_of_the_others() -> None:
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("tokens", [600, 6601])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_queries_on_keys_that_are_dealt_out(pool: RankPool, dtype: torch.dtype) -> None:
-    """Some rank sees no key of some row, and a row sees none at all."""
-    q, k, v = (t.to(dtype) for t in draw(600, 14, 2, batch=2))
+def test_queries_on_keys_that_are_dealt_out(pool: RankPool, dtype: torch.dtype, tokens: int) -> None:
+    """Some rank sees no key of some row, and a row sees none at all; keys for one stretch or for several."""
+    q, k, v = (t.to(dtype) for t in draw(tokens, 14, 2, batch=2))
     q = q[:, :, :3]
-    seen = torch.rand(2, 1, 3, 600, generator=torch.Generator().manual_seed(1)) < 0.5
+    seen = torch.rand(2, 1, 3, tokens, generator=torch.Generator().manual_seed(1)) < 0.5
     seen[0, 0, 0] = False
-    seen[1, 0, 1, : 600 // 2] = False
-    truth, _ = oracle.softmax(q, k, v, seen.expand(2, 14, 3, 600).numpy())
+    seen[1, 0, 1, : tokens // 2] = False
+    truth, _ = oracle.softmax(q, k, v, seen.expand(2, 14, 3, tokens).numpy())
     for out in pool.run(3, rank_cases.decoded, q, k, v, seen):
         assert out.dtype == dtype
         assert (out[0, :, 0] == 0).all()
@@ -379,7 +380,7 @@ def test_short_prompts_and_unpatching(pool: RankPool) -> None:
     ("ranks", "heads", "kv_heads", "options"),
     [
         ((1, 2), 4, 2, None),  # without "cp"
-        ((2, 2), 4, 2, {}),
+        ((2, 2), 4, 2, {"fuse": True}),
         ((2, 2), 6, 2, {"cache": "sharded"}),
         ((1, 4), 8, 2, None),  # more ranks than KV heads
         ((2, 2), 4, 1, {"cache": "sharded"}),

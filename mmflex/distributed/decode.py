@@ -10,6 +10,10 @@ from .ranks import Ranks
 _SCORES = 1 << 28
 """Scores held at a time."""
 
+_STRETCH = 2048
+"""Keys whose values are summed at a time: a GPU sums over few queries one key after another, but stretches side by
+side."""
+
 
 def attend_shares(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, ranks: Ranks) -> Tensor:
     """Attention of queries that all ranks have to keys that are dealt out to them: the same result on every rank.
@@ -47,10 +51,22 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) 
             scores.masked_fill_(~seen[:, :, None, rows if seen.shape[2] > 1 else slice(None)], float("-inf"))
         sums = scores.logsumexp(-1)
         weights = (scores - torch.where(sums == float("-inf"), 0.0, sums)[..., None]).exp()
-        part = _product(weights.flatten(2, 3).to(v.dtype if v.is_cuda else wide), v, wide)
+        part = _summed(weights.flatten(2, 3).to(v.dtype if v.is_cuda else wide), v, wide)
         out[:, :, rows] = part.unflatten(2, (heads // kv_heads, -1)).flatten(1, 2)
         lse[:, :, rows] = sums.flatten(1, 2)
     return out, lse
+
+
+def _summed(weights: Tensor, v: Tensor, wide: torch.dtype) -> Tensor:
+    """weights [B, H, rows, L] @ v [B, H, L, Dv], in stretches of keys."""
+    whole = v.shape[2] // _STRETCH * _STRETCH
+    out = _product(weights[..., whole:], v[:, :, whole:], wide)
+    if whole:
+        heads = v.shape[1]
+        apart = weights[..., :whole].unflatten(-1, (-1, _STRETCH)).transpose(2, 3).flatten(1, 2)
+        parts = _product(apart, v[:, :, :whole].unflatten(2, (-1, _STRETCH)).flatten(1, 2), wide)
+        out += parts.unflatten(1, (heads, -1)).sum(2)
+    return out
 
 
 def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:

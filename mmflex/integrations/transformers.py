@@ -114,8 +114,7 @@ class Patch:
         self.vision = VisionPatch(root, fuse=fuse) if vision else None
         layers = getattr(self.text_model, "layers", None)
         if isinstance(layers, nn.ModuleList):
-            unasked = None if mesh is None else False  # the collectives of several ranks are not traced by default
-            self.layers = DecoderLayers(list(layers), modules, self.chunks, unasked if fuse is None else fuse)
+            self.layers = DecoderLayers(list(layers), modules, self.chunks, fuse)
 
     def remove(self) -> None:
         if self.vision is not None:
@@ -217,8 +216,7 @@ def patch(
             that long videos fit. False leaves it alone.
         fuse: compile the layers around attention, of the language model and of the vision tower, one compilation for
             all layers and lengths each; None does so on CUDA for 16384 tokens (patches) or more in one call, True
-            always, False never; with a mesh the language model's only if True. Exact to rounding. Decode steps run as
-            they were.
+            always, False never. Exact to rounding. Decode steps run as they were.
 
     Returns:
         The model itself.
