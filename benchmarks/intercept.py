@@ -118,10 +118,12 @@ class Bench:
 
     @contextmanager
     def method(self, name: str, layout: mmflex.TokenLayout | None, spec: Any = SPEC) -> Iterator[Any]:
-        """The model with one method's attention; "plain", "patch" or "intercept"."""
-        if name == "patch":
+        """The model with one method's attention: "plain", "patch", "unfused" (patch, its layers not compiled) or
+        "intercept"."""
+        if name in ("patch", "unfused"):
             given = nullcontext() if layout is None else mmflex.token_layout(layout)
-            with mmflex.patched(self.model, spec, backend=self.backend), given:
+            fuse = None if name == "patch" else False
+            with mmflex.patched(self.model, spec, backend=self.backend, fuse=fuse), given:
                 yield None
             return
         chunks = chunk_rows(self.model.model, None)  # as `patch` does, so that prefills of 128k fit
@@ -165,7 +167,8 @@ def video_layout(tokens: int) -> mmflex.TokenLayout:
 
 
 def prefill(bench: Bench, tokens: int, repeats: int) -> dict[str, Any]:
-    """One row: medians of the three methods, and how far their last hidden states are apart."""
+    """One row: medians of all methods, and how far the last hidden states of "unfused" and "intercept", which run the
+    same layers, are apart."""
     layout = video_layout(tokens)
     weight = bench.model.get_input_embeddings().weight
     embeds = torch.empty((1, tokens, weight.shape[1]), dtype=weight.dtype, device=weight.device).normal_(std=0.02)
@@ -173,7 +176,7 @@ def prefill(bench: Bench, tokens: int, repeats: int) -> dict[str, Any]:
     def run() -> Tensor:
         return bench.model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, -256:].float()
 
-    runs: dict[str, list[float]] = {name: [] for name in ("plain", "patch", "intercept")}
+    runs: dict[str, list[float]] = {name: [] for name in ("plain", "patch", "unfused", "intercept")}
     outputs: dict[str, Tensor] = {}
     taken, reasons = 0, {}
     for turn in range(repeats + 1):  # the first one compiles kernels and is not counted
@@ -186,9 +189,11 @@ def prefill(bench: Bench, tokens: int, repeats: int) -> dict[str, Any]:
                 runs[name].append(seconds)
     row: dict[str, Any] = {"tokens": tokens, "layout": layout.summary(), "runs_s": runs}
     row.update({f"{name}_s": statistics.median(times) for name, times in runs.items()})
-    pairs = [a / b for a, b in zip(runs["intercept"], runs["patch"], strict=True)]
-    apart = (outputs["intercept"] - outputs["patch"]).norm() / outputs["patch"].norm()
-    row.update(intercept_of_patch=statistics.median(pairs), difference=float(apart), taken=taken, reasons=reasons)
+    for other in ("patch", "unfused"):
+        pairs = zip(runs["intercept"], runs[other], strict=True)
+        row[f"intercept_of_{other}"] = statistics.median(a / b for a, b in pairs)
+    apart = (outputs["intercept"] - outputs["unfused"]).norm() / outputs["unfused"].norm()
+    row.update(difference=float(apart), taken=taken, reasons=reasons)
     return row
 
 
@@ -301,16 +306,16 @@ def main() -> None:
         )
         write()
     table = Table(title="intercept, patch and the model itself")
-    for name in ("", "plain", "patch", "intercept", "intercept / other", "difference"):
+    for name in ("", "plain", "patch", "unfused", "intercept", "intercept / other", "difference"):
         table.add_column(name, justify="right")
     for row in report["prefill"]:
-        seconds = [f"{row[f'{name}_s']:.3f} s" for name in ("plain", "patch", "intercept")]
-        share = f"{row['intercept_of_patch']:.3f} of patch"
+        seconds = [f"{row[f'{name}_s']:.3f} s" for name in ("plain", "patch", "unfused", "intercept")]
+        share = f"{row['intercept_of_patch']:.3f} of patch, {row['intercept_of_unfused']:.3f} of unfused"
         table.add_row(f"prefill, {row['tokens']:,} tokens", *seconds, share, f"{row['difference']:.1e}")
     for row in report["decode"]:
         share = f"{row['intercept_of_plain']:.3f} of plain"
         name = f"decode step on {row['tokens']:,} tokens"
-        table.add_row(name, f"{row['plain_ms']:.2f} ms", "-", f"{row['intercept_ms']:.2f} ms", share, "-")
+        table.add_row(name, f"{row['plain_ms']:.2f} ms", "-", "-", f"{row['intercept_ms']:.2f} ms", share, "-")
     Console(width=140).print(table)
     for name, row in report["agreement"].items():
         print(f"{name}: difference {row['difference']:.1e}, {'all' if row['all_taken'] else 'NOT ALL'} calls taken")

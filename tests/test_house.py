@@ -1,6 +1,9 @@
-"""Who may import whom: one way, without circles, type-only imports counted."""
+"""Who may import whom: one way, without circles, type-only imports counted. And what is run by hand still imports."""
 
 from __future__ import annotations
+
+import importlib
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +37,8 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 def test_every_folder_has_its_place() -> None:
     folders = {path.parent.name for path in (house.ROOT / "mmflex").glob("*/__init__.py")}
     assert folders == set(house.ROOMS)
+
+
+@pytest.mark.parametrize("path", sorted((house.ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_import(path: Path) -> None:
+    importlib.import_module(f"benchmarks.{path.stem}")

@@ -416,6 +416,40 @@ def serving() -> str:
     return "\n\n".join(parts)
 
 
+def distributed() -> str:
+    """One prompt on one GPU, on several, and with tensor parallelism over the same."""
+    parts = []
+    for name, data in load("distributed*.json"):
+        steps, lines = data["steps"], []
+        lengths = sorted({int(step.rpartition(", ")[2]) for step in steps if step.startswith("ranks, ")})
+        for n in lengths:
+            one, ranks, tensor = (steps.get(f"{step}, {n}") or {} for step in ("one GPU", "ranks", "tensor parallel"))
+            waits = sum(ranks.get("waits_ms_per_layer", {}).values())
+            cells = [tokens(n), seconds(one.get("seconds"))]
+            for found in (ranks, tensor):
+                share = f" ({found['seconds'] / one['seconds']:.2f})" if found and one else ""
+                cells.append(seconds(found.get("seconds")) + share)
+            peaks = [f"{found['peak_gb']:.0f}" if found else "-" for found in (one, ranks, tensor)]
+            lines.append([*cells, " / ".join(peaks), f"{waits:.1f} ms"])
+        count = data["settings"]["ranks"]
+        columns = ("tokens", "one GPU", f"{count} ranks (share)", "tensor parallel (share)", "peak GB", "waits a layer")
+        parts.append(f"`{name}`: {where(data)}, {count} GPUs.\n\n{markdown(columns, lines)}")
+    return "\n\n".join(parts)
+
+
+def intercept() -> str:
+    """`mmflex.intercept` beside `mmflex.patch` on the same weights."""
+    parts = []
+    for name, data in load("intercept*.json"):
+        lines = []
+        for row in data["prefill"]:
+            methods = ("plain", "patch", "unfused", "intercept")
+            lines.append([tokens(row["tokens"]), *(seconds(row.get(f"{method}_s")) for method in methods)])
+        columns = ("tokens", "model as it is", "`patch`", "`patch`, `fuse=False`", "`intercept`")
+        parts.append(f"`{name}`: {where(data)}.\n\n{markdown(columns, lines)}")
+    return "\n\n".join(parts)
+
+
 def files() -> str:
     """Every file of results."""
     rows = [
@@ -436,6 +470,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "real": real,
     "chunks": chunks,
     "serving": serving,
+    "distributed": distributed,
+    "intercept": intercept,
     "default": default,
     "files": files,
 }
