@@ -1,7 +1,8 @@
 """What things cost on a device, in milliseconds: shipped with mmflex, or measured by ``mmflex calibrate``.
 
-`constants_for` finds the record that fits a device and a backend best: measured ones first, then shipped ones, then
-those of the nearest device, then `GENERIC`. Records are read once, when first asked for.
+`constants_for` finds the record of a backend that fits the device, the dtype, the torch version and the head dimension
+best; among equally good ones a measured one comes before a shipped one. A backend without any record gets `GENERIC`.
+Records are read once, when first asked for.
 """
 
 from __future__ import annotations
@@ -256,7 +257,7 @@ def _find(device: str, backend: str, dtype: str, head_dim: int, where: tuple[str
     records = [record for record in (*_cached(cache_path()), *shipped()) if record.backend == backend]
 
     def distance(record: Constants) -> tuple[Any, ...]:
-        """Device first, then the size of the elements, then the version; of equals, what was measured here."""
+        """Device first, then element size, torch version, dtype and head dimension; ties go to measured ones."""
         size = (record.dtype == "float32") != (dtype == "float32")
         away = abs(math.log2(record.head_dim / head_dim))
         return (record.device != device, size, record.torch != torch.__version__, record.dtype != dtype, away)

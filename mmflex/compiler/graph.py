@@ -99,7 +99,7 @@ class PlanGraph:
         self._need("attend", number, keys, Step("queries", number), Step("list", number))
 
     def keys_of(self, number: int) -> tuple[Any, ...]:
-        """Launches with an equal one read the same k and v: those that gather nothing of their own, in one order."""
+        """Equal for launches that read the same k and v: of one order and KV heads, gathering nothing themselves."""
         launch = self.launches[number]
         gathers = isinstance(launch, ResidueLaunch) or (isinstance(launch, BlockLaunch) and launch.section > 0)
         order = next(i for i, other in enumerate(self.launches) if other.keys is launch.keys)

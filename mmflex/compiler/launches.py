@@ -40,9 +40,9 @@ Counts = tuple[np.ndarray, np.ndarray]
 class HeadMap:
     """The query heads of a launch, the same number for each of its KV heads.
 
-    Kernels take a KV head's query heads as equally many neighbours, so KV heads that serve fewer of them get empty
-    ones. An empty head lists no block and costs next to nothing: where it saves a copy of q, k and v, a launch takes
-    neighbouring heads as they stand in memory, those of other launches left empty.
+    Kernels expect equally many consecutive query heads for every KV head, so KV heads that serve fewer are padded with
+    empty ones. An empty head lists no block and costs next to nothing: where it saves a copy of q, k and v, a launch
+    takes a range of heads as it lies in memory and leaves those of other launches empty.
 
     Attributes:
         kv_heads: KV heads of the layer that take part.
@@ -54,8 +54,8 @@ class HeadMap:
 
     @classmethod
     def of(cls, heads: Sequence[int], group: int) -> HeadMap:
-        """Of some heads of a layer whose KV heads serve ``group`` query heads each, with as few empty ones as can
-        be."""
+        """The map of some heads of a layer whose KV heads serve ``group`` query heads each, with as few empty ones as
+        possible."""
         by_kv: dict[int, list[int]] = {}
         for h in sorted(heads):
             by_kv.setdefault(h // group, []).append(h)
@@ -64,8 +64,8 @@ class HeadMap:
 
     @classmethod
     def span(cls, heads: Sequence[int], group: int, kv_heads: int | None = None) -> HeadMap:
-        """Of some heads of a layer, in the places that they have there: of all ``kv_heads``, or (None) of the KV heads
-        from their first to their last."""
+        """The map of some heads that keeps them at their places in the layer: over all ``kv_heads``, or (None) from
+        their first KV head to their last."""
         first, end = (min(heads) // group, max(heads) // group + 1) if kv_heads is None else (0, kv_heads)
         own = set(heads)
         return cls(tuple(range(first, end)), tuple(h if h in own else -1 for h in range(first * group, end * group)))
@@ -90,7 +90,7 @@ class HeadMap:
         return self.heads == tuple(range(heads))
 
     def in_place(self, heads: int) -> bool:
-        """Whether every one of the ``heads`` of the layer has its place: q is used, and the output made, as it is."""
+        """Whether every one of the ``heads`` of the layer keeps its place, so that q and the output need no copy."""
         return len(self.heads) == heads and all(h in (-1, i) for i, h in enumerate(self.heads))
 
 
@@ -217,8 +217,8 @@ class Launch:
         return HeadMap.of(heads, group)
 
     def underfills(self, length: int) -> bool:
-        """Whether few queries see so much that the launch alone would leave most of a device idle: it then runs on a
-        side stream, for prompts of this many keys or more."""
+        """Whether, for prompts of ``length`` keys, the launch has too few queries that see too much: alone it would
+        leave most of the device idle, so it runs on a side stream."""
         return False
 
     def tiles(self, layout: TokenLayout) -> Tiles:

@@ -238,8 +238,8 @@ def _residue(part: Part, tiles: Tiles, context: _Context) -> Launch:
 def _residue_width(pair: tuple[sympy.Expr, sympy.Expr], tiles: Tiles) -> int:
     """At most how many key tiles a tile of queries meets in residue-major order.
 
-    A tile of t of M queries holds up to t * s / M + 2 residues, of ``N / s + 1`` keys each, side by side: that many
-    keys are bounded whatever the stride s turns out to be. It takes both sides to run without gaps; else all tiles.
+    A tile of t of M queries holds up to t * s / M + 2 residues, of ``N / s + 1`` keys each, side by side: a bound
+    that holds whatever the stride s turns out to be. Both sides must run without gaps; else all tiles.
     """
     tile, m, n = tiles.rows.tile, tiles.rows.tokens, tiles.keys.tokens
     for residue, token, order in zip(pair, (x.q, x.k), (tiles.rows, tiles.keys), strict=True):
@@ -250,7 +250,7 @@ def _residue_width(pair: tuple[sympy.Expr, sympy.Expr], tiles: Tiles) -> int:
 
 
 def _residues_pay(residues: list[Boolean], tiles: Tiles, context: _Context) -> bool:
-    """Whether launches of their own take less, for one head, than looking residues up in the main launch, where about
+    """Whether, for one head, separate launches are cheaper than looking residues up in the main launch, where nearly
     every block that they touch is partial."""
     if context.lowering.residue_launches is not None:
         return context.lowering.residue_launches
@@ -271,8 +271,8 @@ def _residues_pay(residues: list[Boolean], tiles: Tiles, context: _Context) -> b
 
 
 def _joined(launches: list[Launch], context: _Context) -> list[Launch]:
-    """Launches of one kind and the same orders become one, where a comparison is all that their masks are; so do the
-    dense heads."""
+    """Joins launches of one kind with the same orders whose masks are one comparison (those of dense heads
+    included)."""
     alike: dict[Any, list[Launch]] = {}
     for i, launch in enumerate(launches):
         alone = None if launch.compares else i

@@ -175,7 +175,7 @@ def _aligned(
     modality: int | None = None,
 ) -> TokenOrder:
     """The members [B, T] in the order of a coordinate, a tile of slots for a tile of coordinates. Queries begin with
-    the tile of their first member, and tiles that none of a batch's prompts has a member in are left out."""
+    the tile of their first member; where they are not consecutive, each prompt's empty tiles are left out."""
     batch, tokens = member.shape
     if not tokens:
         return TokenOrder(arrangement, np.full((batch, tile), -1, np.int32), 0, tile, queries, modality)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .program import Program
 
 MARGIN = 0.1
-"""A spec runs sparse where it is predicted to take less than dense by this share: predictions are off by as much."""
+"""A spec runs sparse only where it is predicted to beat dense by this share, about the error of predictions."""
 
 SORTING = 8
 """Passes over the key slots of a residue launch, which sorts them; other launches take one."""
@@ -77,8 +77,8 @@ def total_ms(terms: Mapping[str, float], constants: Constants) -> float:
 
 
 def attend_terms(work: Work, constants: Constants, tile: int = 128, overlaps: bool = False) -> Terms:
-    """Of a launch's kernel: all its tiles spread over the device, or its longest query tile where that takes longer and
-    nothing overlaps with it."""
+    """Terms of a launch's kernel: all its tiles spread over the device, or its longest query tile where that
+    takes longer and nothing overlaps with it."""
     unit = (tile / 128) ** 2
     if work.dense:
         return {"dense_call": 1.0, "dense": work.dense * unit}
@@ -91,12 +91,12 @@ def attend_terms(work: Work, constants: Constants, tile: int = 128, overlaps: bo
 
 
 def moving_terms(work: Work, tile: int = 128) -> Terms:
-    """Of copies of rows before and after a launch."""
+    """Terms of the row copies before and after a launch."""
     return {"moved": work.moved * tile / 128, "copy": float(work.copies)}
 
 
 def planning_terms(program: Program, batch: int) -> Terms:
-    """Of planning: estimates with their tokens and products, launches, slots, table entries."""
+    """Terms of planning: estimates with their tokens and products, launches, slots, table entries."""
     steps = dict.fromkeys(("plan", "estimate", "token", "product", "planned", "slot", "entry"), 0.0)
     for heads, products in estimates(program):
         steps["estimate"] += 1
@@ -116,8 +116,8 @@ def planning_terms(program: Program, batch: int) -> Terms:
 
 
 def estimates(program: Program) -> list[tuple[int, float | None]]:
-    """Of each estimate, its heads and the query-key products that it takes for one head and prompt (None: it does not
-    say)."""
+    """For each estimate, its heads and the query-key products that it takes for one head and prompt (None: not
+    declared)."""
     out = []
     for estimator, scope, heads in program.estimates:
         scored = getattr(estimator, "scored", None)
@@ -152,7 +152,7 @@ def cost_in_blocks(launch: Launch, layout: TokenLayout, constants: Constants) ->
 
 
 def host_ms(program: Program, constants: Constants) -> float:
-    """What the host needs for a call, beside an asynchronous device."""
+    """Host time of a call, which overlaps with an asynchronous device."""
     steps = planning_terms(program, 1)
     return (
         constants.host * steps["plan"]

@@ -190,8 +190,8 @@ def expected_together(exprs: Iterable[Boolean], tiles: Tiles) -> list[Expectatio
 def last_visible(mask: Boolean, tiles: Tiles) -> np.ndarray | None:
     """Of masks that keep a key visible to one run of queries from the key on (sinks, local windows): where it ends.
 
-    A column that such a mask shows for a while needs no hole there: gathered into its section, it is simply shown from
-    where the mask leaves off. One comparison says both, and no block of the window becomes partial.
+    A gathered column that such a mask shows for a while leaves no hole in the main section: its own section shows it
+    from where the mask ends. One comparison covers both, and no block of the window becomes partial.
 
     Args:
         mask: has one value on every block.

@@ -15,7 +15,7 @@ CAUSAL = sympy.Ge(x.q, x.k, evaluate=False)
 
 @lru_cache(maxsize=1024)
 def terms(expr: Boolean) -> tuple[Boolean, ...]:
-    """Alternatives of an expression: what an And asks of all of an Or's arguments is asked of each."""
+    """The alternatives of an expression, every And distributed over its Ors."""
     if expr == sympy.false:
         return ()
     out: list[Boolean] = []
@@ -38,7 +38,7 @@ def causality_in_ranks(term: Boolean) -> tuple[Boolean, ...]:
 
 
 def causal_once(term: Boolean) -> tuple[Boolean, ...]:
-    """A term and causality, said in one way only, so that shares are not multiplied twice."""
+    """A term and causality, stated once, so that its share is not counted twice."""
     return (term, *(causality_in_ranks(term) or (CAUSAL,)))
 
 
@@ -55,7 +55,7 @@ def residue_pair(term: Boolean) -> tuple[sympy.Expr, sympy.Expr] | None:
 
 @lru_cache(maxsize=1024)
 def by_modality(expr: Boolean) -> frozenset[sympy.Symbol]:
-    """Which of q and k benefits from modality-major order: its tokens of one modality are asked for."""
+    """Which of q and k benefits from modality-major order: the expression reads its modality or rank."""
     return frozenset().union(*map(x.sides, expr.atoms(x.Modality, x.Rank, x.FirstTile)))
 
 

@@ -19,14 +19,14 @@ from ..ir.layout import TokenLayout
 from .orders import NEVER, TokenOrder, attribute
 
 _MEMO = 128
-"""Two orders keep so many results that follow from the layout alone: patterns have terms in common."""
+"""Results kept for a pair of orders: patterns have terms in common."""
 
 
 @dataclass(eq=False)
 class Tiles:
     """The query tiles and key tiles of a launch: bounds of layout attributes, kept with their orders and with this.
 
-    What atoms ask (`mmflex.ir.atoms`) they ask of it.
+    Atoms (`mmflex.ir.atoms`) query it.
     """
 
     layout: TokenLayout
@@ -104,7 +104,7 @@ class Tiles:
         return self.once(("tiles per value", key), count)
 
     def has_gaps(self, leaf: sympy.Basic, order: TokenOrder) -> bool:
-        """Whether a coordinate does not count all tokens of an order one by one."""
+        """Whether a coordinate has gaps over the tokens of an order, or the order leaves out some."""
 
         def check() -> bool:
             value, real = order.attribute(leaf, self.layout), order.index >= 0

@@ -59,8 +59,8 @@ class Expectation:
     """Where one alternative of a mask is expected to hold. Arrays broadcast to [B, query tiles].
 
     Attributes:
-        first, last: key tiles between which it may hold somewhere. share: of them, those where it does. most: at most
-            so many.
+        first, last: key tiles between which it may hold somewhere. share: the fraction of them where it does. most: a
+            bound on their number.
         inner_first, inner_last: key tiles between which it may hold everywhere. inner: the share of them where it does.
         selected: selection says which, and is assumed nearest-first.
     """

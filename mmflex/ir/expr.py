@@ -4,8 +4,8 @@ One expression is the whole truth about a head's mask. The compiler derives from
 the dense oracle, the predicted cost and the text that `explain()` prints, so that they cannot disagree.
 
 Leaves: the symbols ``q`` and ``k`` (positions), attributes of either (`Rank`, `Modality`, `Frame`, `Cell`, `SegmentOf`,
-`FirstTile`, `LastTile`), integers, and what selection finds for a head: `Number` and the sets of `mmflex.ir.atoms`.
-Causality and padding are not written: every expression is meant under ``q >= k``.
+`FirstTile`, `LastTile`, `Behind`), integers, and what selection finds for a head: `Number` and the sets of
+`mmflex.ir.atoms`. Causality and padding are implicit: every expression is meant under ``q >= k``.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class Number(sympy.Symbol):
 
 class SetTest(BooleanFunction):
     """A test of tokens against a set that selection fills for every head: ``(coordinates ..., name, n)``, at most n
-    members. The tests there are stand in `mmflex.ir.atoms`."""
+    members. The concrete tests are in `mmflex.ir.atoms`."""
 
     @property
     def coordinates(self) -> tuple[sympy.Expr, ...]:
@@ -211,8 +211,8 @@ def conditions(expr: Boolean) -> tuple[Boolean, ...]:
 
 
 def mod(value: sympy.Expr, modulus: sympy.Expr) -> sympy.Expr:
-    """``value`` mod ``modulus``, as `sympy.Mod` writes it. Where a selected number is read, sympy is not asked for its
-    bounds: it takes milliseconds to find none."""
+    """``value`` mod ``modulus``, as `sympy.Mod` writes it. Not evaluated where it reads a selected number:
+    sympy would spend milliseconds looking for bounds that do not exist."""
     return sympy.Mod(value, modulus, evaluate=not (selected(value) or selected(modulus)))
 
 

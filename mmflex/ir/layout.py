@@ -304,7 +304,7 @@ def _array(value: Any, name: str) -> np.ndarray:
     try:
         array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise TypeError(f"{name} is {shown(value)}, no array of integers: {shown(str(error))}") from None
+        raise TypeError(f"{name} is {shown(value)}, not an array of integers: {shown(str(error))}") from None
     if array.dtype.kind not in "iub":
         raise TypeError(f"{name} holds {array.dtype}: integers or booleans are needed")
     array = array[None] if array.ndim == 1 else array

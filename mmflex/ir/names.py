@@ -1,7 +1,7 @@
 """Pattern classes by name: those of mmflex, those that packages offer, and those defined so far, in this order.
 
-So a class that a user calls ``Dense``, or a notebook cell that is run twice, changes nothing for what has been written
-with the other one: configs name the class that they were made with, and what a plan keeps is kept by `label`.
+So neither a user's class called ``Dense`` nor a notebook cell that is run twice changes what was written before:
+configs name the class that they were made with, and plans store selections by `label`.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ def _offered(name: str) -> type:
     except Exception as error:  # whatever a package of somebody else does when it is imported
         raise ValueError(
             f"pattern {shown(name)} is offered as {points[0].value}, which cannot be loaded "
-            f"({type(error).__name__}: {error}): install or mend the package that offers it"
+            f"({type(error).__name__}: {error}): install or fix the package that offers it"
         ) from error
 
 
 def name_of(cls: type) -> str:
-    """The shortest name by which `find` gives this class, and not another one of that name."""
+    """The shortest name for which `find` returns this very class."""
     try:
         return cls.__name__ if find(cls.__name__) is cls else _qualified(cls)
     except ValueError:
@@ -81,7 +81,7 @@ def name_of(cls: type) -> str:
 
 
 def label(cls: type) -> str:
-    """A name that no other class has while this one lives: by which sets and numbers of a plan are told apart."""
+    """A name unique among living classes: it tells apart the sets and numbers of a plan."""
     known = vars(cls).get("_label")
     if known is None:
         name = base = name_of(cls)

@@ -40,7 +40,7 @@ LONGEST_INTEGER = 1024
 """Bits of a budget: any more are beyond every prompt, and Python refuses to print thousands of digits."""
 
 DEEPEST, MOST = 100, 1000
-"""Levels of patterns within patterns, and patterns in all: hashes, texts and masks of compositions go through each."""
+"""Limits on compositions, nesting depth and patterns in all: hashing, printing and building masks visit every one."""
 
 
 class Estimator(Protocol):
@@ -52,10 +52,10 @@ class Estimator(Protocol):
     them, and `mmflex eval` reports them beside what a pattern computes.
     ``values = True``: it reads `View.values`. A plan that is made without v is then an error.
     ``whole_layer = True``: it is called with all heads of the layer, whichever of them have the pattern. ``kv_heads``:
-    how many KV heads in a row it then takes together, if not all of them: processes that have some of the heads each
-    need a multiple of it.
-    ``query_block(view) -> int``: it scores blocks of so many queries in scope, and takes them whole
-    (`View.whole_blocks`): where several processes hold the queries, those of a block on a border are shared.
+    how many consecutive KV heads it then looks at together, if not all of them: where processes split the heads, each
+    needs a multiple of it.
+    ``query_block(view) -> int``: it scores blocks of so many queries in scope, and needs them complete
+    (`View.whole_blocks`): where processes split the queries, those of a block that straddles a border are shared.
     """
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, view: View, scale: float) -> Any:
@@ -78,7 +78,7 @@ class Pattern:
     budgets: ClassVar[tuple[str, ...]] = ()
     """Integer fields that say how much is kept, in tokens or blocks: what `scaled` multiplies."""
     least: ClassVar[Mapping[str, int]] = {}
-    """What `scaled` leaves of a budget at least, where it is no less to begin with: a neighbourhood stays one."""
+    """Lower bounds that `scaled` respects, by budget (a budget below its bound stays): a neighbourhood stays one."""
     serial: str
     """Names this object among all patterns and layouts alive, for graphs of torch.compile to refer to."""
     __signature__: ClassVar[Any] = _Signature()
@@ -138,7 +138,7 @@ class Pattern:
         return dataclasses.replace(self, **scaled)  # type: ignore[type-var]
 
     def on(self, query: str | int | None = None, key: str | int | None = None) -> Pattern:
-        """This pattern for the queries and keys of a modality alone; its lines then run in ranks within it."""
+        """This pattern restricted to queries and keys of a modality; it then counts in ranks within that modality."""
         ids = (m if m is None else modality_id(m) for m in (query, key))
         return Restricted(self, *ids)
 
@@ -156,8 +156,8 @@ class Pattern:
         return f"{type(self).__name__}({', '.join(f'{n}={v}' for n, v, default in values if v != default)})"
 
     def identity(self) -> str:
-        """A text that patterns have in common only if they are equal: the class by a label of its own, and the fields
-        that have another value than by default."""
+        """A text that only equal patterns share: the class by its unique label, and the fields that differ from their
+        defaults."""
         fields = ((f, getattr(self, f.name)) for f in dataclasses.fields(self))  # type: ignore[arg-type]
         told = ", ".join(f"{f.name}={_identity(value)}" for f, value in fields if not _same(value, f.default))
         return f"{names.label(type(self))}({told})"
@@ -281,7 +281,7 @@ def union(patterns: list[Pattern]) -> Pattern:
 
 def from_json(data: Any) -> Pattern:
     """The pattern of its JSON form; ValueError for anything else, and unknown versions, fields and patterns by name.
-    It may come from strangers: whatever a class says of its fields is a ValueError too."""
+    The data is untrusted: any exception that a class raises over its fields becomes a ValueError too."""
     return _built(data, 1)
 
 

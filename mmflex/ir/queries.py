@@ -32,8 +32,8 @@ class QueryTokens:
             first, end = map(operator.index, run)
             if first >= end or (before is not None and before >= first):
                 raise ValueError(
-                    f"query runs {shown(self.runs)} are no ascending runs (first, end) of tokens, none touching the "
-                    "next: use QueryTokens.listed"
+                    f"query runs {shown(self.runs)} must be ascending (first, end) pairs of tokens, none touching "
+                    "the next: use QueryTokens.listed"
                 )
             before = end
 
@@ -49,7 +49,7 @@ class QueryTokens:
 
     @classmethod
     def of(cls, positions: Positions, m: int, n: int) -> QueryTokens:
-        """From a caller's word for them.
+        """From any form in which a caller may give them.
 
         Args:
             positions: None for the last m tokens; an int for m consecutive tokens from that one on; or the token number
@@ -104,7 +104,7 @@ class QueryTokens:
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
     def take(self, values: np.ndarray) -> np.ndarray:
-        """Of values [..., N] of all tokens, those of the queries [..., M]; a view where they are consecutive."""
+        """The queries' entries [..., M] of values [..., N] of all tokens; a view where queries are consecutive."""
         return values[..., self.first : self.end] if self.consecutive else values[..., self.numbers]
 
     def __str__(self) -> str:
@@ -136,4 +136,4 @@ def _runs(positions: Any) -> tuple[tuple[int, int], ...]:
 
 
 Positions = int | Sequence[int] | np.ndarray | QueryTokens | None
-"""A caller's word for where queries are: see `QueryTokens.of`."""
+"""How a caller may say where queries are: see `QueryTokens.of`."""

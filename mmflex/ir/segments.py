@@ -141,6 +141,4 @@ def count_of(value: Any, what: str) -> int:
 
 def check_length(tokens: int) -> None:
     if tokens > LONGEST_PROMPT:
-        raise ValueError(
-            f"a prompt of {shown(tokens)} tokens: {LONGEST_PROMPT} are the most that positions are good for"
-        )
+        raise ValueError(f"a prompt of {shown(tokens)} tokens: at most {LONGEST_PROMPT} are supported")

@@ -16,16 +16,16 @@ from .validate import check_mask, check_type
 from .view import Scope
 
 LARGEST_TABLE = 1 << 28
-"""Entries of a table of blocks for one head: blocks of 64 for a million tokens."""
+"""Most entries of one head's block table: enough for blocks of 64 at a million tokens."""
 
 
 class Tokens:
     """What a pattern builds its expression from: the tokens q and k as seen through a scope.
 
     ``t.q`` and ``t.k`` are positions, or ranks within the key modality where the pattern is restricted to one;
-    ``t.row`` is q's place among the queries in scope. `sink`, `local`, `last` and the set tests round outwards to whole
-    tiles, which is what makes blocks full and costs nothing: the blocks are touched anyway. For token-exact masks
-    compare ``t.q`` and ``t.k`` yourself.
+    ``t.row`` is q's rank among the queries in scope. `sink`, `local`, `last`, `diagonals` and `blocks` round outwards
+    to whole tiles, which makes blocks full and costs nothing: the blocks are touched anyway. `columns` and `residue`
+    are token-exact; for other token-exact masks compare ``t.q`` and ``t.k`` yourself.
     """
 
     def __init__(self, layout: TokenLayout, tile: int, scope: Scope | None = None, leaves: dict | None = None) -> None:
@@ -39,7 +39,7 @@ class Tokens:
         return Tokens(self.layout, self.tile, scope, self.leaves)
 
     def leaf(self, pattern: Any) -> Boolean:
-        """The expression of a pattern that selects for itself; equal patterns in equal scopes share their sets."""
+        """The expression of a leaf, a pattern that is no composition; equal leaves in equal scopes share their sets."""
         t = Tokens(self.layout, self.tile, self.scope, self.leaves)
         t._leaf = pattern.identity() + (f"[{self.scope}]" if str(self.scope) else "")
         self.leaves[t._leaf] = (pattern, self.scope)
@@ -96,13 +96,13 @@ class Tokens:
         return x.SegmentOf(x.k)
 
     def _hull(self) -> tuple[sympy.Expr, sympy.Expr]:
-        """First and last key tile at which the queries of q's tile stand."""
+        """The first and the last key tile that the queries of q's tile fall into."""
         if self.scope.query == self.scope.key:
             return x.Tile(self.q, self.tile), x.Tile(self.q, self.tile)
         rows, keys = (x.ALL if m is None else m for m in (self.scope.query, self.scope.key))
         return x.FirstTile(x.q, rows, keys, self.tile), x.LastTile(x.q, rows, keys, self.tile)
 
-    # ---- parts, rounded outwards to tiles ---------------------------------------------------------------------------
+    # ---- parts, most of them rounded outwards to tiles -------------------------------------------------------------
 
     def capped(self, n: int) -> int:
         """``n``, at most the prompt's length: a larger budget selects no more, and need not fit the kernels' int32."""

@@ -1,5 +1,5 @@
 """What a mask expression may be, checked before anything is made of it: kernels compute in int32 and look up tables
-without asking whether an index is one.
+without bounds checks.
 
 `check_mask` goes through an expression once, with the least and greatest value that each part of it can take for the
 layout at hand. `set_shape` says what selection has to return for it.
@@ -27,13 +27,13 @@ from .view import Scope, View
 INT32 = (1 << 31) - 1
 
 NUMBER = 1 << 29
-"""What a number that selection finds is taken to reach, with either sign."""
+"""Assumed bound on the magnitude of a number that selection finds; `check_selected` enforces it."""
 
 ALTERNATIVES = 512
 """Terms that an expression may come apart into, see `alternatives`: the compiler looks at each of them."""
 
 NODES, DEPTH = 20_000, 100
-"""Symbols, numbers and operators of an expression, and how deep they may be nested."""
+"""Limits on an expression: symbols, numbers and operators in all, and nesting depth."""
 
 
 class Interval(NamedTuple):
@@ -75,7 +75,7 @@ class _Walk:
         elif isinstance(e, x.SetTest):
             self.set_test(e)
         elif isinstance(e, sympy.Symbol):
-            raise TypeError(f"{self.named}: its mask is made of {shown(e)}, a name that stands for nothing here")
+            raise TypeError(f"{self.named}: its mask is made of {shown(e)}, a name that has no meaning here")
         else:
             raise self.foreign(e)
 
@@ -89,7 +89,7 @@ class _Walk:
     def set_test(self, e: x.SetTest) -> None:
         name, size = e.args[-2:]
         if not isinstance(name, sympy.Symbol) or not isinstance(size, sympy.Integer) or size < 0:
-            raise TypeError(f"{self.named}: {shown(e)} is no set: use t.columns, t.diagonals or t.blocks")
+            raise TypeError(f"{self.named}: {shown(e)} is not a set: use t.columns, t.diagonals or t.blocks")
         asked = _places(e, self.layout, self.scope_of(e.set_name), self.tile)
         self.named_once(e.set_name, (type(e), asked))
         for coordinate, places in zip(e.coordinates, asked, strict=True):
@@ -111,7 +111,7 @@ class _Walk:
         return self.leaves[leaf][1]
 
     def named_once(self, name: str, kind: Any) -> None:
-        """Of what is selected by one name there is one kind."""
+        """ValueError where one name stands for two kinds of sets or numbers."""
         if self.kinds.setdefault(name, kind) != kind:
             raise ValueError(
                 f"{self.named}: its mask uses the name {x.short(name)!r} for different sets or numbers: give each one "
@@ -154,7 +154,7 @@ class _Walk:
         tiled = isinstance(e, x.FirstTile)  # and what derives from it: their last argument is a size
         if token not in (x.q, x.k) or any(m not in known for m in (scopes[:-1] if tiled else scopes)):
             raise ValueError(
-                f"{self.named}: {shown(e)} is no attribute of t.q or t.k: use t.q, t.k, t.row and those of Tokens"
+                f"{self.named}: {shown(e)} is not an attribute of t.q or t.k: use t.q, t.k, t.row and those of Tokens"
             )
         field = {x.Modality: "modality", x.SegmentOf: "segment", x.Frame: "frame", x.Cell: "cell"}.get(type(e))
         if field is not None:
@@ -216,7 +216,7 @@ class _Walk:
 def check_mask(
     expr: Any, named: str, layout: TokenLayout, tile: int, leaves: Mapping[str, tuple[Any, Scope]]
 ) -> Boolean:
-    """The expression; TypeError, ValueError where it is none, too large to compile, or where its numbers may leave
+    """The expression; TypeError, ValueError where it is not a mask expression, is too large to compile, or may overflow
     int32 with this layout.
 
     Args:
@@ -242,7 +242,7 @@ def check_type(expr: Any, named: str) -> Boolean:
     """The expression; TypeError where it is none."""
     if not isinstance(expr, Boolean):
         raise TypeError(
-            f"{named}: its mask is {shown(expr)}, no mask expression: return a condition such as t.q - t.k < 9 "
+            f"{named}: its mask is {shown(expr)}, not a mask expression: return a condition such as t.q - t.k < 9 "
             "(sympy.true and sympy.false for everything and nothing)"
         )
     return expr
@@ -259,7 +259,7 @@ def _size(expr: sympy.Basic) -> tuple[int, int]:
 
 
 def alternatives(expr: sympy.Basic) -> int:
-    """How many terms an expression has when what an And asks of an Or is asked of each of its arguments."""
+    """How many terms an expression has once every And is distributed over its Ors."""
     if isinstance(expr, sympy.Or):
         return sum(map(alternatives, expr.args))
     if isinstance(expr, sympy.And):

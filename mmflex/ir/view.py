@@ -93,7 +93,7 @@ class View:
 
     def whole_blocks(self, q: torch.Tensor, size: int) -> tuple[torch.Tensor, View]:
         """(queries [B, H, L, D], the view with them) for estimators that score blocks of ``size`` queries in scope:
-        those of the call, q, and of those that were given for it the ones that make its blocks whole."""
+        the call's own, q, and those of `estimate_from` that complete its blocks."""
         given = self.estimate_from
         if given is None:
             return q, self

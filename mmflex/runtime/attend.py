@@ -54,7 +54,7 @@ class Attending:
                         if needed in waits:
                             waits.pop(needed)()
                     self._do(step)
-        if self.out is None:  # nothing allows anything
+        if self.out is None:  # no launches: no head sees a key
             self._begin_output()
         assert self.out is not None
         return self.out, self.sums if self.lse else None

@@ -142,7 +142,7 @@ def _estimate_from(given: tuple[Tensor, Positions] | None, k: Tensor) -> Estimat
 
 _requests = bounded(256)
 """Serials of a layout and of patterns, and positions -> the objects: what a compiled graph, which holds only the names,
-asks for. Beyond that many they are found as long as somebody else holds them: who calls a compiled function does."""
+asks for. Evicted ones are still found while somebody else holds the objects, as callers of a compiled function do."""
 
 
 @torch.compiler.assume_constant_result

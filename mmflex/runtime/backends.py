@@ -31,8 +31,8 @@ class BlockLists(NamedTuple):
 
     A *partial* block is computed under the launch's mask_mod, a *full* one without it; what stands in neither list is
     never computed. Both tables of a launch have one width W, which follows from the spec before any input is seen (up
-    to torch 2.11 the Triton template reads the full table with the other's strides). Entries past a count mean nothing,
-    and hold numbers of real tiles all the same, since kernels may load the first of them.
+    to torch 2.11 the Triton template reads the full table with the other's strides). Entries past a count are
+    ignored, but hold valid tile numbers all the same, since kernels may load the first of them.
 
     Attributes:
         partial_count: int32 [B, H, query tiles]. partial_index: int32 [B, H, query tiles, W], key tiles, ascending.
@@ -152,7 +152,7 @@ def why_not(
     """Why a backend cannot run with these tensors; None if it can. ValueError for an unknown name."""
     check_name(backend)
     if backend == "auto":
-        raise ValueError(f"backend is 'auto', which is no backend of its own: use {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(f"backend is 'auto', which is not a backend itself: use {', '.join(map(repr, BACKENDS))}")
     try:
         where = torch.device(device)
     except (RuntimeError, TypeError):
@@ -167,7 +167,7 @@ def resolve(backend: str, device: torch.device, head_dim: int, dtype: torch.dtyp
         reasons = {name: why_not(name, device, head_dim, dtype) for name in ("flash", "triton", "cpu", "reference")}
         chosen = next(name for name, reason in reasons.items() if reason is None)
         if chosen == "triton" and torch.cuda.get_device_capability(device)[0] == 9:
-            _notice(f"mmflex runs on Triton; its faster flash backend is out: {reasons['flash']}")
+            _notice(f"mmflex runs on Triton; the faster flash backend cannot run: {reasons['flash']}")
         return BACKENDS[chosen]
     reason = why_not(backend, device, head_dim, dtype)
     if reason is not None:
@@ -207,7 +207,7 @@ def attend(
     if strips:
         q, k, v, mask_mod, lists = _in_strips(q, k, v, mask_mod, lists, tile)
     kernel = _kernel(mask_mod.source, name, tile, scale, lse, _bucket(name, q, k, v, lists, strips))
-    with torch.no_grad():  # one more way to compile it, else
+    with torch.no_grad():  # grad mode would be one more variant to compile
         out, sums = kernel(q, k, v, *lists, *mask_mod.captures)
     if strips:
         out, sums = _joined(out), None if sums is None else _joined(sums)
@@ -230,7 +230,7 @@ LONG_QUERIES = 1 << 17
 
 def _strips(queries: int, tile: int) -> bool:
     """Whether queries are dealt out in strips: of long prompts, whose keys are more than a cache holds, where they fit.
-    Others are not padded for it: copies take what strips save."""
+    Others are not padded to fit: the copies would cost what strips save."""
     return queries >= LONG_QUERIES and queries % (STRIP * tile) == 0
 
 
@@ -239,8 +239,8 @@ def _in_strips(
 ) -> tuple[Tensor, Tensor, Tensor, MaskMod, BlockLists]:
     """A launch of one prompt as one of many, each with a strip of its queries and the same keys: all are views.
 
-    flash-attn-4 goes through the query tiles of a head, then the heads, then the prompts. Whole heads one after another
-    read keys from memory seven times that their group shares; strips find them in the cache.
+    flash-attn-4 goes through the query tiles of a head, then the heads, then the prompts. Head after head, the keys
+    that a group shares are read from memory seven times; strip by strip they are found in the cache.
     """
     size, count = STRIP * tile, q.shape[2] // (STRIP * tile)
     dealt = BlockLists(*(t[0].unflatten(1, (count, STRIP)).transpose(0, 1) for t in lists))
@@ -331,8 +331,9 @@ def _kernel(source: str, backend: str, tile: int, scale: float, lse: bool, bucke
     held = [compiled()]
 
     def attempt(*args: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What a mask looks up is pipelined through shared memory too, and may not fit: then without a pipeline. A
-        kernel that was compiled in too many ways (lengths, strides, inference mode) is begun anew."""
+        """Runs the kernel. What a mask looks up is pipelined through shared memory too and may not fit: then it is
+        recompiled without pipelining. One that hits the recompile limit (lengths, strides, inference mode) is compiled
+        afresh."""
         global compiles
         try:
             return held[0](*args)

@@ -64,8 +64,8 @@ class Request:
 class _Call:
     """What was decided for a call, and its plan where that does not depend on the values of the input.
 
-    ``prices`` are those of ``generation``. ``kept``: the plan and the stream where it was made, one tuple, so that a
-    thread on another stream does not read one of the two.
+    ``prices`` are those of ``generation``. ``kept``: the plan and the stream where it was made, as one tuple, so
+    that another thread never reads one without the other.
     """
 
     runs: Backend
@@ -102,7 +102,7 @@ def planned(
 ) -> Plan:
     """The plan of a call. ``once``: it attends before anything else is planned with its program."""
     observer = _observer.get()
-    if observer is not None:  # what is kept for longer must not be of a graph that the next layer replays
+    if observer is not None:  # it may keep the plan, whose tensors the next layer's replay must not overwrite
         token = _observer.set(None)
         try:
             plan = planned(q, k, v, spec, layout, request, estimate_from, once=False)

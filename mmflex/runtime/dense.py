@@ -27,7 +27,7 @@ def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, lse: bool, backend: str = "dense"
 ) -> tuple[Tensor, Tensor | None]:
     """Causal attention, the last M of N positions: q [B, H, M, D], k and v [B, Hkv, N, D]. Without padding. By the
-    fastest kernel there is: of SDPA, and beside the flash backend flash-attn-4."""
+    fastest kernel available: one of SDPA's or, with the flash backend, flash-attn-4."""
     if not q.shape[2]:  # flash-attn-4 divides by the number of queries
         return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32) if lse else None
     if not lse:
@@ -57,8 +57,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """For M = N: what `scaled_dot_product_attention` calls for cuDNN, less its choosing, which takes the host as
-    long as the device takes for a short prompt."""
+    """For M = N: what `scaled_dot_product_attention` calls for cuDNN, without its backend selection, which takes
+    the host as long as the device takes for a short prompt."""
     attend = torch.ops.aten._scaled_dot_product_cudnn_attention.default
     return attend(q, k, v, None, False, 0.0, True, False, scale=scale)[0]
 
@@ -115,10 +115,10 @@ def _in_memory(t: Tensor) -> str:
 
 
 def _tried(kernels: Sequence[Dense], q: Tensor, k: Tensor, v: Tensor, scale: float) -> Dense:
-    """The kernel that takes least, of those that run and find what the first one finds: the median of some turns, so
-    that a clock that is still rising favours none, and of many calls, since under load clocks differ by kernel."""
+    """The fastest of the kernels that run and agree with the first: by the median of interleaved rounds, so that a
+    clock that is still rising favours none, of many calls each, since under load clocks differ by kernel."""
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode(0)  # once in a process it may wait
+    torch.cuda.set_sync_debug_mode(0)  # autotuning has to synchronise
     try:
         stream = torch.cuda.current_stream(q.device)
         wanted = kernels[0](q, k, v, scale)

@@ -27,7 +27,8 @@ def device_constant(key: Any, device: torch.device, make: Callable[[torch.device
         key: hashable, unlike those of other constants: begin it with a name.
         make: makes the tensor on the CPU. The copy to the device is waited for, so that it is there for every stream.
 
-    In somebody else's CUDA graph (not within `constants_used`) the graph makes it itself: it holds nothing of ours.
+    While somebody else captures a CUDA graph (not within `constants_used`), the tensor is made in that graph, which
+    then depends on nothing of ours.
     """
     used, key = _used.get(), (key, device)
     if used is None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():

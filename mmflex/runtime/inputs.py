@@ -53,7 +53,7 @@ def check(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayou
     if kv_heads == 0 or heads % kv_heads or not heads:
         raise ValueError(f"q has {heads} heads, k {kv_heads}: the query heads must be a multiple of the KV heads")
     if q.shape[2] > n:
-        raise ValueError(f"q has {q.shape[2]} tokens but k {n}: the queries are the last of the keys, so M <= N")
+        raise ValueError(f"q has {q.shape[2]} tokens but k {n}: the queries are among the tokens of k, so M <= N")
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q has head dimension {q.shape[3]} but k {k.shape[3]}: they must agree")
     if not 16 <= q.shape[3] <= 256:

@@ -86,7 +86,7 @@ def comparison(row: Tensor | None, limit: Tensor | None) -> MaskMod:
 
 
 def in_strips(mask_mod: MaskMod, strip: int) -> MaskMod:
-    """A comparison of one prompt, for queries in strips of so many, of which ``b`` is the number."""
+    """The comparison of a single prompt, for queries in strips of ``strip`` slots; ``b`` is the number of the strip."""
     assert mask_mod.one_for_all
     slot = f"b * {strip} + q"
     source = mask_mod.source.replace("return q >=", f"return {slot} >=").replace(

@@ -29,7 +29,7 @@ from .verify import Verification, verify
 
 @dataclass(eq=False)
 class HeadDensity:
-    """Computed over causal pairs: 1.0 is dense.
+    """Computed pairs divided by causal pairs: 1.0 is dense.
 
     Attributes:
         heads: float [B, Hq]. total: their mean.
@@ -145,7 +145,7 @@ class Plan:
         return kernel(q, k, v, scale), None
 
     def _eagerly(self, q: Tensor, k: Tensor, v: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
-        """Under the token mask itself: kernels on the CPU let what is not finite reach rows that do not see it."""
+        """Under the token mask itself: CPU kernels let non-finite values reach rows that do not see them."""
 
         def mask(first: int, last: int) -> Tensor:
             return self.dense_mask(range(first, last))

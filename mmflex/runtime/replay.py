@@ -27,8 +27,8 @@ _NEW, _SECOND, _NEVER = "new", "second", "never"
 
 
 def stream(device: torch.device) -> int:
-    """The current stream of a device, for what is planned on one is not yet there for another; -1 while a graph is
-    captured, which must not read what may be gone when it is replayed."""
+    """The current stream of a device (what is planned on one stream is not ready on another); -1 during a capture,
+    whose graph must not read what may be gone when it is replayed."""
     if device.type != "cuda":
         return 0
     return -1 if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
@@ -42,7 +42,7 @@ def follows_from_layout(state: PlanState) -> bool:
 
 
 def replayed(state: PlanState) -> bool:
-    """Does the steps after the estimates by a graph, into ``state``; False where they have to be run one by one.
+    """Replays the steps after the estimates into ``state``; False where they have to be run one by one.
 
     What ``state`` then holds is overwritten by the next call with this program on the same stream.
     """
@@ -84,7 +84,7 @@ class _Replay:
             return False
         elsewhere = [(to, t) for to, t in zip(self.inputs, given, strict=True) if to is not t]
         if elsewhere:
-            own = {t.untyped_storage().data_ptr() for t in self.inputs}  # written to where another belongs
+            own = {t.untyped_storage().data_ptr() for t in self.inputs}  # results may lie in each other's inputs
             sources = [t.clone() if t.untyped_storage().data_ptr() in own else t for _, t in elsewhere]
             torch._foreach_copy_([to for to, _ in elsewhere], sources)
         self.graph.replay()
@@ -93,7 +93,7 @@ class _Replay:
 
 
 def _captured(state: PlanState) -> _Replay | None:
-    """A graph of the steps; None where an estimate is not understood, or a pattern does what no graph may do."""
+    """A graph of the steps; None where an estimate is of an unknown type, or a pattern does what cannot be captured."""
     given = _tensors([result for result, _ in state.estimates.values()])
     if given is None:
         return None
@@ -129,14 +129,14 @@ _pools = bounded(64)
 """Device and stream -> where their graphs are captured, the memory that they share, and the last of them, without which
 a pool would end with the programs that it served.
 
-Sharing is safe: a graph finds memory only that nothing held when it was captured. What a replay leaves
+Sharing is safe: a graph is given only memory that nothing held when it was captured. What a replay leaves
 (`_Replay.selections` and ``prepared``, all that attending reads) is held as long as its graph may be replayed, so no
 other graph was ever given it. What they share is what planning needs in between, and graphs of one stream are replayed
 one after another."""
 
 
 def _tensors(value: Any) -> list[Tensor] | None:
-    """The tensors in an estimate, in order; None for what may hold them unseen."""
+    """The tensors in an estimate, in order; None for types that may hide some."""
     if isinstance(value, Tensor):
         return [value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -45,12 +45,14 @@ class PreparedLaunch:
 
 @dataclass(eq=False)
 class PlanState:
-    """Attributes:
-    program, device, batch: of the plan.
-    estimates: (estimator, scope) -> (its result, query head of the layer -> head in the result).
-    selections: sets and numbers by name (`Program` says how they are named), for the heads of their leaf.
-    gathered: launch number -> what its ``gather`` step left for ``list``.
-    prepared: launch number -> what attending reads.
+    """What the steps of one plan have found so far.
+
+    Attributes:
+        program, device, batch: of the plan.
+        estimates: (estimator, scope) -> (its result, query head of the layer -> head in the result).
+        selections: sets and numbers by name (`Leaf` says how they are named), for the heads of their leaf.
+        gathered: launch number -> what its ``gather`` step left for ``list``.
+        prepared: launch number -> what attending reads.
     """
 
     program: Program
@@ -120,7 +122,7 @@ class PlanState:
                 other = replace(given, q=take_heads(given.q, heads.heads, self.device))
             if getattr(estimator, "values", False):
                 if v is None:
-                    raise ValueError(f"{estimator} estimates from v too, but the plan is made without it: give v=")
+                    raise ValueError(f"{estimator} also reads v, but the plan is made without it: give v=")
                 values = take_heads(v, heads.kv_heads, self.device)
             result = estimator(query, key, self.view(scope, other, values), scale)
             self.estimates[estimator, scope] = (result, heads.slot_of)

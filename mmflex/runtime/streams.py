@@ -18,7 +18,7 @@ class SideStream:
     """Work on the side stream of the current one, for the length of a ``with`` block. Off CUDA it is simply done.
 
     At the end the current stream waits for all of it, whatever happened in between, and the side stream for the current
-    one: so what the work reads may be let go, and what it has allocated is not given out again while it is being read.
+    one: so the inputs of the work may be freed, and its allocations are not reused while they are being read.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,13 +27,13 @@ class SideStream:
         self._side: torch.cuda.Stream | None = None
 
     def run(self, work: Callable[[], T]) -> Callable[[], T]:
-        """Begins the work after all that the current stream holds by now. Returns a function that lets the current
-        stream wait for it, and gives its result."""
+        """Starts the work after everything queued on the current stream so far. Returns a function that makes the
+        current stream wait for it, and returns its result."""
         if self.device.type != "cuda":
             result = work()
             return lambda: result
         current = torch.cuda.current_stream(self.device)
-        # Preferred: else a launch whose blocks wait for a place would only begin when all others have theirs.
+        # High priority: otherwise its blocks would wait until all those of earlier launches are scheduled.
         side = _side_of.once((self.device, current.cuda_stream), lambda: torch.cuda.Stream(self.device, priority=-1))
         self._side = side
         side.wait_event(current.record_event())

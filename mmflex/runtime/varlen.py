@@ -13,8 +13,8 @@ flash    `torch.nn.attention.varlen.varlen_attn`: one call for any lengths; half
 flash4   flash-attn-4's variable-length function, where it is installed; half precision on CUDA
 =======  ===================================================================================================
 
-The host has to know the lengths to choose and to batch. `Segments` reads them from the device once; every layer that is
-given the boundaries which `Segments.boundaries` returned finds them again without a look at the device.
+The host has to know the lengths to choose and to batch. `Segments` reads them from the device once; a layer that is
+given the tensor that `Segments.boundaries` returned finds them again without reading the device.
 """
 
 from __future__ import annotations

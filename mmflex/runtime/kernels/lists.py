@@ -120,7 +120,7 @@ def _kernel(
         some_coarse={"True": "there", "False": "(number < 0)"}.get(some, some_coarse),
     )
     filename = f"<mmflex lists {hash(text):x}>"
-    # Triton reads a kernel's source through linecache, where generated code may stand, and keeps it.
+    # Triton reads a kernel's source through linecache, which takes generated code too, and keeps its own copy.
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
     namespace: dict[str, Any] = {"tl": tl}
     exec(compile(text, filename, "exec"), namespace)  # our own source, from a sympy expression

@@ -80,7 +80,7 @@ if triton is not None:
         base = tl.full([L], float("-inf"), tl.float32)
         sums = tl.full([L], float("inf"), tl.float32)
         # Every row sees every key of nearly every chunk: no mask, and the greatest score of the first block as base for
-        # all. A sum that this leaves too great or no number (infinite scores) is taken again below.
+        # all. A sum that becomes too large or NaN this way (infinite scores) is computed again below.
         if (low >= 0) & (high - low == last - first) & (high <= _free(reach)):
             key = _load(k, j, True, k_n, D, DIM, False)
             score = tl.dot(query, tl.trans(key), input_precision="ieee") * factor
@@ -236,7 +236,7 @@ if triton is not None:
                     K, D, DIM, S, T, W, GATHERED, DIAGONAL, WIDE, False,
                 )  # fmt: skip
             total = tl.sum(shares, 0)
-        if tl.max(tl.where(tl.abs(total) < float("inf"), 0, 1), 0) > 0:  # some are not, or a score was infinite
+        if tl.max(tl.where(tl.abs(total) < float("inf"), 0, 1), 0) > 0:  # some keys are unseen, or a score was infinite
             shares = tl.zeros([K, W], tl.float32)
             for block in range(BLOCKS):
                 shares = _block(

@@ -168,7 +168,7 @@ def put_rows(src: Tensor, index: Tensor, count: Tensor, heads: Tensor, out: Tens
             slots, dim, BLOCK=64, DIM=triton.next_power_of_2(dim),
         )  # fmt: skip
         return
-    there = heads >= 0  # of few heads, on the CPU
+    there = heads >= 0  # a few entries, and on the CPU: reading them back is cheap
     if not there.all():
         src, index, count, heads = src[:, there], index[:, there], count[:, there], heads[there]
     real = (torch.arange(slots, device=src.device) < count[..., None]) & (index >= 0)

@@ -93,7 +93,7 @@ def fill_sections(
         at_head, at_table: int32 [h], the head in ``limit``, the section in ``table``.
         limit: int32 [B, H, slots], from which position on a slot is shown; written for these heads' main section and
             the places filled (the caller has put `NEVER` elsewhere). Sections follow the main one, each as long as a
-            row of ``table``, ``at_table`` modulo their number apart.
+            row of ``table``; a head's is number ``at_table`` modulo their count.
         table: int64 [B, sections of all KV heads, capacity]: written where filled.
         fits: int32 [1], becomes 0 where more keys are chosen than the capacity.
 

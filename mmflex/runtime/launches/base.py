@@ -1,5 +1,5 @@
-"""What launches of every kind have in common: block lists in the making, positions and limits of slots, and the ways of
-k, v and q into slots and of rows into the output."""
+"""What launches of every kind have in common: building block lists, positions and limits of slots, and how k, v and q
+get into slots and rows into the output."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ OVERFLOW = (
 
 
 class BlockLister:
-    """Block lists of a launch in the making.
+    """Builds the block lists of a launch.
 
     Attributes:
-        fits: int32 [1], becomes 0 where a static bound is passed.
+        fits: int32 [1], becomes 0 where a static bound is exceeded.
     """
 
     def __init__(self, state: PlanState, launch: Launch) -> None:
@@ -52,8 +52,7 @@ class BlockLister:
         list_blocks(test, ends, self.table, self.counts, self.fits, *index)
 
     def done(self) -> BlockLists:
-        """The lists. A loud error where something does not fit (on CUDA when the device gets there), never a dropped
-        block."""
+        """The lists. An error where a bound was exceeded (on CUDA asynchronously), never a dropped block."""
         torch._assert_async(self.fits, OVERFLOW)
         return BlockLists(self.counts[0], self.table[0], self.counts[1], self.table[1])
 
@@ -65,7 +64,7 @@ def slot_positions(state: PlanState, launch: Launch) -> tuple[Tensor, Tensor]:
 
     def build() -> tuple[Tensor, Tensor]:
         row = slot_attribute(x.q, layout, rows, None, device)[:, 0]
-        # Empty slots repeat a neighbour, so that they spoil no block's bounds; a tile of nothing else lists nothing.
+        # Empty slots repeat a neighbour, which keeps tile bounds tight; a tile of empty slots alone lists nothing.
         real = (rows.on("index", device) >= 0).unflatten(-1, (-1, rows.tile)).any(-1)
         row = torch.where(real.repeat_interleave(rows.tile, -1), row, -1)
         key = slot_attribute(x.k, layout, keys, None, device)[:, 0]

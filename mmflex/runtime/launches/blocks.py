@@ -118,7 +118,7 @@ class BlockExecution(Execution[BlockLaunch]):
 
 def _counted_from_first_slot(state: PlanState, launch: BlockLaunch) -> tuple[Tensor, Tensor, int | None]:
     """`slot_positions`, counted from the first query slot where slots run with positions: the mask then compares the
-    slot itself. The third is what was taken off, None where slots do not."""
+    slot itself. The third is the position subtracted, None where slots do not."""
     program = state.program
     row, key = slot_positions(state, launch)
     runs = launch.rows.natural and program.queries.consecutive and not program.layout.padded

@@ -18,9 +18,11 @@ from .base import BlockLister, Execution, slot_positions
 
 @dataclass(eq=False)
 class _Gathered:
-    """Attributes:
-    index: int64 [B, H, capacity], the query in each slot. count: int64 [B, H], how many are real.
-    position: int32 [B, H, capacity], -1 for an empty slot.
+    """The gathered queries of a launch.
+
+    Attributes:
+        index: int64 [B, H, capacity], the query in each slot. count: int64 [B, H], how many are real.
+        position: int32 [B, H, capacity], -1 for an empty slot.
     """
 
     index: Tensor
