@@ -424,6 +424,13 @@ def test_the_nearest_record_is_found() -> None:
     assert constants_for(CPU, "flash", torch.bfloat16, 128).device == "NVIDIA H200"
 
 
+def test_what_was_measured_here_counts_under_every_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = replace(PLANTED, device=store.device_name(CPU), backend="cpu", head_dim=64, torch="0.1", source="measured")
+    monkeypatch.setattr(store, "shipped", lambda: (replace(mine, torch=torch.__version__, source="shipped"),))
+    store.keep([mine])
+    assert constants_for(CPU, "cpu", torch.bfloat16, 64).source == "measured"
+
+
 def test_what_is_shipped() -> None:
     records = store.shipped()
     assert {(c.device, c.backend) for c in records} >= {("NVIDIA H200", "flash"), ("NVIDIA H200", "triton")}

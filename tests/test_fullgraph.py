@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -37,3 +41,36 @@ def test_lse_has_its_shape_in_a_graph():
     out, lse = both(q, k, v)
     expected = mmflex.attention(q, k, v, pattern, backend="reference", return_lse=True)
     torch.testing.assert_close((out, lse), expected)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"query_start": 30},
+        {"query_positions": [*range(9, 40), *range(100, 133)]},
+        {"query_positions": [*range(0, 192, 3)]},
+        {"query_positions": []},
+        {"query_start": -5},
+        {"query_start": 170},
+        {"query_start": 3, "query_positions": range(64)},
+    ],
+)
+def test_positions_mean_the_same_in_compiled_code(where: dict[str, Any]) -> None:
+    """Of the queries, and of others that patterns estimate by; what is refused is refused."""
+    q, k, v = (torch.randn(1, 4, n, 32) for n in (64, 200, 200))
+    estimate = torch.randn(1, 4, 20, 32), [*range(5, 15), *range(150, 160)]
+    spec = VerticalSlash(20, 40)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return mmflex.attention(q, k, v, spec, backend="reference", estimate_from=estimate, **where)
+
+    try:
+        expected, refused = run(q, k, v), ""
+    except ValueError as error:
+        refused = str(error)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    if refused:
+        with pytest.raises(Exception, match=re.escape(refused.partition(":")[0])):
+            compiled(q, k, v)
+    else:
+        torch.testing.assert_close(compiled(q, k, v), expected)

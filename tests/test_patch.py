@@ -6,6 +6,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 import mmflex.runtime.attention as runtime  # noqa: E402
 from mask_builders import AShape, Dense, Grid, VerticalSlash  # noqa: E402
 from mmflex import TokenLayout, intercept, plan  # noqa: E402
-from mmflex.integrations import prefill  # noqa: E402
+from mmflex.integrations import cache_room, prefill  # noqa: E402
 from mmflex.integrations.layouts import layout_for  # noqa: E402
 from mmflex.integrations.long_prefill import last_token_logits  # noqa: E402
 from mmflex.integrations.transformers import DenseFallback, patch, patched, token_layout, unpatch  # noqa: E402
@@ -163,6 +164,30 @@ def test_generate(calls: Calls) -> None:
             got = model.generate(**inputs, **options)
         assert torch.equal(got, want), options
         assert calls.sizes == [size for size in sizes for _ in range(2)], options
+
+
+def test_a_cache_that_does_not_fit_is_refused_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one byte of what the new tokens' keys and values take is missing; without a cache nothing is."""
+    model = llama()
+    config = model.config
+    wanted = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 300 * 4  # float32
+    ids = torch.randint(5, 90, (1, 300))
+    monkeypatch.setattr(cache_room, "LONG", 256)
+    with patched(model, AShape(16, 64), backend="reference"):
+        for free, fits in ((wanted, True), (wanted - 1, False)):
+            monkeypatch.setattr(cache_room, "free_bytes", lambda device, free=free: free)
+            model(ids, use_cache=False)
+            model(ids[:, :200], use_cache=True)
+            for run in (lambda: model.generate(ids, max_new_tokens=2), lambda: model(ids)):
+                with (
+                    nullcontext()
+                    if fits
+                    else pytest.raises(torch.OutOfMemoryError, match="1 x 300 tokens takes 0.0 GB")
+                ):
+                    run()
+        held = model(ids[:, :200], use_cache=True).past_key_values
+        with pytest.raises(torch.OutOfMemoryError, match="use_cache=False"):
+            model(ids, past_key_values=held)
 
 
 def test_assisted_decoding(calls: Calls) -> None:

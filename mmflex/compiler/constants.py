@@ -1,7 +1,7 @@
 """What things cost on a device, in milliseconds: shipped with mmflex, or measured by ``mmflex calibrate``.
 
-`constants_for` finds the record of a backend that fits the device, the dtype, the torch version and the head dimension
-best; among equally good ones a measured one comes before a shipped one. A backend without any record gets `GENERIC`.
+`constants_for` finds the record of a backend that fits best: one of the device and the element size, measured rather
+than shipped, then of the torch version, the dtype and the head dimension. A backend without any record gets `GENERIC`.
 Records are read once, when first asked for.
 """
 
@@ -254,16 +254,18 @@ def constants_for(device: torch.device | str, backend: str, dtype: torch.dtype, 
 
 @lru_cache(maxsize=256)
 def _find(device: str, backend: str, dtype: str, head_dim: int, where: tuple[str | None, ...]) -> Constants | None:
-    records = [record for record in (*_cached(cache_path()), *shipped()) if record.backend == backend]
+    records = [(0, record) for record in _cached(cache_path())] + [(1, record) for record in shipped()]
+    records = [(source, record) for source, record in records if record.backend == backend]
 
-    def distance(record: Constants) -> tuple[Any, ...]:
-        """Device first, then element size, torch version, dtype and head dimension; ties go to measured ones."""
+    def distance(found: tuple[int, Constants]) -> tuple[Any, ...]:
+        """Device first, then element size, whether it was measured here, torch version, dtype and head dimension."""
+        source, record = found
         size = (record.dtype == "float32") != (dtype == "float32")
         away = abs(math.log2(record.head_dim / head_dim))
-        return (record.device != device, size, record.torch != torch.__version__, record.dtype != dtype, away)
+        return (record.device != device, size, source, record.torch != torch.__version__, record.dtype != dtype, away)
 
     best = min(records, key=distance, default=None)
-    return None if best is None else best.for_head_dim(head_dim)
+    return None if best is None else best[1].for_head_dim(head_dim)
 
 
 generation = 0

@@ -74,7 +74,7 @@ def attention(
         raise ValueError(f'scheme is {scheme!r}: use "keys" or "heads"')
     if torch.compiler.is_compiling():
         patterns = [spec] * q.shape[1] if isinstance(spec, Pattern) else spec
-        name = _named("" if layout is None else layout.serial, tuple([p.serial for p in patterns]), None)
+        name = _named("" if layout is None else layout.serial, tuple([p.serial for p in patterns]))
         scale = q.shape[3] ** -0.5 if scale is None else scale
         out, lse = _op(q, k, v, name, _group_name(mesh), scale, backend, return_lse, scheme)
     else:
@@ -308,7 +308,7 @@ def _op(
     return_lse: bool,
     scheme: str,
 ) -> tuple[Tensor, Tensor]:
-    spec, layout, _ = _asked(name)
+    spec, layout, _, _ = _asked(name)
     out, lse = _run(q, k, v, spec, layout, Ranks.named(group), scale, backend, return_lse, scheme)
     return out.contiguous(), q.new_empty(0, dtype=torch.float32) if lse is None else lse
 

@@ -135,7 +135,7 @@ class Prompt:
         self.notes.update(found)
 
     def enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not _decodes(args, kwargs):
+        if not decodes(args, kwargs):
             self._enter_root(module, args, kwargs)
 
     @torch.compiler.disable
@@ -160,7 +160,7 @@ class Prompt:
         self.running = False
 
     def enter_text(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not _decodes(args, kwargs):
+        if not decodes(args, kwargs):
             self._enter_text(module, args, kwargs)
 
     @torch.compiler.disable
@@ -324,7 +324,7 @@ class Prompt:
         return self.memo[key]
 
 
-def _decodes(args: Any, kwargs: Any) -> bool:
+def decodes(args: Any, kwargs: Any) -> bool:
     """Whether a forward is of a single token."""
     for tokens in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), args[0] if args else None):
         if isinstance(tokens, torch.Tensor):

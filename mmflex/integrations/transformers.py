@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from mmflex.runtime.backends import BACKENDS
 from mmflex.tuning.config import Config, Spec, per_layer
 from mmflex.tuning.default import Quality, chosen_spec
 
+from .cache_room import check_room
 from .context_parallel import CacheKind, ContextParallel
 from .decoder import DecoderLayers
 from .fallback import DenseFallback
@@ -94,7 +96,10 @@ class Patch:
         # from here on the model is changed
         self.chunks: list[RowChunks] = chunk_rows(self.text_model, mlp_chunk)
         # the prompt's hooks come after, because they forget the forward that is over
-        self.handle = self.text_model.register_forward_hook(self.check_called)
+        self.handles = [
+            self.text_model.register_forward_pre_hook(partial(check_room, self), with_kwargs=True),
+            self.text_model.register_forward_hook(self.check_called),
+        ]
         self.prompt = Prompt(root, self.text_model, self.notice_embeds)
         if self.context_parallel is not None:
             self.context_parallel.install()
@@ -124,7 +129,8 @@ class Patch:
         self.prompt.remove()
         if self.context_parallel is not None:
             self.context_parallel.remove()
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
         for chunks in self.chunks:
             chunks.remove()
         for module in self.modules:

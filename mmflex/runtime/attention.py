@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ def attention(
     if v is None:
         raise TypeError("v is None: give a tensor [batch, heads, tokens, head_dim]; mmflex.plan takes q and k alone")
     if torch.compiler.is_compiling():
-        where = query_start if query_positions is None else query_positions
+        where = _constant(query_start), _constant(query_positions)
         result = _compiled(q, k, v, spec, layout, scale, backend, return_lse, where, estimate_from)
         return result if return_lse else result[0]
     request = Request(scale, backend, return_lse, _positions(query_start, query_positions))
@@ -146,29 +147,45 @@ asks for. Evicted ones are still found while somebody else holds the objects, as
 
 
 @torch.compiler.assume_constant_result
-def _named(layout: str, patterns: tuple[str, ...], positions: Any) -> str:
-    """A name for a spec, a layout and positions."""
-    where = _positions(None, positions)
-    runs = (
-        "" if where is None else str(where) if isinstance(where, int) else ",".join(f"{a}-{b}" for a, b in where.runs)
-    )
-    name = "|".join((layout, runs, *patterns))
+def _named(layout: str, patterns: tuple[str, ...], where: tuple[Any, Any] = (None, None), estimated: Any = None) -> str:
+    """A name for a spec, a layout, where the queries are (``query_start``, ``query_positions``) and where those of the
+    estimate are."""
+    name = "|".join((layout, _written(*where), _written(None, estimated), *patterns))
     _requests.keep(name, _asked(name))
     return name
 
 
-def _asked(name: str) -> tuple[Spec, TokenLayout | None, int | QueryTokens | None]:
+def _asked(name: str) -> tuple[Spec, TokenLayout | None, int | QueryTokens | None, int | QueryTokens | None]:
     """What a name stands for."""
     kept = _requests.recall(name)
     if kept is not None:
         return kept
-    layout, runs, *patterns = name.split("|")
-    where: int | QueryTokens | None = None
-    if "-" in runs:
-        where = QueryTokens(tuple(tuple(map(int, run.split("-"))) for run in runs.split(",")))  # type: ignore[misc]
-    elif runs:
-        where = int(runs)
-    return tuple(by_serial(p) for p in patterns), by_serial(layout) if layout else None, where
+    layout, where, estimated, *patterns = name.split("|")
+    spec = tuple(by_serial(p) for p in patterns)
+    return spec, by_serial(layout) if layout else None, _read(where), _read(estimated)
+
+
+def _constant(positions: Any) -> Any:
+    """Positions whose numbers a graph is compiled for: those that change between its calls would be symbols."""
+    if isinstance(positions, (list, tuple)):
+        return tuple([_constant(position) for position in positions])
+    is_number = isinstance(positions, int) and not isinstance(positions, bool)
+    return operator.index(positions) if is_number else positions
+
+
+def _written(start: Any, positions: Any) -> str:
+    """Positions as text: "" for none given, "5" for a start, "runs 0:8 16:24" for listed ones."""
+    where = _positions(start, positions)
+    if isinstance(where, QueryTokens):
+        return " ".join(("runs", *(f"{first}:{end}" for first, end in where.runs)))
+    return "" if where is None else str(where)
+
+
+def _read(text: str) -> int | QueryTokens | None:
+    kind, *runs = text.split(" ")
+    if kind == "runs":
+        return QueryTokens(tuple(tuple(map(int, run.split(":"))) for run in runs))  # type: ignore[misc]
+    return int(text) if text else None
 
 
 def _compiled(
@@ -180,15 +197,16 @@ def _compiled(
     scale: float | None,
     backend: str,
     lse: bool,
-    positions: Any,
+    where: tuple[Any, Any],
     estimate_from: tuple[Tensor, Positions] | None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` inside torch.compile: an opaque op: planning is Python and sympy, with kernels of its own."""
     patterns = [spec] * q.shape[1] if isinstance(spec, Pattern) else spec
-    name = _named("" if layout is None else layout.serial, tuple([p.serial for p in patterns]), positions)
-    query, start = (None, 0) if estimate_from is None else estimate_from
+    query, estimated = (None, None) if estimate_from is None else estimate_from
+    serial = "" if layout is None else layout.serial
+    name = _named(serial, tuple([p.serial for p in patterns]), where, _constant(estimated))
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    return _op(q, k, v, name, scale, backend, lse, query, start)
+    return _op(q, k, v, name, scale, backend, lse, query)
 
 
 # Plans keep tensors between calls, which must not be allocated from the pool of a graph captured around this op.
@@ -202,10 +220,9 @@ def _op(
     backend: str,
     return_lse: bool,
     estimate_q: Tensor | None,
-    estimate_start: int,
 ) -> tuple[Tensor, Tensor]:
-    spec, layout, where = _asked(name)
-    given = None if estimate_q is None else _estimate_from((estimate_q, estimate_start), k)
+    spec, layout, where, estimated = _asked(name)
+    given = None if estimate_q is None else _estimate_from((estimate_q, estimated), k)
     plan_ = planned(q, k, v, spec, layout, Request(scale, backend, return_lse, where), given)
     out, lse = plan_._attend(q, k, v, return_lse)
     return out.contiguous(), q.new_empty(0, dtype=torch.float32) if lse is None else lse
@@ -221,7 +238,6 @@ def _(
     backend: str,
     return_lse: bool,
     estimate_q: Tensor | None,
-    estimate_start: int,
 ) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     return out, q.new_empty(q.shape[:3] if return_lse else 0, dtype=torch.float32)
