@@ -179,11 +179,8 @@ def test_a_cache_that_does_not_fit_is_refused_beforehand(monkeypatch: pytest.Mon
             model(ids, use_cache=False)
             model(ids[:, :200], use_cache=True)
             for run in (lambda: model.generate(ids, max_new_tokens=2), lambda: model(ids)):
-                with (
-                    nullcontext()
-                    if fits
-                    else pytest.raises(torch.OutOfMemoryError, match="1 x 300 tokens takes 0.0 GB")
-                ):
+                refused = pytest.raises(torch.OutOfMemoryError, match="of 1 x 300 tokens takes")
+                with nullcontext() if fits else refused:
                     run()
         held = model(ids[:, :200], use_cache=True).past_key_values
         with pytest.raises(torch.OutOfMemoryError, match="use_cache=False"):
