@@ -79,6 +79,13 @@ def test_what_cannot_run_is_no_case() -> None:
         assert case.backend != "dense" or case.work == "dense"
 
 
+@pytest.mark.parametrize("names", [("cpu",), ("dense",), ("cpu", "dense")])
+def test_some_backends_alone_run_their_cases_of_all(names: tuple[str, ...]) -> None:
+    found = cases.cases("cpu", names)
+    assert {case.backend for case in found} == set(names)
+    assert {case.name for case in cases.cases("cpu", ("reference", *names))} > {case.name for case in found}
+
+
 def test_kernels_are_few_and_shared() -> None:
     """On a CPU it is compiling that takes the time."""
     chosen = [case for case in cases.cases("cpu", ON_CPU) if case.backend == "cpu"]

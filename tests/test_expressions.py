@@ -14,6 +14,7 @@ import torch
 
 import mmflex
 from mmflex.ir import expr as x
+from mmflex.ir.atoms import atoms
 from mmflex.ir.pattern import find
 
 N = 300
@@ -91,3 +92,9 @@ def test_a_pattern_that_is_no_frozen_dataclass_says_so() -> None:
 def test_help_shows_the_fields() -> None:
     assert list(inspect.signature(Quotients).parameters) == ["case"]
     assert str(inspect.signature(find("AShape"))) == "(sink: 'int' = 128, local: 'int' = 1024)"
+
+
+def test_no_mask_gets_lost_on_the_way_through_an_expression() -> None:
+    with pytest.raises(TypeError, match="Symbol is not an atom"):
+        list(atoms(sympy.And(sympy.Symbol("unknown"), x.q >= x.k)))
+    assert list(atoms(sympy.true)) == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import tempfile
 
 from . import blocks
@@ -20,7 +21,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prints", action="store_true", help="also run the Python blocks and keep what they print")
     args = parser.parse_args()
-    shown = set()
+    root = PICTURES.parents[1]
+    texts = [page.read_text("utf-8") for page in (*pages(), *root.glob("*.md"))]
+    shown = {PICTURES / name for text in texts for name in re.findall(r"pictures/([\w-]+\.png)", text)}
     for page in pages():
         before = text = page.read_text("utf-8")
         for example in found_examples(page):

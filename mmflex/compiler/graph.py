@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import networkx as nx
 
 from ..ir.layout import TokenLayout
-from .launches import BlockLaunch, DenseLaunch, Launch, ResidueLaunch
+from .launches import BlockLaunch, Launch, ResidueLaunch
 from .terms import selecting_leaves
 
 PLANNING = ("estimate", "select", "gather", "list")
@@ -70,7 +70,7 @@ class PlanGraph:
         self.graph.add_edges_from((step, Step(op, of)) for step in steps)
 
     def _plan(self, number: int, launch: Launch, leaves: Mapping[str, Any]) -> None:
-        if isinstance(launch, DenseLaunch):
+        if not launch.lists_blocks:
             return
         self._add("gather", number)
         self._add("list", number)
@@ -85,7 +85,7 @@ class PlanGraph:
 
     def _attend(self, number: int, launch: Launch, stream: str) -> None:
         self._add("attend", number, stream)
-        if isinstance(launch, DenseLaunch):
+        if not launch.lists_blocks:
             return
         keys = Step("keys", self.keys_of(number))
         if keys not in self.graph:

@@ -188,6 +188,8 @@ class Launch:
     """Launches merge into the output in ascending turns: rows that replace others come last."""
     merges: ClassVar[bool] = False
     """Whether its rows are merged with what is there by log-sum-exp; else they are written over it."""
+    lists_blocks: ClassVar[bool] = True
+    """Whether FlexAttention runs it on lists of blocks; else its execution has an `attend` of its own."""
 
     @property
     def label(self) -> str:
@@ -284,6 +286,7 @@ class DenseLaunch(Launch):
 
     name = "dense"
     turn = 1
+    lists_blocks = False
 
     def moved_tiles(self, layout: TokenLayout, heads: int | None, any_length: bool) -> float:
         alone = (heads is None or self.heads.all(heads)) and not layout.padded

@@ -103,7 +103,7 @@ def planning_terms(program: Program, batch: int) -> Terms:
         steps["token"] += float(heads * program.layout.length * batch)
         steps["product"] += heads * (products or 0.0) * batch
     for launch in program.launches:
-        if not isinstance(launch, DenseLaunch):
+        if launch.lists_blocks:
             passes = SORTING if isinstance(launch, ResidueLaunch) else 1
             steps["planned"] += 1
             steps["slot"] += float(passes * len(launch.heads.heads) * launch.key_slots * batch)

@@ -419,9 +419,11 @@ def atom_of(expr: Boolean) -> Any:
 
 
 def atoms(expr: Boolean) -> Iterator[Any]:
-    """The atoms of an expression, in its order."""
+    """The atoms of an expression, in its order. TypeError for what is none and holds none: a mask must not get lost."""
     if isinstance(expr, (Relational, x.SetTest)):
         yield atom_of(expr)
     elif isinstance(expr, (sympy.And, sympy.Or, sympy.Not)):
         for arg in expr.args:
             yield from atoms(arg)
+    elif expr not in (sympy.true, sympy.false):
+        raise TypeError(f"{type(expr).__name__} is not an atom of masks: see `atom_of`")

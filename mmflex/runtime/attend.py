@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ..compiler.graph import Step
-from ..compiler.launches import DenseLaunch
 from . import backends
 from .backends import Backend
-from .launches import DenseExecution, execution
+from .launches import execution
 from .state import PlanState
 from .streams import SideStream
 
@@ -87,8 +86,7 @@ class Attending:
     def _attend(self, step: Step) -> tuple[Tensor, Tensor | None]:
         launch = self.launches[step.of]
         run = execution(launch)
-        if isinstance(launch, DenseLaunch):
-            assert isinstance(run, DenseExecution)
+        if not launch.lists_blocks:
             return run.attend(self.state, launch, self.q, self.k, self.v, self.scale, self.lse, self.backend.name)
         keys, values = self.results[Step("keys", self.graph.keys_of(step.of))]
         prepared, rows = self.state.prepared[step.of], self.results[Step("queries", step.of)]

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..compiler.launches import BlockLaunch, DenseLaunch, GatheredRows
+from ..compiler.launches import BlockLaunch, GatheredRows
 from ..compiler.program import Program
 from .state import PlanState
 
@@ -77,7 +77,7 @@ def head_launches(plan: Planned, b: int, head: int) -> list[HeadLaunch]:
             continue
         state, m, device = plan.state, plan.program.queries.count, plan.state.device
         slot_of = launch.rows.on("inverse", device)[b % len(launch.rows.index)]
-        if isinstance(launch, DenseLaunch):
+        if not launch.lists_blocks:
             none = torch.zeros(0, dtype=torch.int64, device=device)
             out.append(HeadLaunch(launch.label, False, True, slot_of, none, (none, none), (none, none), torch.ge))
             continue

@@ -212,7 +212,7 @@ class Plan:
             for i, h in enumerate(launch.heads.heads):
                 if h < 0:
                     continue
-                if isinstance(launch, DenseLaunch):
+                if not launch.lists_blocks:
                     pairs[:, h] += causal[:, 0]
                 else:
                     lists = self.state.prepared[number].lists
@@ -226,7 +226,7 @@ class Plan:
         """(order, BlockMask) of every launch that runs FlexAttention; heads as in ``program.launches[i].heads``."""
         out = []
         for number, launch in enumerate(self.program.launches):
-            if not isinstance(launch, DenseLaunch):
+            if launch.lists_blocks:
                 prepared = self.state.prepared[number]
                 size = (launch.row_slots, launch.key_slots)
                 mask = backends.block_mask(prepared.mask_mod, prepared.lists, self.program.tile, *size)

@@ -148,10 +148,8 @@ class Case:
 
 
 def possible(settings: Settings, device: str) -> bool:
-    """Whether a case with these settings, and any others, can run on a device."""
+    """Whether a case with these settings, and any others, can run on a device; without a backend, on the reference."""
     case = Case(**{**USUAL, **settings})
-    if "backend" not in settings:
-        return True  # the reference takes everything
     backend, dim = BACKENDS[case.backend], SHAPES[case.shape][2]
     dtype = DTYPES[case.dtype] if "dtype" in settings else torch.bfloat16
     if why_not(case.backend, device, dim, dtype) is not None:
@@ -162,13 +160,15 @@ def possible(settings: Settings, device: str) -> bool:
 
 
 def cases(device: str, backends: Sequence[str], thorough: bool = False) -> list[Case]:
-    """Cases in which every possible pair of settings occurs.
+    """Cases in which every possible pair of settings occurs; of the reference's, only where it is among the backends.
 
     Kernels take long to compile, so what needs no backend in particular is left to those that do not compile. Beside
     the reference, only flash runs works with every kind of prompt, since it compiles for any length: those whose masks
     are comparisons (what is looked up runs on Triton). ``thorough``: so do all backends and works.
     """
-    dimensions = {"backend": sorted(backends, key=["reference", "dense", "cpu", "triton", "flash"].index), **DIMENSIONS}
+    order = {name: number for number, name in enumerate(["reference", "dense", "cpu", "triton", "flash"])}
+    every = sorted({"reference", *backends}, key=lambda name: order.get(name, len(order)))
+    dimensions = {"backend": every, **DIMENSIONS}
 
     def can(settings: Settings) -> bool:
         return possible(settings, device)
@@ -180,7 +180,8 @@ def cases(device: str, backends: Sequence[str], thorough: bool = False) -> list[
         if thorough or backend == "reference" or (backend == "flash" and work in compares):
             wanted.append(combination)
     wanted.sort(key=lambda c: (c[0][0] != "backend", len(c)))
-    return [Case(**settings) for settings in covering(dimensions, wanted, can)]
+    found = [Case(**settings) for settings in covering(dimensions, wanted, can)]
+    return [case for case in found if case.backend in backends]
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------

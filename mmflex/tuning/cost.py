@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..compiler.constants import Constants, constants_for
-from ..compiler.launches import DenseLaunch, Work
+from ..compiler.launches import Work
 from ..compiler.lower import lower
 from ..compiler.prices import Prediction, expected_work
 from ..compiler.prices import predict as _predict
@@ -101,7 +101,7 @@ def counted(plan: Plan) -> dict[int, Work]:
     """Launch number -> what it does over the whole batch, from the block lists."""
     out = expected_work(plan.program, plan.shape[0][0])
     for number, launch in enumerate(plan.program.launches):
-        if not isinstance(launch, DenseLaunch):
+        if launch.lists_blocks:
             out[number] = listed(out[number], plan.state.prepared[number].lists)
     return out
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from ..compiler.constants import constants_for
-from ..compiler.launches import DenseLaunch
 from ..compiler.lower import lower
 from ..compiler.prices import attend_ms, expected_work, moving_ms, overlaps
 from ..compiler.program import Program
@@ -48,7 +47,7 @@ def price(state: PlanState) -> Price:
     for number, launch in enumerate(program.launches):
         heads = np.array(launch.heads.heads)
         own = heads >= 0
-        if isinstance(launch, DenseLaunch):
+        if not launch.lists_blocks:
             tiles = -(-program.queries.count // tile)
             each, blocks = np.full(len(heads), causal), tiles * (tiles + 1) / 2
             work = replace(expected[number], dense=blocks * own.sum())

@@ -128,6 +128,21 @@ class Execution(Generic[L]):
             index = launch.rows.on("index", state.device)[:, None].expand(state.batch, len(heads), -1)
         return take_rows(q, index, heads_at=state.index(tuple(max(h, 0) for h in heads)))
 
+    def attend(
+        self,
+        state: PlanState,
+        launch: L,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        lse: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of a launch that lists no blocks: its heads [B, H, M, D], and float32 [B, H, M] if log-sum-exp is asked
+        for."""
+        raise NotImplementedError
+
     def covers(self, state: PlanState, launch: L, slots: int, queries: int) -> bool:
         """Whether its result, of so many slots, is the output as it stands."""
         return False
