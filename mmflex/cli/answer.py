@@ -61,7 +61,7 @@ def run(
       mmflex run ./SmolLM2-135M-Instruct --prompt @report.txt --dry-run
     """
     if importlib.util.find_spec("transformers") is None:
-        raise fail("this needs transformers: pip install 'mmflex\\[transformers]', with --video 'mmflex\\[video]'")
+        raise fail("this needs transformers: pip install 'mmflex[transformers]', with --video 'mmflex[video]'")
     from ..evaluation.report import writable
 
     console = Console()
@@ -109,7 +109,7 @@ def run(
         elif output is not None:
             console.print("no picture: everything ran dense")
     except (ValueError, TypeError, OSError, NotImplementedError, RuntimeError, ImportError) as error:
-        raise fail(str(error).replace("[", "\\[")) from error
+        raise fail(str(error)) from error
 
 
 def _spec(given: str | None) -> Any:

@@ -77,7 +77,9 @@ def evaluate_(
         int | None,
         typer.Option(help="The length at which all shares are run (the others: the largest); default: the longest."),
     ] = None,
-    methods: Annotated[str, typer.Option(help="'all', 'none', or names separated by commas.")] = "all",
+    methods: Annotated[
+        str, typer.Option(help="'all', 'none', or names separated by commas; an unknown one lists them.")
+    ] = "all",
     config: Annotated[
         Path | None,
         typer.Option(help="A config from mmflex search, for the methods mminference and mminference-intra."),

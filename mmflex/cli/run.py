@@ -32,7 +32,7 @@ def demo(
     Builds the real model class with random weights, draws a video of moving shapes (nothing is downloaded), and
     prefills it with PyTorch's attention and through [bold]mmflex.patch[/]. Prints the time to the first token by
     stage, planning counted, what each pattern computes, how far the outputs are apart and why the plan is what it is.
-    On a CPU the model is small and the video has 16 thousand tokens: under two minutes on two cores. On a GPU with 40
+    On a CPU the model is small and the video has 16 thousand tokens: one to two minutes on two cores. On a GPU with 40
     GB it has four layers of the 7B shape and its whole vision tower, and the video 65 thousand tokens.
     """
     if importlib.util.find_spec("transformers") is None:
@@ -51,7 +51,7 @@ def families() -> None:
     """List the transformers model families whose prompts mmflex can read, and what runs sparse in each.
 
     Any other causal language model works as well, its tokens taken as text; for a vision-language model that is not
-    listed, give the layout yourself: [bold]with mmflex.token_layout(layout):[/]
+    listed, run it inside [bold]with mmflex.token_layout(layout):[/], with a layout of yours.
     """
     from ..integrations import layouts
 
@@ -91,8 +91,9 @@ def bench(
     """Measure it here: attention against PyTorch's, planning counted.
 
     Runs [bold]python -m benchmarks.cpu[/] without a GPU and [bold]python -m benchmarks.attention[/] with one; further
-    options are passed on (try [bold]mmflex bench cpu --help[/]). The benchmarks come with the source, not with the
-    installed package: run it from a checkout.
+    options are passed on ([bold]mmflex bench cpu -- --help[/] lists them). The results replace those of the checkout,
+    in benchmarks/results, unless [bold]--output FILE[/] (cpu) or [bold]--json FILE[/] (attention) names another file.
+    The benchmarks come with the source, not with the installed package: run it from a checkout.
     """
     if which == "auto":
         import torch

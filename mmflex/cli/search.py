@@ -133,15 +133,11 @@ def search(
         fitted = config if prompts is None else config.resized(prompts)
         save_config(fitted, output)
     except (ValueError, TypeError, OSError, NotImplementedError, RuntimeError, ImportError) as error:
-        raise fail(_plain(error)) from error
+        raise fail(str(error)) from error
     progress.unlink(missing_ok=True)
     _summary(config, console)
     console.print(_promise(config, fitted), soft_wrap=True, highlight=False)
     console.print(f"written to {output}; look at it with [bold]mmflex show {output}[/]", soft_wrap=True)
-
-
-def _plain(error: BaseException) -> str:
-    return str(error).replace("[", "\\[")
 
 
 def _device(name: str) -> str:

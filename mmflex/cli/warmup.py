@@ -32,7 +32,7 @@ def warmup(
     the rest inside a process.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise fail("mmflex warmup needs transformers: pip install 'mmflex\\[transformers]'")
+        raise fail("mmflex warmup needs transformers: pip install 'mmflex[transformers]'")
     import torch
 
     from ..integrations.warmup import random_model
