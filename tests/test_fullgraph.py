@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -53,10 +54,15 @@ def test_lse_has_its_shape_in_a_graph():
         {"query_start": -5},
         {"query_start": 170},
         {"query_start": 3, "query_positions": range(64)},
+        {"query_start": np.int64(30)},
+        {"query_positions": torch.arange(20, 84)},
+        {"query_positions": np.arange(64) * 3},
+        {"query_positions": mmflex.QueryTokens(((9, 40), (100, 133)))},
     ],
 )
 def test_positions_mean_the_same_in_compiled_code(where: dict[str, Any]) -> None:
     """Of the queries, and of others that patterns estimate by; what is refused is refused."""
+    torch._dynamo.reset()
     q, k, v = (torch.randn(1, 4, n, 32) for n in (64, 200, 200))
     estimate = torch.randn(1, 4, 20, 32), [*range(5, 15), *range(150, 160)]
     spec = VerticalSlash(20, 40)

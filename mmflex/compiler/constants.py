@@ -1,7 +1,7 @@
 """What things cost on a device, in milliseconds: shipped with mmflex, or measured by ``mmflex calibrate``.
 
-`constants_for` finds the record of a backend that fits best: one of the device and the element size, measured rather
-than shipped, then of the torch version, the dtype and the head dimension. A backend without any record gets `GENERIC`.
+`constants_for` finds the record of a backend that fits best: of the device, the element size and the head dimension,
+measured rather than shipped, then of the torch version and the dtype. A backend without any record gets `GENERIC`.
 Records are read once, when first asked for.
 """
 
@@ -258,11 +258,11 @@ def _find(device: str, backend: str, dtype: str, head_dim: int, where: tuple[str
     records = [(source, record) for source, record in records if record.backend == backend]
 
     def distance(found: tuple[int, Constants]) -> tuple[Any, ...]:
-        """Device first, then element size, whether it was measured here, torch version, dtype and head dimension."""
+        """Device first, then element size, head dimension, whether it was measured here, torch version and dtype."""
         source, record = found
         size = (record.dtype == "float32") != (dtype == "float32")
         away = abs(math.log2(record.head_dim / head_dim))
-        return (record.device != device, size, source, record.torch != torch.__version__, record.dtype != dtype, away)
+        return (record.device != device, size, away, source, record.torch != torch.__version__, record.dtype != dtype)
 
     best = min(records, key=distance, default=None)
     return None if best is None else best[1].for_head_dim(head_dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,10 +63,9 @@ def _summed(weights: Tensor, v: Tensor, wide: torch.dtype) -> Tensor:
     whole = v.shape[2] // _STRETCH * _STRETCH
     out = _product(weights[..., whole:], v[:, :, whole:], wide)
     if whole:
-        heads = v.shape[1]
-        apart = weights[..., :whole].unflatten(-1, (-1, _STRETCH)).transpose(2, 3).flatten(1, 2)
-        parts = _product(apart, v[:, :, :whole].unflatten(2, (-1, _STRETCH)).flatten(1, 2), wide)
-        out += parts.unflatten(1, (heads, -1)).sum(2)
+        for number in np.ndindex(*v.shape[:2]):  # one by one, stretches of v are views
+            apart = weights[number][:, :whole].unflatten(1, (-1, _STRETCH)).transpose(0, 1)
+            out[number] += _product(apart[None], v[number][:whole].unflatten(0, (-1, _STRETCH))[None], wide)[0].sum(0)
     return out
 
 

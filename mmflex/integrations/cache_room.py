@@ -1,4 +1,7 @@
-"""Whether the keys and values that a prompt leaves in a cache fit: said before minutes are spent on it, not after."""
+"""Whether the keys and values that a prompt leaves in a cache fit: said before minutes are spent on it, not after.
+
+What is not known for certain counts nothing: a prompt that would have fitted must not be refused.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 import torch
 
 from .layouts import call_arguments
-from .prefill import PatchedModel, kv_heads_of
+from .prefill import PatchedModel
 from .prompts import decodes
 
 LONG = 1 << 16
@@ -31,44 +34,55 @@ def check_room(patch: PatchedModel, module: Any, args: Any, kwargs: Any) -> None
     tokens = inputs.get("input_ids") if tokens is None else tokens
     if tokens is None or tokens.shape[1] < LONG or not _grows(inputs, patch.config):
         return
-    wanted: dict[torch.device, int] = {}
-    for attention in patch.modules:
-        weight = next(attention.parameters())
-        more = _layer_bytes(patch, int(attention.layer_idx), tokens.shape[:2].numel(), weight.dtype)  # type: ignore[arg-type]
-        wanted[weight.device] = wanted.get(weight.device, 0) + more
-    for device, more in wanted.items():
-        if more > free_bytes(device):
+    count = tokens.shape[:2].numel()
+    for device, each in _token_bytes(patch).items():
+        wanted = each * count
+        if wanted > free_bytes(device):
             gc.collect()  # a cache of an earlier prompt may hang in a circle
         free = free_bytes(device)
-        if more > free:
+        if wanted > free:
             raise torch.OutOfMemoryError(
-                f"the KV cache of {tokens.shape[0]} x {tokens.shape[1]:,} tokens takes {more / 1e9:.1f} GB, but "
-                f"{free / 1e9:.1f} GB are free on {device}, {(more - free) / 1e9:.1f} GB too few: run it with "
-                'use_cache=False (mmflex.last_token_logits), over several GPUs (mesh=, cache="sharded"), or shorter'
+                f"the KV cache of {tokens.shape[0]} x {tokens.shape[1]:,} tokens takes {wanted / 1e9:.1f} GB, but "
+                f"{free / 1e9:.1f} GB are free on {device}, {(wanted - free) / 1e9:.1f} GB too few: run it without a "
+                'cache (mmflex.last_token_logits), over several GPUs (mesh=, cache="sharded"), or shorter'
             )
 
 
 def _grows(inputs: dict[str, Any], config: Any) -> bool:
-    """Whether the forward puts its keys and values into a cache on the GPU that takes its memory as it grows."""
+    """Whether the forward puts its keys and values into a cache that takes its memory on the GPU as it grows."""
     cache, use = inputs.get("past_key_values"), inputs.get("use_cache")
     if cache is None:
         return bool(getattr(config, "use_cache", False) if use is None else use)
     return type(cache).__name__ == "DynamicCache" and not getattr(cache, "offloading", False)
 
 
-def _layer_bytes(patch: PatchedModel, layer: int, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of a layer's keys and values, at least; 0 where the layer is none that keeps all of them."""
+def _token_bytes(patch: PatchedModel) -> dict[torch.device, int]:
+    """Bytes of a token's keys and values by device, of the layers that keep those of all tokens: whose projections
+    say how wide they are, and which are computed whole in this process."""
     config, ranks = patch.config, patch.context_parallel
+    if any(getattr(model, "_tp_size", None) not in (None, 1) for model in (patch.owner, patch.root)):
+        return {}
+    if ranks is not None and ranks.tensor_ranks > 1:
+        return {}
     kinds = getattr(config, "layer_types", None)
-    if getattr(config, "kv_lora_rank", None) or (kinds and kinds[layer] != "full_attention"):
-        return 0
-    if layer >= int(config.num_hidden_layers) - int(getattr(config, "num_kv_shared_layers", 0) or 0):
-        return 0
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shares = int(getattr(patch.root, "_tp_size", None) or 1)
-    if ranks is not None and ranks.cache_kind == "sharded":
-        shares *= ranks.ranks.size
-    return 2 * kv_heads_of(config) * int(dim) * tokens * dtype.itemsize // shares
+    if kinds is None and any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")):
+        return {}
+    some = set(range(int(config.num_hidden_layers) - int(getattr(config, "num_kv_shared_layers", None) or 0)))
+    some -= set(getattr(config, "cross_attention_layers", None) or ())
+    shares = ranks.ranks.size if ranks is not None and ranks.cache_kind == "sharded" else 1
+    found: dict[torch.device, int] = {}
+    for attention in patch.modules:
+        layer: Any = attention.layer_idx
+        widths: list[Any] = [
+            getattr(getattr(attention, name, None), "out_features", None) for name in ("k_proj", "v_proj")
+        ]
+        if layer not in some or None in widths or (kinds is not None and kinds[layer] != "full_attention"):
+            continue
+        some.remove(layer)
+        weight = next(attention.parameters(), None)
+        if weight is not None and weight.is_floating_point():
+            found[weight.device] = found.get(weight.device, 0) + sum(widths) * weight.dtype.itemsize // shares
+    return found
 
 
 def free_bytes(device: torch.device) -> float:

@@ -131,6 +131,9 @@ def last_token_logits(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tens
         if given is not None:
             last = last - (mask.shape[1] - given.shape[1])  # with a cache the mask also covers the tokens before
         keep, at = torch.unique(last, return_inverse=True)
+    given = dict(inputs)
+    if given.get("past_key_values") is None and "use_cache" in inspect.signature(model.forward).parameters:
+        given.setdefault("use_cache", False)  # nobody would see it
     with torch.no_grad():
-        logits = model(**inputs, logits_to_keep=keep).logits
+        logits = model(**given, logits_to_keep=keep).logits
     return logits[:, -1] if at is None else logits[torch.arange(len(at), device=logits.device), at.to(logits.device)]

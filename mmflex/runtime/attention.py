@@ -116,14 +116,23 @@ def _positions(start: int | None, positions: Positions) -> int | QueryTokens | N
     """Where queries are, as something hashable. Their number is checked with the tensors."""
     if start is not None and positions is not None:
         raise ValueError(f"query_start is {shown(start)} and query_positions are given too: give one of the two")
-    if start is not None and (not isinstance(start, (int, np.integer)) or isinstance(start, bool)):
+    start, positions = _number(start), _number(positions)
+    if start is not None and (not isinstance(start, int) or isinstance(start, bool)):
         raise TypeError(f"query_start is {shown(start)}: give the token number of the first query")
     where = start if positions is None else positions
-    if isinstance(where, np.integer):
-        return int(where)
     if where is None or isinstance(where, QueryTokens) or (isinstance(where, int) and not isinstance(where, bool)):
         return where
     return QueryTokens.listed(where)  # type: ignore[arg-type]
+
+
+def _number(value: Any) -> Any:
+    """A whole number of numpy or torch as an int (torch.compile makes the second of the first); all else as it is."""
+    if isinstance(value, np.generic):
+        value = np.asarray(value)
+    whole = (isinstance(value, np.ndarray) and value.dtype.kind in "iu") or (
+        isinstance(value, Tensor) and not (value.is_floating_point() or value.dtype == torch.bool)
+    )
+    return int(value) if whole and value.ndim == 0 else value
 
 
 def _estimate_from(given: tuple[Tensor, Positions] | None, k: Tensor) -> EstimateFrom | None:
@@ -147,10 +156,12 @@ asks for. Evicted ones are still found while somebody else holds the objects, as
 
 
 @torch.compiler.assume_constant_result
-def _named(layout: str, patterns: tuple[str, ...], where: tuple[Any, Any] = (None, None), estimated: Any = None) -> str:
+def _named(
+    layout: str, patterns: tuple[str, ...], start: Any = None, positions: Any = None, estimated: Any = None
+) -> str:
     """A name for a spec, a layout, where the queries are (``query_start``, ``query_positions``) and where those of the
-    estimate are."""
-    name = "|".join((layout, _written(*where), _written(None, estimated), *patterns))
+    estimate are. Positions are arguments of their own: what torch.compile cannot keep in a tuple it takes by itself."""
+    name = "|".join((layout, _written(start, positions), _written(None, estimated), *patterns))
     _requests.keep(name, _asked(name))
     return name
 
@@ -204,7 +215,7 @@ def _compiled(
     patterns = [spec] * q.shape[1] if isinstance(spec, Pattern) else spec
     query, estimated = (None, None) if estimate_from is None else estimate_from
     serial = "" if layout is None else layout.serial
-    name = _named(serial, tuple([p.serial for p in patterns]), where, _constant(estimated))
+    name = _named(serial, tuple([p.serial for p in patterns]), *where, _constant(estimated))
     scale = q.shape[3] ** -0.5 if scale is None else scale
     return _op(q, k, v, name, scale, backend, lse, query)
 
@@ -260,7 +271,7 @@ def _keep_shapes(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _refuse_backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
     refused = _no_backward(grad)
-    return *(refused.expand(shape) for shape in ctx.shapes), *[None] * 6
+    return *(refused.expand(shape) for shape in ctx.shapes), *[None] * 5
 
 
 _op.register_autograd(_refuse_backward, setup_context=_keep_shapes)

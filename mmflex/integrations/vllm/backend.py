@@ -146,7 +146,7 @@ def accelerated_impl(base: type, platform: Platform) -> type:
                 return standard()
             if attn_metadata is None:
                 found = rules.spec(layer.layer_name)
-                if rules.warms and found is not None:
+                if rules.warms and found is not None and key is not None and value is not None:
                     warm_up(rules.engine, found[1], query, key, value, self.scale)
                 return standard()
             found = None if not runs else rules.spec(layer.layer_name)
