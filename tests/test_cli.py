@@ -136,9 +136,9 @@ def test_show_prints_a_letter_per_head(config: Path) -> None:
     assert "a/model: 4 layers x 4 heads" in lines[0]
     assert [line.split()[-1] for line in lines[2:6]] == ["AAAA", "GGGV", "····", "1111"]
     text = "\n".join(lines)
-    assert "VerticalSlash, 1 heads: VerticalSlash(vertical=500, slash=700)" in text
+    assert "VerticalSlash, 1 head: VerticalSlash(vertical=500, slash=700)" in text
     assert "AShape | Grid, 4 heads" in text
-    assert "own attention, 1 layers" in text
+    assert "own attention, 1 layer\n" in text
     assert "method by hand" in text
 
 
