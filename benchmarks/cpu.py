@@ -119,7 +119,8 @@ def main() -> None:
     parser.add_argument("--slash", type=int, default=640, help="diagonals (tokens)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=7, help="runs of each, in turns")
-    parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json", help="where the JSON goes")
+    file = RESULTS / "cpu.json"
+    parser.add_argument("--json", "--output", dest="output", type=Path, default=file, help="where the results go")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # well above 0: others were computing too

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 transformers = pytest.importorskip("transformers")
 
 from mask_builders import AShape, Dense  # noqa: E402
-from mmflex.cli import answer, app  # noqa: E402
+from mmflex.cli import answer, app, models  # noqa: E402
+from mmflex.cli.options import counted, in_short  # noqa: E402
 from mmflex.demo import moving_shapes  # noqa: E402
 from mmflex.evaluation.beside import Beside, Side, beside  # noqa: E402
 from mmflex.integrations import frames as module  # noqa: E402
@@ -41,9 +42,10 @@ def output_of(*arguments: str, code: int = 0) -> str:
 
 
 def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
 
-    words = Tokenizer(models.WordLevel(WORDS, unk_token="<pad>"))
+    words = Tokenizer(WordLevel(WORDS, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
     made.add_special_tokens({"additional_special_tokens": [w for w in WORDS if w.startswith("<|")]})
@@ -176,6 +178,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return family.batch(family.model().config, text=1500).inputs, lambda ids: " ".join(f"w{i}" for i in ids)
 
     monkeypatch.setattr(answer, "prepare", prepare)
+    monkeypatch.setattr(answer, "check_media", lambda *args: None)
     return given
 
 
@@ -215,7 +218,9 @@ def test_a_dry_run_loads_nothing(
     monkeypatch.setattr(answer, "load", lambda *args: pytest.fail("weights were loaded"))
     text = output_of(str(folder), "--video", str(film), "--prompt", "w1", "--device", "cpu", "--dry-run", "--runs", "3")
     model = FAMILIES["qwen2_5_vl"].model()
-    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:,.0f}M parameters, 2 layers x 4 heads" in text
+    size = sum(p.numel() for p in model.parameters())
+    assert 10_000 < size < 999_500
+    assert f"{size / 1e3:.{0 if size > 99_950 else 1}f}k parameters, 2 layers x 4 heads" in text
     assert "8 prefills and two answers of 64 tokens" in text
     assert "XAttention" in text
 
@@ -268,3 +273,84 @@ def test_errors_name_the_option_and_the_way_out(folder: Path, film: Path, tmp_pa
     assert "is not JSON" in output_of(str(folder), "--prompt", "w1", "--spec", "{x}", code=1)
     assert "no folder" in output_of(str(folder), "--prompt", "w1", "--json", str(tmp_path / "a" / "b"), code=1)
     assert "--prompt" in output_of(str(folder), code=2)
+
+
+@pytest.fixture
+def nothing_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("prepare", "load"):
+        monkeypatch.setattr(answer, name, lambda *args: pytest.fail("it went on"))
+    monkeypatch.setattr(module, "read_frames", lambda *args: pytest.fail("the film was read"))
+
+
+def only_error(*arguments: str) -> str:
+    text = output_of(*arguments, code=1)
+    assert text.startswith("error: "), text
+    assert text.count("\n") == 1, text
+    return text
+
+
+@pytest.mark.usefixtures("nothing_slow")
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--device", "cuda"], ["--device is 'cuda'", "sees none", "--device cpu, or auto"]),
+        (["--device", "cuda:3"], ["--device is 'cuda:3'", "sees none", "--device cpu, or auto"]),
+        (["--device", "gpu"], ["--device is 'gpu'", "give cpu, cuda"]),
+        (["--dtype", "int8"], ["--dtype is 'int8'", "bfloat16 (bf16)", "auto (as stored)"]),
+        (["--backend", "refrence"], ["--backend is 'refrence'", "give auto, flash", "did you mean reference?"]),
+        (["--backend", "triton"], ["--backend is 'triton'", "on cpu", "give --backend cpu, dense or reference"]),
+        (["--prompt", "@none.txt"], ["--prompt is '@none.txt'", "there is no file none.txt"]),
+    ],
+)
+def test_options_are_checked_first(
+    options: list[str], parts: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = only_error(str(folder), "--prompt", "w1", *options)
+    assert all(part in text for part in parts), text
+
+
+@pytest.mark.usefixtures("nothing_slow")
+def test_models_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("./nowhere", "/no/where", "..", str(tmp_path), "a/b/c"):
+        text = only_error(name, "--prompt", "w1")
+        assert "holds no model" in text if Path(name).is_dir() else f"there is no folder {name}: give one" in text
+    (tmp_path / "model.bin").touch()
+    assert "is a file: give the folder" in only_error(str(tmp_path / "model.bin"), "--prompt", "w1")
+
+    def offline(*args: Any, **options: Any) -> Any:
+        raise OSError("We couldn't connect to the Hub.\nCheck your internet connection")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    text = only_error("some/model", "--prompt", "w1")
+    assert "'some/model' is no folder here, and transformers finds no model of that name: We couldn't connect" in text
+
+
+@pytest.mark.usefixtures("nothing_slow")
+def test_videos_are_checked_before_they_are_read(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "film.mp4").touch()
+    FAMILIES["llama3"].model().save_pretrained(tmp_path / "text")
+    video = ("--video", str(tmp_path / "film.mp4"), "--prompt", "w1")
+    assert "--video is given, and" in only_error(str(tmp_path / "text"), *video)
+    assert "(llama) is a model of text alone: leave --video out" in only_error(str(tmp_path / "text"), *video)
+    for missing, said in (("torchvision", "torchvision,"), ("av torchcodec", "PyAV or torchcodec,")):
+        with monkeypatch.context() as patch:
+            find = models.importlib.util.find_spec
+            lacks = missing.split()
+            patch.setattr(
+                models.importlib.util, "find_spec",
+                lambda name, *more, find=find, lacks=lacks: None if name in lacks
+                else object() if name in ("torchvision", "av", "torchcodec") else find(name, *more),
+            )  # fmt: skip
+            text = only_error(str(folder), *video)
+        assert f"--video needs {said} not installed here: pip install 'mmflex[video]'" in text
+
+
+def test_names_of_dtypes_and_numbers() -> None:
+    assert [models.dtype_of(name) for name in ("bf16", "fp16", "fp32")] == ["bfloat16", "float16", "float32"]
+    assert models.dtype_of("auto", auto=True) == "auto"
+    with pytest.raises(ValueError, match="--dtype is 'auto': give bfloat16"):
+        models.dtype_of("auto")
+    numbers = {1: "1", 999: "999", 12_345: "12.3k", 999_700: "1.00M", 134_500_000: "134M", 7_620_000_000: "7.62B"}
+    assert {n: in_short(n) for n in numbers} == numbers
+    assert (counted(1, "head"), counted(1000, "head")) == ("1 head", "1,000 heads")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,9 +137,9 @@ def test_show_prints_a_letter_per_head(config: Path) -> None:
     assert "a/model: 4 layers x 4 heads" in lines[0]
     assert [line.split()[-1] for line in lines[2:6]] == ["AAAA", "GGGV", "····", "1111"]
     text = "\n".join(lines)
-    assert "VerticalSlash, 1 heads: VerticalSlash(vertical=500, slash=700)" in text
+    assert "VerticalSlash, 1 head: VerticalSlash(vertical=500, slash=700)" in text
     assert "AShape | Grid, 4 heads" in text
-    assert "own attention, 1 layers" in text
+    assert "own attention, 1 layer\n" in text
     assert "method by hand" in text
 
 
@@ -181,6 +182,53 @@ def test_bench_names_what_there_is() -> None:
     text = output_of("bench", "nothing", code=1)
     assert "no benchmark 'nothing'" in text
     assert "cpu" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["cpu", "--tokens", "1024"], ["--tokens", "1024", "--json", "cpu.json"]),
+        (["cpu", "--output", "mine.json"], ["--output", "mine.json"]),
+        (["attention", "--json=mine.json"], ["--json=mine.json"]),
+        (["attention"], ["--json", "attention.json"]),
+        (["picture"], ["--output", "picture.png"]),
+        (["cpu", "--", "--help"], ["--help"]),
+        (["prefill"], []),
+    ],
+)
+def test_bench_leaves_the_results_of_the_checkout_alone(
+    arguments: list[str], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import subprocess
+
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("__init__", "cpu", "attention", "picture", "prefill"):
+        (tmp_path / "benchmarks" / f"{name}.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", run)
+    text = output_of("bench", *arguments)
+    folder = tmp_path / "build" / "bench"
+    assert [part.removeprefix(f"{folder}/") for part in calls[0][3:]] == expected
+    assert ("results go to" in text) == any(str(folder) in part for part in calls[0])
+
+
+def test_benchmarks_that_replace_results_are_known_to_bench() -> None:
+    """`mmflex bench` gives those a file of their own."""
+    from mmflex.cli.run import FILES
+
+    written = re.compile(r'"(--\w+)",(?: "--output", dest="output",)? type=Path, default=')
+    found = {}
+    for path in (Path(mmflex.__file__).parents[1] / "benchmarks").glob("*.py"):
+        for option in written.findall(path.read_text()):
+            if option in ("--json", "--output"):
+                found[path.stem] = option
+    assert found == FILES
 
 
 def test_dense_has_its_own_letter() -> None:

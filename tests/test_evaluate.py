@@ -507,6 +507,8 @@ def test_the_command(tmp_path: Path) -> None:
         (["--config", "gone.json"], "gone.json"),
         (["--add", "other.json"], "other.json: not an evaluation: got ['else', None]"),
         (["--backend", "dense"], "backend is 'dense'"),
+        (["--backend", "triton"], "--backend is 'triton', which cannot run here"),
+        (["--device", "gpu"], "--device is 'gpu': give cpu, cuda"),
     ],
 )
 def test_the_commands_errors(

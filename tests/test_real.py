@@ -436,6 +436,21 @@ def test_on_the_command_line(folder: Path, tmp_path: Path) -> None:
     assert len(Report.load(again).texts) == 4
 
 
+def test_tables_are_whole_where_there_is_no_terminal(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from mmflex.cli.real import show
+
+    show(report, Console(width=80))
+    lines = capsys.readouterr().out.splitlines()
+    first = report.texts[0]
+    row = next(line for line in lines if " sink " in line)
+    for part in ("words", "640", first.method.setting, f"{first.scores.perplexity:.2f}"):
+        assert part in row
+    assert sum("KL, last rows" in line and "estimates" in line for line in lines) == 1
+    assert f"{len(report.texts) + len(report.needles)} rows in" in lines[-1]
+
+
 def test_errors_on_the_command_line(folder: Path) -> None:
     words = str(folder / "words.txt")
     assert "give both: --model" in said("--text", words, code=1)
@@ -443,6 +458,10 @@ def test_errors_on_the_command_line(folder: Path) -> None:
     long = said("--model", str(folder), "--text", words, "--lengths", "2048", "--windows", "1", code=1)
     assert "2048 tokens are more than the 1024 positions" in long
     assert "--extend" in long
+    assert "there is no folder ./none" in said("--model", "./none", "--text", words, code=1)
+    assert "--backend is 'triton', which cannot run here" in said(
+        "--model", str(folder), "--text", words, "--backend", "triton", "--device", "cpu", code=1
+    )
     assert "there is no text file" in said("--model", str(folder), "--text", "nowhere.txt", code=1)
     assert "unknown task 'v-niah'" in said("--model", str(folder), "--text", words, "--task", "v-niah", code=1)
 

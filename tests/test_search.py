@@ -652,8 +652,11 @@ def test_an_interrupted_search_on_the_command_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give a model (a folder, or a task) or --qkv FILE"),
-        (("nowhere",), "nowhere is neither a folder with a transformers model"),
+        ((), "give a model (a folder, a name or a task) or --qkv FILE"),
+        (("nowhere",), "nowhere is none of the tasks v-niah, mm-niah, retrieval, tracking, and a model needs a sample"),
+        (("./nowhere", "--text", "w"), "there is no folder ./nowhere: give one with a transformers model"),
+        (("v-niah", "--backend", "flas"), "--backend is 'flas': give auto, flash"),
+        (("v-niah", "--device", "gpu"), "--device is 'gpu': give cpu, cuda"),
         (("--qkv", "nowhere.safetensors"), "there is no file nowhere.safetensors"),
         (("v-niah", "--budget", "cost=much"), "write cost=0.2"),
         (("v-niah", "-o", "nowhere/found.json"), "there is no folder nowhere"),
@@ -671,11 +674,54 @@ def test_errors_on_the_command_line(
 def test_a_model_in_a_folder_and_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     llama(1).save_pretrained(tmp_path / "model")
-    assert "a model in a folder needs a sample" in output_of("model", code=1)
+    assert "a model needs a sample" in output_of("model", code=1)
+    text = output_of("model", "--video", "model/config.json", code=1)
+    assert "(llama) is a model of text alone: leave --video out" in text
     assert "there is no file film.mp4" in output_of("model", "--video", "film.mp4", code=1)
     text = output_of("--help")
     for word in ("density=0.15", "--resume", "v-niah", "mmflex.patch"):
         assert word in text
+
+
+def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    from mmflex.cli import search as module
+
+    monkeypatch.chdir(tmp_path)
+    model = llama(1)
+    asked = []
+
+    def config(name: str) -> Any:
+        asked.append(name)
+        return model.config
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", config)
+    ids = torch.arange(300)[None] % 64
+    tokenizer = lambda text, return_tensors: {"input_ids": ids}  # noqa: E731
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    monkeypatch.setattr(module, "load", lambda *args: pytest.fail("weights were loaded"))
+    arguments = ("owner/model", "--text", "words", "--tokens", "256", "--device", "cpu", "-o", "found.json")
+    text = output_of(*arguments, "--dry-run")
+    assert "sample: 256 tokens" in text
+    assert "owner/model, 1 layer x 4 heads; on cpu, weights are not loaded in a dry run" in text
+    assert "would write: found.json" in text
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "table.json").write_text(json.dumps([p.to_json() for p in SMALL]))
+    monkeypatch.setattr(module, "load", lambda name, device: model)
+    output_of(*arguments, "--candidates", "table.json", "--budget", "density=1", "--rows", "20")
+    assert load_config(Path("found.json")).provenance["tokens"] == 256
+    assert set(asked) == {"owner/model"}
+
+
+def test_dry_runs_of_tensors_and_tasks(tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = output_of("--qkv", str(tensors), "--dry-run")
+    assert "sample: 1,024 tokens model: tensors, 2 layers x 4 heads" in text
+    text = output_of("v-niah", "--tokens", "1024", "--dry-run", "--device", "cpu", "--budget", "density=0.3")
+    assert "sample: 1,024 tokens model: v-niah, " in text
+    assert "budget: density=0.3" in text
+    assert [p.name for p in tmp_path.iterdir()] == ["qkv.safetensors"]
 
 
 def test_the_model_that_comes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,9 @@ def test_command(tmp_path: Path) -> None:
                                    "--lengths", "210", "--backend", "reference", "--dtype", "float32"])  # fmt: skip
     assert run.exit_code == 0, run.output
     assert "210 tokens: " in run.output
-    for given, said in ((["--lengths", "many"], "--lengths is 'many'"), (["--dtype", "int8"], "--dtype is 'int8'")):
+    for given, said in ((["--lengths", "many"], "--lengths is 'many'"), (["--dtype", "int8"], "--dtype is 'int8'"),
+                        (["--backend", "triton"], "--backend is 'triton', which cannot run here"),
+                        (["--device", "gpu"], "--device is 'gpu'")):  # fmt: skip
         run = CliRunner().invoke(app, ["warmup", str(tmp_path / "model"), "--config", str(tmp_path / "specs.json"),
                                        *given])  # fmt: skip
         assert run.exit_code == 1

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .app import app, fail
-from .options import spec_of
+from .models import check_backend, check_media, config_of, device_of, dtype_of, load, parameters
+from .options import counted, in_short, spec_of, text_of
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ def run(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 64,
     runs: Annotated[int, typer.Option(min=1, help="Timed prefills of each side.")] = 2,
     device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'auto': a GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="'auto' (as stored), 'bfloat16', 'float16' or 'float32'.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="'auto' (as stored), 'bfloat16', 'float16' or 'float32'; also bf16, ...")
+    ] = "auto",
     backend: Annotated[str, typer.Option(help="As in mmflex.attention; 'auto' may run short prompts dense.")] = "auto",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Draw the masks of a layer to this file (PNG, SVG, PDF).")
@@ -69,8 +72,13 @@ def run(
         writable([json_file, output])
         if output is not None and importlib.util.find_spec("matplotlib") is None:
             raise ImportError("--output draws with matplotlib: pip install 'mmflex[plot]'")
+        where, kind = device_of(device), dtype_of(dtype, auto=True)
+        check_backend(backend, where, kind)
         chosen = _spec(spec)
-        text = Path(prompt[1:]).read_text(encoding="utf-8") if prompt.startswith("@") else prompt
+        text = text_of("--prompt", prompt)
+        config = config_of(model)
+        check_backend(backend, where, kind, config)
+        check_media(model, config, video)
         with Progress(console) as say:
             taken = None
             if video is not None:
@@ -79,18 +87,17 @@ def run(
                 say(f"reading {video}")
                 taken = read_frames(video, frames)
                 console.print(
-                    f"{len(taken.indices)} of {taken.total} frames of {taken.pixels.shape[2]} x "
+                    f"{len(taken.indices)} of {counted(taken.total, 'frame')} of {taken.pixels.shape[2]} x "
                     f"{taken.pixels.shape[1]} pixels, by {taken.reader}",
                     highlight=False,
                 )
             say("preparing the prompt")
             inputs, decode = prepare(model, text, taken)
-            where = _device(device)
             if dry_run:
-                _say_plan(console, model, inputs, chosen, where, dtype, backend, tokens, runs)
+                _say_plan(console, config, inputs, chosen, where, kind, backend, tokens, runs)
                 return
             say("loading the model")
-            loaded = load(model, where, dtype)
+            loaded = load(model, where, kind)
             from ..evaluation.beside import beside
 
             given = {name: _placed(value, loaded) for name, value in inputs.items()}
@@ -116,13 +123,7 @@ def _spec(given: str | None) -> Any:
     return spec_of("default" if given is None else given)[1]
 
 
-def _device(name: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-# ---- model and prompt ------------------------------------------------------------------------------------------------
+# ---- the prompt ------------------------------------------------------------------------------------------------------
 
 
 def prepare(model: str, text: str, frames: Frames | None) -> tuple[dict[str, Any], Any]:
@@ -152,23 +153,6 @@ def prepare(model: str, text: str, frames: Frames | None) -> tuple[dict[str, Any
     return dict(inputs), lambda ids: processor.decode(ids, skip_special_tokens=True)
 
 
-def load(model: str, device: str, dtype: str) -> Any:
-    """The model, in evaluation mode."""
-    import torch
-    import transformers
-
-    kind = _kind(transformers.AutoConfig.from_pretrained(model))
-    loaded = kind.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-    return loaded.eval().to(device)
-
-
-def _kind(config: Any) -> Any:
-    import transformers
-
-    multimodal = getattr(config, "vision_config", None) is not None
-    return transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
-
-
 def _placed(value: Any, model: Any) -> Any:
     """An input on the model's device; pixels in its dtype."""
     import torch
@@ -183,7 +167,7 @@ def _placed(value: Any, model: Any) -> Any:
 
 def _say_plan(
     console: Console,
-    model: str,
+    config: Any,
     inputs: dict[str, Any],
     spec: Any,
     device: str,
@@ -193,42 +177,34 @@ def _say_plan(
     runs: int,
 ) -> None:
     """The dry run: sizes from the config, seconds from one matrix product here."""
-    import transformers
-
     from ..integrations.layouts import layout_for
 
-    config = transformers.AutoConfig.from_pretrained(model)
     text = config.get_text_config(decoder=True)
     layout = layout_for(config, inputs)
     length = int(inputs["input_ids"].shape[1])
-    parameters = _parameters(config)
-    products = 2 * parameters * length / _rate(device, dtype)
+    size = parameters(config)
+    products = 2 * size * length / _rate(device, dtype)
     prefills = 2 * (1 + runs)
-    console.print(f"prompt: {length:,} tokens ({layout.summary()})", highlight=False)
+    console.print(f"prompt: {counted(length, 'token')} ({layout.summary()})", highlight=False)
     console.print(
-        f"model: {config.model_type}, {parameters / 1e6:,.0f}M parameters, {text.num_hidden_layers} layers x "
-        f"{text.num_attention_heads} heads; on {device}, weights are not loaded in a dry run",
+        f"model: {config.model_type}, {in_short(size)} parameters, {counted(text.num_hidden_layers, 'layer')} x "
+        f"{counted(text.num_attention_heads, 'head')}; on {device}, weights are not loaded in a dry run",
         highlight=False,
         soft_wrap=True,
     )
-    shown = spec if not hasattr(spec, "patterns") else f"a config of {spec.layers} layers x {spec.heads} heads"
+    shown = (
+        spec
+        if not hasattr(spec, "patterns")
+        else f"a config of {counted(spec.layers, 'layer')} x {counted(spec.heads, 'head')}"
+    )
     console.print(f"spec: {shown}, backend {backend}", highlight=False, markup=False, soft_wrap=True)
     console.print(
-        f"would run: {prefills} prefills and two answers of {tokens} tokens, dense and sparse; matrix products take "
-        f"about {products:.2g} s a prefill here, {prefills * products:.2g} s in all; attention, the vision tower and "
-        "compilation (10 to 60 s on a CPU) come on top",
+        f"would run: {prefills} prefills and two answers of {counted(tokens, 'token')}, dense and sparse; matrix "
+        f"products take about {products:.2g} s a prefill here, {prefills * products:.2g} s in all; attention, the "
+        "vision tower and compilation (10 to 60 s on a CPU) come on top",
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _parameters(config: Any) -> int:
-    """Parameters of a config's model, counted without memory for them."""
-    import torch
-
-    with torch.device("meta"):
-        built = _kind(config).from_config(config)
-    return sum(parameter.numel() for parameter in built.parameters())
 
 
 def _rate(device: str, dtype: str) -> float:
@@ -249,7 +225,7 @@ def _rate(device: str, dtype: str) -> float:
 
 def show(found: Beside, console: Console) -> None:
     """The tables and both answers."""
-    console.print(f"{found.prompt_tokens:,} tokens: {found.layout}", highlight=False, soft_wrap=True)
+    console.print(f"{counted(found.prompt_tokens, 'token')}: {found.layout}", highlight=False, soft_wrap=True)
     table = Table(title="time to the first token")
     for name in ("", "dense", "mmflex"):
         table.add_column(name, justify="right" if name else "left")
@@ -274,7 +250,9 @@ def show(found: Beside, console: Console) -> None:
         console.print(f"[bold]{name}:[/]")
         console.print(side.answer.strip(), markup=False, highlight=False, soft_wrap=True)
     shared = min(len(dense.tokens), len(sparse.tokens))
-    console.print(f"the answers agree in their first {found.same} of {shared} tokens", style="dim", highlight=False)
+    console.print(
+        f"the answers agree in their first {found.same} of {counted(shared, 'token')}", style="dim", highlight=False
+    )
 
 
 def _draw(plan: Any, path: Path) -> None:

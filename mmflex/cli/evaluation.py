@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 
 from .app import app, fail
-from .options import numbers_of, spec_of
+from .models import check_backend, device_of
+from .options import counted, numbers_of, print_table, spec_of
 
 if TYPE_CHECKING:
     from ..evaluation.report import Report
@@ -146,14 +147,15 @@ def evaluate_(
             "first_seed": first_seed,
             "backend": backend,
         }
+        where = torch.device(device_of(device))
+        dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+        check_backend(backend, str(where), str(dtype).removeprefix("torch."), without=("dense",))
         checked = Settings(**options)
         options |= {"config": None if config is None else load_config(config), "methods": wanted}
         writable([json_file, picture])
         if picture is not None:
             drawable(picture)
         report = sum(map(Report.load, add or ()), Report(()))
-        where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
         if tasks:
             used = ", ".join(map(str, checked.numbers()))
             console.print(f"seeds of the prompts: {used}; of the sample prompts: {checked.sample}; on {where}")
@@ -180,7 +182,7 @@ def evaluate_(
 
 def _show(report: Report, console: Console) -> None:
     for name in report.tasks:
-        console.print(report.table(name))
+        print_table(report.table(name), console)
     console.print(
         "blocks: pairs in computed blocks, as sized on each seed's first prompt; ran: as it ran; pairs: allowed pairs; "
         "estimates: their products, in no target; "
@@ -188,7 +190,7 @@ def _show(report: Report, console: Console) -> None:
         style="dim",
     )
     seconds = sum(run["seconds"] for run in report.runs)
-    console.print(f"{len(report.rows)} rows in {seconds:.0f} seconds", style="dim")
+    console.print(f"{counted(len(report.rows), 'row')} in {counted(round(seconds), 'second')}", style="dim")
     for entry in report.skipped:
         console.print(f"left out on {entry.task}: {entry.method}: {entry.reason}", style="yellow")
 

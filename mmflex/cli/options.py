@@ -1,10 +1,14 @@
-"""Texts of the command line as numbers and specs."""
+"""Texts of the command line as numbers and specs, and numbers and tables as texts."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
 from ..ir.shown import shown
 
@@ -17,6 +21,19 @@ def numbers_of(text: str, kind: type, option: str) -> list[Any]:
         raise ValueError(
             f"{option} is {shown(text)}: give numbers separated by commas, such as 0.25 or 1024,2048"
         ) from None
+
+
+def text_of(option: str, text: str) -> str:
+    """The text of an option, from a file if it is ``@file``; ValueError if that cannot be read."""
+    if not text.startswith("@"):
+        return text
+    path = Path(text[1:])
+    if not path.is_file():
+        raise ValueError(f"{option} is {shown(text)}: there is no file {path}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} is {shown(text)}: {path} is not text in UTF-8: {error}") from None
 
 
 def spec_of(text: str) -> tuple[str, Any]:
@@ -49,3 +66,26 @@ def spec_of(text: str) -> tuple[str, Any]:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     return path.stem, load_config(path)
+
+
+def counted(number: int, what: str) -> str:
+    """A number with its noun: "1 head", "2 heads"."""
+    return f"{number:,} {what if number == 1 else what + 's'}"
+
+
+def in_short(number: int) -> str:
+    """A number of parameters in three digits, with the unit that fits: "950", "12.3k", "135M", "7.62B"."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= 0.9995 * size:
+            share = number / size
+            return f"{share:,.{2 if share < 9.995 else 1 if share < 99.95 else 0}f}{unit}"
+    return str(number)
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Prints a table; where no terminal folds its lines, as wide as it needs to be."""
+    if not console.is_terminal:
+        endless = Console(width=10_000)
+        width = max(console.width, Measurement.get(endless, endless.options, table).maximum)
+        console = Console(file=console.file, width=width, no_color=console.no_color)
+    console.print(table)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from .app import fail
-from .options import numbers_of, spec_of
+from .models import check_backend, check_place, config_of, device_of
+from .options import counted, numbers_of, print_table, spec_of
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def evaluate_model(
         count = 20 if prompts is None else prompts
         sizes = tuple(numbers_of(lengths or "4096", int, "--lengths"))
         shares = tuple(numbers_of(densities or "0.3,0.5", float, "--flops"))
+        where = torch.device(device_of(device))
+        check_backend(backend, str(where), without=("dense",))
         Settings(sizes, shares, windows, last, tuple(tasks), depths, count, 0, backend)
         given = dict(map(spec_of, specs))
         searched = None if config is None else load_config(config)
@@ -64,7 +67,10 @@ def evaluate_model(
         if picture is not None:
             drawable(picture)
         before = sum(map(Report.load, add), Report())
-        where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        check_place(model, gguf=True)
+        if not (model.endswith(".gguf") or any(Path(model).glob("*.gguf"))):
+            dtype = "float32" if where.type == "cpu" else "bfloat16"  # as `load` has it
+            check_backend(backend, str(where), dtype, config_of(model), without=("dense",))
         with Progress(console) as say:
             say(f"loading {model}")
             loaded = load(model, device=where)
@@ -92,9 +98,9 @@ def evaluate_model(
 def show(report: Report, console: Console) -> None:
     """The tables, and what the columns are."""
     if report.texts:
-        console.print(report.text_table())
+        print_table(report.text_table(), console)
     if report.needles:
-        console.print(report.needle_table())
+        print_table(report.needle_table(), console)
     console.print(
         "ran: pairs in computed blocks over causal pairs, as it ran; estimates: their products, in no target; rows "
         "0-15 and others: KL at the first queries of every tile of 128, and at the rest; brackets: 95% intervals "
@@ -104,4 +110,6 @@ def show(report: Report, console: Console) -> None:
     for entry in report.skipped:
         console.print(f"left out on {entry.task}: {entry.method}: {entry.reason}", style="yellow")
     seconds = sum(run["seconds"] for run in report.runs)
-    console.print(f"{len(report.texts) + len(report.needles)} rows in {seconds:.0f} seconds", style="dim")
+    console.print(
+        f"{counted(len(report.texts) + len(report.needles), 'row')} in {counted(round(seconds), 'second')}", style="dim"
+    )

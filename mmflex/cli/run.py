@@ -81,6 +81,10 @@ def family_rows(layouts: Any) -> list[tuple[str, str, str]]:
     return rows
 
 
+FILES = {"attention": "--json", "chunks": "--json", "cpu": "--json", "memory": "--json", "picture": "--output"}
+"""The option for the file of those benchmarks that replace one of the checkout where none is named."""
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
@@ -91,9 +95,9 @@ def bench(
     """Measure it here: attention against PyTorch's, planning counted.
 
     Runs [bold]python -m benchmarks.cpu[/] without a GPU and [bold]python -m benchmarks.attention[/] with one; further
-    options are passed on ([bold]mmflex bench cpu -- --help[/] lists them). The results replace those of the checkout,
-    in benchmarks/results, unless [bold]--output FILE[/] (cpu) or [bold]--json FILE[/] (attention) names another file.
-    The benchmarks come with the source, not with the installed package: run it from a checkout.
+    options are passed on ([bold]mmflex bench cpu -- --help[/] lists them). Results go to build/bench of the checkout,
+    which git ignores, unless [bold]--json FILE[/] names another file. The benchmarks come with the source, not with
+    the installed package: run it from a checkout.
     """
     if which == "auto":
         import torch
@@ -107,5 +111,17 @@ def bench(
     if not (root / "benchmarks" / f"{which}.py").exists():
         known = sorted(p.stem for p in (root / "benchmarks").glob("*.py") if not p.stem.startswith("_"))
         raise fail(f"there is no benchmark {which!r} in {root / 'benchmarks'}: choose one of {', '.join(known)}")
-    command = [sys.executable, "-m", f"benchmarks.{which}", *context.args]
+    command = [sys.executable, "-m", f"benchmarks.{which}", *context.args, *_file(which, context.args, root)]
     raise typer.Exit(subprocess.run(command, cwd=root, check=False).returncode)
+
+
+def _file(which: str, given: list[str], root: Path) -> list[str]:
+    """What keeps a benchmark from replacing the results that are in the checkout; none where a file is named."""
+    option = FILES.get(which)
+    named = {argument.partition("=")[0] for argument in given} & {"--json", "--output", "-h", "--help"}
+    if option is None or named:
+        return []
+    path = root / "build" / "bench" / (f"{which}.png" if which == "picture" else f"{which}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"results go to {path}", flush=True)
+    return [option, str(path)]

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .app import app, fail
+from .models import check_backend, check_media, check_place, config_of, device_of, load
+from .options import counted, text_of
 
 if TYPE_CHECKING:
     from ..ir.pattern import Pattern
@@ -27,8 +30,8 @@ def search(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A folder with a transformers model, or a task of the models that come with mmflex: "
-            f"{', '.join(TASKS)}. Left out with --qkv.",
+            help="A folder with a transformers model, a name that transformers finds, or a task of the models that "
+            f"come with mmflex: {', '.join(TASKS)}. Left out with --qkv.",
             show_default=False,
         ),
     ] = None,
@@ -54,7 +57,7 @@ def search(
             "--for", help="Tokens of the prompts that the config is for, if not the sample's: budgets are resized."
         ),
     ] = None,
-    video: Annotated[Path | None, typer.Option(help="For a model in a folder: a video file to read.")] = None,
+    video: Annotated[Path | None, typer.Option(help="For a model of yours: a video file to read.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="An image file; may be given several times.")] = None,
     text: Annotated[
         str | None, typer.Option(help="The question about them, or a long text; @file.txt reads a file.")
@@ -86,6 +89,9 @@ def search(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a search that was interrupted (OUTPUT.progress).")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be searched; load no weights, write nothing.")
+    ] = False,
 ) -> None:
     """Find which pattern each head of a model gets, on one sample prompt.
 
@@ -100,7 +106,7 @@ def search(
     Progress is kept in OUTPUT.progress, layer by layer, until the config is written.
     """
     if (model is None) == (qkv is None):
-        raise fail("give a model (a folder, or a task) or --qkv FILE, one of the two")
+        raise fail("give a model (a folder, a name or a task) or --qkv FILE, one of the two")
     if not output.parent.is_dir():
         raise fail(f"there is no folder {output.parent} for the config: make it first")
     if prompts is not None and prompts < 1:
@@ -119,16 +125,22 @@ def search(
         options: dict[str, Any] = {
             "budget": limit, "candidates": table, "backend": backend, "rows": rows, "objective": objective
         }  # fmt: skip
-        where = _device(device)
+        where = device_of(device)
+        check_backend(backend, where)
+        found: _Tensors | _Task | _Model
         if qkv is not None:
-            given, sample = _tensors(qkv, where), None
             options["layout"] = None if segments is None else _layout(segments)
+            found = _Tensors(qkv, where)
+        elif model in TASKS:
+            assert model is not None
+            found = _Task(model, tokens or 8192, seed, where, backend)
         else:
             assert model is not None
-            media = {"video": video, "image": image or [], "text": text, "frames": frames}
-            given, sample = _task(model, tokens or 8192, seed, where) if model in TASKS else _folder(
-                Path(model), tokens, media, where
-            )  # fmt: skip
+            found = _Model(model, tokens, _Media(video, image or [], text, frames), where, backend)
+        if dry_run:
+            _say_plan(console, found, limit, table, objective, where, backend, output)
+            return
+        given, sample = found.loaded()
         config = find(given, sample, checkpoint=progress, **options)
         fitted = config if prompts is None else config.resized(prompts)
         save_config(fitted, output)
@@ -138,12 +150,6 @@ def search(
     _summary(config, console)
     console.print(_promise(config, fitted), soft_wrap=True, highlight=False)
     console.print(f"written to {output}; look at it with [bold]mmflex show {output}[/]", soft_wrap=True)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _patterns(path: Path) -> list[Pattern]:
@@ -161,62 +167,119 @@ def _patterns(path: Path) -> list[Pattern]:
 # ---- what is searched ------------------------------------------------------------------------------------------------
 
 
-def _task(task: str, tokens: int, seed: int, device: str) -> tuple[Any, Any]:
+class _Task:
     """The shipped model of a task, and a prompt that no evaluation has (its seeds are small)."""
-    from ..evaluation import models, samples
 
-    drawn = samples.prompts(task, tokens, batch=1, questions=16, seed=seed, device=device)
-    return models.load(task, device=device), drawn.inputs
+    def __init__(self, task: str, tokens: int, seed: int, device: str, backend: str) -> None:
+        from ..evaluation import samples
+
+        check_backend(backend, device, "float32")
+        self.task, self.device = task, device
+        self.sample = samples.prompts(task, tokens, batch=1, questions=16, seed=seed, device=device).inputs
+
+    def loaded(self) -> tuple[Any, Any]:
+        from ..evaluation import models
+
+        return models.load(self.task, device=self.device), self.sample
+
+    def sizes(self) -> tuple[str, int, int, int]:
+        from ..evaluation import models
+        from ..evaluation.samples import VISION
+
+        text = models.build("vision" if self.task in VISION else "text").config.get_text_config(decoder=True)
+        return self.task, text.num_hidden_layers, text.num_attention_heads, self.sample["input_ids"].shape[1]
 
 
-def _folder(path: Path, tokens: int | None, media: dict[str, Any], device: str) -> tuple[Any, Any]:
-    """A model from a folder and its processor's output for the files given."""
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"{path} is neither a folder with a transformers model (there is no config.json) nor a task: the tasks are "
-            f"{', '.join(TASKS)}"
-        )
-    if importlib.util.find_spec("transformers") is None:
-        raise ImportError("this needs transformers: pip install 'mmflex[transformers]'")
-    import transformers
+@dataclass(frozen=True)
+class _Media:
+    """What the sample of a model is made of."""
 
-    asked = media["text"]
-    if asked is not None and asked.startswith("@"):
-        asked = Path(asked[1:]).read_text(encoding="utf-8")
-    files = [*media["image"], *([media["video"]] if media["video"] else [])]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"there is no file {file}")
-    if asked is None and not files:
-        raise ValueError(
-            "a model in a folder needs a sample: --video FILE, --image FILE or --text, at best all it is for"
-        )
-    load: dict[str, Any] = {"dtype": "auto", "local_files_only": True}
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    if files:
-        model: Any = transformers.AutoModelForImageTextToText.from_pretrained(path, **load)
-        processor = transformers.AutoProcessor.from_pretrained(path, local_files_only=True)
-        content: list[dict[str, Any]] = [{"type": "image", "path": str(file)} for file in media["image"]]
-        if media["video"]:
-            content.append({"type": "video", "path": str(media["video"])})
+    video: Path | None
+    images: list[Path]
+    text: str | None
+    frames: int | None
+
+
+class _Model:
+    """A model from a folder or the Hub, and its processor's output for the files given."""
+
+    def __init__(self, name: str, tokens: int | None, media: _Media, device: str, backend: str) -> None:
+        check_place(name)
+        files = media.video is not None or bool(media.images)
+        if media.text is None and not files:
+            raise ValueError(
+                f"{name} is none of the tasks {', '.join(TASKS)}, and a model needs a sample: --video FILE, --image "
+                "FILE or --text, at best all it is for"
+            )
+        asked = None if media.text is None else text_of("--text", media.text)
+        if importlib.util.find_spec("transformers") is None:
+            raise ImportError("this needs transformers: pip install 'mmflex[transformers]'")
+        self.name, self.device = name, device
+        self.config = config_of(name)
+        check_backend(backend, device, config=self.config)
+        check_media(name, self.config, media.video, media.images)
+        sample = self._seen(media, asked) if files else self._read(asked or "", tokens)
+        self.sample = dict(sample)
+
+    def _seen(self, media: _Media, asked: str | None) -> Any:
+        import transformers
+
+        processor: Any = transformers.AutoProcessor.from_pretrained(self.name)
+        content: list[dict[str, Any]] = [{"type": "image", "path": str(file)} for file in media.images]
+        if media.video:
+            content.append({"type": "video", "path": str(media.video)})
         content.append({"type": "text", "text": asked or "Describe this in detail."})
-        more = {} if media["frames"] is None else {"num_frames": media["frames"]}
-        sample = processor.apply_chat_template(
+        more = {} if media.frames is None else {"num_frames": media.frames}
+        return processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **more,
         )  # fmt: skip
-    else:
-        kind = "AutoModelForImageTextToText" if hasattr(config, "vision_config") else "AutoModelForCausalLM"
-        model = getattr(transformers, kind).from_pretrained(path, **load)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-        sample = tokenizer(asked, return_tensors="pt")
-        if tokens is not None:
-            sample = {name: value[:, :tokens] for name, value in sample.items()}
-    model.eval().to(device)
-    return model, dict(sample)
+
+    def _read(self, asked: str, tokens: int | None) -> Any:
+        import transformers
+
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self.name)
+        return {name: value[:, :tokens] for name, value in tokenizer(asked, return_tensors="pt").items()}
+
+    def loaded(self) -> tuple[Any, Any]:
+        return load(self.name, self.device), self.sample
+
+    def sizes(self) -> tuple[str, int, int, int]:
+        text = self.config.get_text_config(decoder=True)
+        return self.name, text.num_hidden_layers, text.num_attention_heads, self.sample["input_ids"].shape[1]
 
 
-class _tensors:
+def _say_plan(
+    console: Console,
+    found: _Tensors | _Task | _Model,
+    budget: Any,
+    table: list[Pattern] | None,
+    objective: str,
+    device: str,
+    backend: str,
+    output: Path,
+) -> None:
+    """The dry run."""
+    name, layers, heads, tokens = found.sizes()
+    passes = "one forward pass"
+    if isinstance(found, _Tensors):
+        passes = "no model"
+    elif objective == "answers":
+        passes = "two forward and two backward passes"
+    tried = "the papers' table" if table is None else counted(len(table), "pattern")
+    limit = "for each head, the cost of 1k first and 4k last keys" if budget is None else budget
+    for line in (
+        f"sample: {counted(tokens, 'token')}",
+        f"model: {name}, {counted(layers, 'layer')} x {counted(heads, 'head')}; on {device}, weights are not loaded in "
+        "a dry run",
+        f"would run: {passes} over the sample, and try {tried} on {counted(layers * heads, 'head')}; budget: {limit}; "
+        f"costs of backend {backend}",
+        f"would write: {output}",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Tensors:
     """(layer, q, k, v) of a safetensors file, one layer at a time."""
 
     def __init__(self, path: Path, device: str) -> None:
@@ -237,6 +300,13 @@ class _tensors:
             odd = ", ".join(sorted(names ^ wanted)[:5]) or "nothing"
             raise ValueError(f"{path}: tensors 0.q, 0.k, 0.v, 1.q, ... are needed; missing or unknown: {odd}")
         self.layers = layers
+
+    def loaded(self) -> tuple[Any, None]:
+        return self, None
+
+    def sizes(self) -> tuple[str, int, int, int]:
+        _, heads, tokens, _ = self.file.get_slice(f"{self.layers[0]}.q").get_shape()
+        return "tensors", len(self.layers), heads, tokens
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -277,8 +347,8 @@ def _promise(config: Config, fitted: Config) -> str:
 def _summary(config: Config, console: Console) -> None:
     found = config.provenance
     console.print(
-        f"[bold]{config.model or 'tensors'}[/]: {config.layers} layers x {config.heads} heads, "
-        f"{found['tokens']:,} tokens, budget {found['budget']}",
+        f"[bold]{config.model or 'tensors'}[/]: {counted(config.layers, 'layer')} x "
+        f"{counted(config.heads, 'head')}, {counted(found['tokens'], 'token')}, budget {found['budget']}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     table = Table()
@@ -290,7 +360,7 @@ def _summary(config: Config, console: Console) -> None:
     )  # fmt: skip
     console.print(table)
     kinds = Counter(type(p).__name__ for patterns in config.patterns.values() for p in patterns)
-    console.print(", ".join(f"{count} heads {name}" for name, count in kinds.most_common()), soft_wrap=True)
+    console.print(", ".join(f"{counted(count, 'head')} {name}" for name, count in kinds.most_common()), soft_wrap=True)
     if "own attention" in found:
         layers = ", ".join(found["own attention"])
         console.print(f"layers that keep the model's own attention: {layers}", soft_wrap=True)

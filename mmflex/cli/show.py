@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .app import app, fail, plain, printable
+from .options import counted
 
 if TYPE_CHECKING:
     from ..snapshot import Snapshot
@@ -102,7 +103,9 @@ def _show_config(file: Path, layer: int | None, output: Path | None, console: Co
         raise fail(str(error)) from None
     if layer is not None:
         if not 0 <= layer < found.layers:
-            raise fail(f"layer is {layer}, the config has {found.layers} layers: give 0 to {found.layers - 1}")
+            raise fail(
+                f"layer is {layer}, the config has {counted(found.layers, 'layer')}: give 0 to {found.layers - 1}"
+            )
         console.print(layer_table(found, layer))
     if output is not None:
         _draw("plot_config", output, console, found)
@@ -134,7 +137,10 @@ def print_config(config: Config, console: Console) -> None:
     names = [family(p) for patterns in config.patterns.values() for p in patterns]
     known = list(dict.fromkeys(names))
     letters = _letters(known)
-    console.print(f"[bold]{plain(config.model or 'config')}[/]: {config.layers} layers x {config.heads} heads")
+    console.print(
+        f"[bold]{plain(config.model or 'config')}[/]: {counted(config.layers, 'layer')} x "
+        f"{counted(config.heads, 'head')}"
+    )
     ruler = "".join(str(h // 10 % 10) if h % 10 == 0 and h else ("|" if h % 10 == 0 else ("'" if h % 5 == 0 else " "))
                     for h in range(config.heads))  # fmt: skip
     console.print(Text(f"      {ruler}", style="dim"))
@@ -150,10 +156,10 @@ def print_config(config: Config, console: Console) -> None:
         distinct = dict.fromkeys(str(p) for patterns in config.patterns.values() for p in patterns if family(p) == name)
         examples = ", ".join(list(distinct)[:3]) + (f" and {len(distinct) - 3} more" if len(distinct) > 3 else "")
         key = Text(f"    {letters[name]} ", style="bold")
-        key.append(printable(f"{name}, {count} heads: {examples}"), style="default not bold")
+        key.append(printable(f"{name}, {counted(count, 'head')}: {examples}"), style="default not bold")
         console.print(key, soft_wrap=True)
     if len(config.patterns) < config.layers:
-        console.print(f"    · the model's own attention, {config.layers - len(config.patterns)} layers")
+        console.print(f"    · the model's own attention, {counted(config.layers - len(config.patterns), 'layer')}")
     facts = [f"{k} {v}" for k, v in config.provenance.items() if isinstance(v, (str, int, float))]
     if facts:
         console.print("from: " + plain(", ".join(facts)), style="dim", soft_wrap=True)
@@ -199,9 +205,10 @@ def print_plan(plan: Snapshot, heads: list[int], prompt: int, console: Console, 
     from ..plot.text import ASCII, UNICODE, mask_text, side_by_side
 
     console.print(
-        f"[bold]plan[/] of {plan.batch} x {plan.heads} heads on {plan.kv_heads} KV heads, {plan.queries:,} queries, "
-        f"{plan.length:,} keys; backend {plain(plan.backend)}, blocks of {plan.tile}, {plan.density.mean():.1%} of the "
-        f"causal pairs computed{'; ' + plain(plan.note) if plan.note else ''}",
+        f"[bold]plan[/] of {plan.batch} x {counted(plan.heads, 'head')} on {counted(plan.kv_heads, 'KV head')}, "
+        f"{plan.queries:,} {'query' if plan.queries == 1 else 'queries'}, {counted(plan.length, 'key')}; backend "
+        f"{plain(plan.backend)}, blocks of {plan.tile}, {plan.density.mean():.1%} of the causal pairs computed"
+        f"{'; ' + plain(plan.note) if plan.note else ''}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     for line in plan.layout.summary().splitlines()[prompt : prompt + 1]:

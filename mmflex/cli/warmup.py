@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 
 from .app import app, fail
+from .models import check_backend, config_of, device_of, dtype_of
+from .options import counted, numbers_of
 
 
 @app.command()
@@ -22,7 +24,9 @@ def warmup(
     ],
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts to come, separated by commas.")] = "32768,131072",
     device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'auto': a GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the weights and activations.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights and activations: 'bfloat16', 'float16' or 'float32'.")
+    ] = "bfloat16",
     backend: Annotated[str, typer.Option(help="As in mmflex.patch.")] = "auto",
 ) -> None:
     """Compile kernels ahead, so that the first long prompt after a start waits less.
@@ -41,19 +45,15 @@ def warmup(
     from ..tuning.default import default_named
 
     console = Console()
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise fail(f"--dtype is {dtype!r}: give bfloat16, float16 or float32")
     try:
-        numbers = [int(part) for part in lengths.split(",")]
-    except ValueError:
-        raise fail(f"--lengths is {lengths!r}: give numbers of tokens, separated by commas") from None
-    try:
+        where, kind = device_of(device), dtype_of(dtype)
+        numbers = numbers_of(lengths, int, "--lengths")
+        check_backend(backend, where, kind)
+        check_backend(backend, where, kind, config_of(model))
         default = default_named(config)
         spec = load_config(config) if default is None else default
-        patched = random_model(model, spec, torch.device(device), kind, backend)
+        patched = random_model(model, spec, torch.device(where), getattr(torch, kind), backend)
         for number, seconds in zip(numbers, run(patched, numbers), strict=True):
-            console.print(f"{number:,} tokens: {seconds:.1f} s")
+            console.print(f"{counted(number, 'token')}: {seconds:.1f} s")
     except (OSError, ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         raise fail(str(error)) from error
