@@ -31,7 +31,7 @@ class LayerProgress:
     def __enter__(self) -> LayerProgress:
         self.bar.start()
         if self.lines:
-            self._say("searching patterns" + ("" if self.total is None else f" in {self.total} layers"))
+            self._say("searching patterns" + ("" if self.total is None else f" in {self.total} layer{'s' * (self.total != 1)}"))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
