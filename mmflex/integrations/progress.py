@@ -31,7 +31,8 @@ class LayerProgress:
     def __enter__(self) -> LayerProgress:
         self.bar.start()
         if self.lines:
-            self._say("searching patterns" + ("" if self.total is None else f" in {self.total} layer{'s' * (self.total != 1)}"))
+            layers = "" if self.total is None else f" in {self.total} layer{'s' * (self.total != 1)}"
+            self._say(f"searching patterns{layers}")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
