@@ -304,3 +304,9 @@ def test_a_page_that_needs_a_network_or_shows_latex_is_found() -> None:
     assert [wrong.split(":")[0] for wrong in built.problems(bad)] == [
         "raw LaTeX", "loads https", "raw LaTeX", "loads //x/y.png", "a table that cannot be scrolled"
     ]  # fmt: skip
+
+
+def test_the_plot_in_the_readme_is_of_the_results() -> None:
+    shown = (ROOT / "docs" / "pictures" / "stages.svg").read_text("utf-8")
+    for row in json.loads((ROOT / "benchmarks" / "results" / "prefill-vision-h200.json").read_text("utf-8"))["rows"]:
+        assert f"{row['tokens']:,}" in shown, "renew it: python -m docs.tools.plots"

@@ -1,4 +1,7 @@
-"""Plots of ``benchmarks/results/*.json`` as inline SVG: what a file lacks is left out; no data, no plot."""
+"""Plots of ``benchmarks/results/*.json`` as inline SVG: what a file lacks is left out; no data, no plot.
+
+python -m docs.tools.plots    # docs/pictures/stages.svg, which the README shows
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import results
+from .examples import PICTURES
 
 OTHERS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8e4585", "#b08968")
 MARKERS = "osD^vP*X"
@@ -57,8 +61,8 @@ def stages() -> str:
     for _, data in results.load("prefill*.json"):
         if not data.get("settings", {}).get("whole"):
             continue
-        for row in data.get("rows", []):
-            for method, result in row.get("methods", {}).items():
+        for row in sorted(data.get("rows", []), key=lambda row: row["tokens"]):
+            for method, result in sorted(row.get("methods", {}).items(), reverse=True):
                 if isinstance(result.get("seconds"), (int, float)) and isinstance(result.get("vision_s"), (int, float)):
                     label = f"{row['tokens']:,}\n{results.DENSE.get(method, method)}"
                     bars.append((label, result["vision_s"], result["seconds"] - result["vision_s"]))
@@ -149,3 +153,16 @@ PLOTS: dict[str, Callable[[], str]] = {
     "stages": stages,
     "quality": quality,
 }
+
+
+def main() -> None:
+    """Writes the README's plot as a file of its own."""
+    found = re.search(r"<svg.*</svg>", stages(), re.S)
+    assert found, "no result of a whole model"
+    path = PICTURES / "stages.svg"
+    path.write_text(found[0] + "\n", "utf-8")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
