@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import tempfile
+from pathlib import Path
 
 from . import blocks
 from .examples import PICTURES
@@ -34,6 +36,8 @@ def main() -> None:
                 os.chdir(folder)
                 text = blocks.with_prints(page)
                 os.chdir(PICTURES)
+                for drawn in Path(folder).glob("gallery-*.png"):
+                    shutil.copy(drawn, PICTURES)
         text = with_examples(text, page)
         if text != before:
             page.write_text(text, "utf-8")
