@@ -24,6 +24,7 @@ extensions = [
 ]
 exclude_patterns = ["tools"]
 default_role = "py:obj"
+smartquotes = False  # "auto" and --json are meant as they are
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3

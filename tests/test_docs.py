@@ -17,7 +17,7 @@ import mmflex
 pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 
-from docs.tools import blocks, commands, markers, plots, results
+from docs.tools import blocks, browser, commands, markers, plots, results
 
 ROOT = Path(__file__).parents[1]
 ALL = [ROOT / "README.md", *markers.pages()]
@@ -304,6 +304,25 @@ def test_a_page_that_needs_a_network_or_shows_latex_is_found() -> None:
     assert [wrong.split(":")[0] for wrong in built.problems(bad)] == [
         "raw LaTeX", "loads https", "raw LaTeX", "loads //x/y.png", "a table that cannot be scrolled"
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(browser.found() is None, reason="needs a Chromium")
+def test_a_page_that_looks_wrong_is_found(tmp_path: Path) -> None:
+    """On every screen on which it does; what can be scrolled may be wide."""
+    wide = "<table><tr><td style='min-width: 700px'>wide</td></tr></table>"
+    bad = f"<img src='no.png'><div style='overflow: hidden'>{wide}</div><script>throw new Error('no')</script>"
+    for name, inside in (("good", f"<div style='overflow-x: auto'>{wide}</div>"), ("bad", bad)):
+        (tmp_path / f"{name}.html").write_text(f"<!doctype html><article>{inside}</article>")
+    with browser.Browser(browser.found()) as opened:
+        assert browser.problems(opened, tmp_path / "good.html") == []
+        found = browser.problems(opened, tmp_path / "bad.html", tmp_path)
+    narrow = {line for line in found if line.startswith("400 pixels: clipped: t")}
+    assert len(narrow) == 4  # table, tbody, tr and td
+    for width in browser.WIDTHS:
+        said = [line.removeprefix(f"{width} pixels: ") for line in found if line.startswith(str(width))]
+        assert said[0].startswith("a picture that does not load: file://")
+        assert {line.split("\n")[0] for line in said} >= {"console: Error: no"}
+        assert (tmp_path / f"{tmp_path.name}-bad-{width}-dark.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_plot_in_the_readme_is_of_the_results() -> None:

@@ -44,7 +44,7 @@ def _default(parameter: Any) -> str:
     if parameter.required:
         return "needed"
     value = parameter.default
-    return "" if value is None or value is False or callable(value) or value in ((), []) else f"`{value}`"
+    return "" if value is None or value is False or callable(value) or value in ("", (), []) else f"`{value}`"
 
 
 def _text(text: str) -> str:

@@ -74,6 +74,7 @@ def stages() -> str:
         axes.bar(range(len(bars)), tower, color="#4ea3d8", label="vision tower")
         axes.bar(range(len(bars)), rest, bottom=tower, color="#d55e00", label="language model")
         axes.set_xticks(range(len(bars)), labels, fontsize=7)
+        axes.set_xlabel("tokens of the prompt")
         axes.set_ylabel("seconds to the first token")
         axes.legend(frameon=False, fontsize=8)
 
@@ -111,8 +112,10 @@ def _over_length(lines: dict[str, list[tuple[float, float]]], unit: str, title: 
         for i, (label, line) in enumerate(lines.items()):
             x, y = zip(*sorted(dict(line).items()), strict=True)
             dense = label == "best dense kernel" or label in results.DENSE.values()
-            style = {"color": "#6a7078", "linestyle": "--"} if dense else {"color": OTHERS[i % 8]}
-            axes.plot(x, y, marker=MARKERS[i % 8], markersize=4, linewidth=1.5, label=label, **style)
+            style: dict[str, Any] = {"color": OTHERS[i % 8], "markersize": 4}
+            if dense:  # hollow: what is as much as dense stays in sight
+                style = {"color": "#6a7078", "linestyle": "--", "markersize": 7, "markerfacecolor": "none"}
+            axes.plot(x, y, marker=MARKERS[i % 8], linewidth=1.5, label=label, **style)
         axes.set_xscale("log")
         axes.set_yscale(scale)
         if scale == "linear":
@@ -143,7 +146,8 @@ def _figure(draw: Callable[[Any], None], title: str) -> str:
     svg = re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.S)
     svg = re.sub(r"\n\s*\n", "\n", svg).strip()
     label = html.escape(title, quote=True)
-    return f'```{{raw}} html\n<figure class="plot" role="img" aria-label="{label}">\n{svg}\n</figure>\n```'
+    shown = f"{svg}\n<figcaption>{html.escape(title)}</figcaption>"
+    return f'```{{raw}} html\n<figure class="plot" role="img" aria-label="{label}">\n{shown}\n</figure>\n```'
 
 
 PLOTS: dict[str, Callable[[], str]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ DENSE = {
 """Dense kernels, as people call them."""
 
 
+_NUMBER = re.compile(r"[+-]?\d|-$")
+
+
 def load(pattern: str) -> list[tuple[str, dict[str, Any]]]:
     """(file name, contents) of the result files of a name."""
     found = []
@@ -29,9 +33,11 @@ def load(pattern: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]], right: bool = True) -> str:
-    """A table; all columns but the first are aligned right, if asked."""
-    head = list(columns)
-    lines = [head, [":---", *["---:" if right else ":---"] * (len(head) - 1)], *map(list, rows)]
+    """A table; columns of numbers are aligned right, if asked, but for the first."""
+    head, body = list(columns), [list(row) for row in rows]
+    numbers = [right and all(_NUMBER.match(cell) for cell in cells) for cells in zip(*body, strict=True)]
+    sides = ["---:" if number else ":---" for number in numbers or [False] * len(head)]
+    lines = [head, [":---", *sides[1:]], *body]
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
@@ -100,7 +106,7 @@ def attention() -> str:
             dense = {k: v for k, v in row.get("dense_ms", {}).items() if isinstance(v, (int, float))}
             best = min(dense, key=dense.__getitem__) if dense else ""
             ran = "dense" if row.get("runs") == "dense" else "sparse"
-            kernels = f"auto, {ran}" if row.get("backend") == "auto" else row.get("backend", "-")
+            kernels = f"auto,\N{NO-BREAK SPACE}{ran}" if row.get("backend") == "auto" else row.get("backend", "-")
             rows.append(
                 (
                     tokens(row.get("tokens")),
@@ -441,11 +447,17 @@ def intercept() -> str:
     """`mmflex.intercept` beside `mmflex.patch` on the same weights."""
     parts = []
     for name, data in load("intercept*.json"):
+        heads = {
+            "plain": "model as it is",
+            "patch": "`patch`",
+            "unfused": "`patch`, `fuse=False`",
+            "intercept": "`intercept`",
+        }
+        ran = [method for method in heads if any(f"{method}_s" in row for row in data["prefill"])]
         lines = []
         for row in data["prefill"]:
-            methods = ("plain", "patch", "unfused", "intercept")
-            lines.append([tokens(row["tokens"]), *(seconds(row.get(f"{method}_s")) for method in methods)])
-        columns = ("tokens", "model as it is", "`patch`", "`patch`, `fuse=False`", "`intercept`")
+            lines.append([tokens(row["tokens"]), *(seconds(row.get(f"{method}_s")) for method in ran)])
+        columns = ["tokens", *(heads[method] for method in ran)]
         parts.append(f"`{name}`: {where(data)}.\n\n{markdown(columns, lines)}")
     return "\n\n".join(parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ _AS_WRITTEN = ("attribute", "property")
 
 def setup(app: Any) -> dict[str, Any]:
     """Connects everything."""
+    from docutils import nodes
+
     written: dict[str, list[str]] = {}
 
     def read(app: Any, name: str, source: list[str]) -> None:
@@ -29,7 +32,14 @@ def setup(app: Any) -> dict[str, Any]:
         if name in written:
             lines[:] = written.pop(name)
 
+    def dashes(app: Any, tree: nodes.document) -> None:
+        for text in list(tree.findall(nodes.Text)):
+            code = isinstance(text.parent, (nodes.literal, nodes.FixedTextElement, nodes.raw, nodes.math))
+            if " -- " in text and not code:  # as between a parameter and what it is
+                text.parent.replace(text, nodes.Text(re.sub(" -- (?!-)", " \N{EN DASH} ", text)))
+
     app.connect("source-read", read)
+    app.connect("doctree-read", dashes)
     app.connect("autodoc-process-docstring", keep, priority=400)  # napoleon is at 500
     app.connect("autodoc-process-docstring", restore, priority=600)
     return {"parallel_read_safe": True}
