@@ -14,13 +14,14 @@ from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
 from mmflex.ir.shown import shown
 from mmflex.runtime.device import array_constant
 from mmflex.runtime.kernels.rows import take_rows
+from mmflex.runtime.kernels.runs import fused, run_mass
 
 from .block_mass import BlockMass, arranged, finite
 from .near import NEAR, NearBlocks, with_room
 from .shares import Shortlist, check_share, fewest
 
 _SCORES = 1 << 27
-"""Scores held at a time, in elements: bounds the memory of the estimate at any length."""
+"""Numbers held at a time, scores or sums of them: bounds the memory of the estimate at any length."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Antidiagonals:
     ``stride`` queries in a row, reversed, are joined to one vector of ``stride x D``, as many keys to another: their
     product is the sum of an antidiagonal. Scores are those products over ``stride`` (a mean), under a softmax over all
     runs of keys up to the run of queries; a block has the sum of its entries. That is a stride-th of the work of
-    attention's scores, in float32, some rows of blocks at a time.
+    attention's scores, in float32, some rows of blocks at a time (`mmflex.runtime.kernels.runs`).
     """
 
     stride: int
@@ -60,35 +61,24 @@ class Antidiagonals:
             array_constant(a, q.device).expand(batch, -1) for a in (cells.queries, cells.reach, cells.block_reach)
         )
         key = take_rows(k, array_constant(cells.keys, q.device).expand(batch, -1)[:, None].expand(-1, kv_heads, -1))
-        key = finite(key).reshape(batch * kv_heads, -1, stride * dim)
-        rows, keys = cells.block_reach.shape[1], key.shape[1] // per
-        step = max(1, _SCORES // max(1, batch * heads * per * key.shape[1]))
+        key = finite(key).view(batch, kv_heads, -1, stride * dim)
+        rows, keys = cells.block_reach.shape[1], key.shape[2] // per
+        held = keys if fused(key, per) else keys * per
+        step = max(1, _SCORES // max(1, batch * heads * per * held))
         near, room = NearBlocks.of(view, size, self.near, q.device), with_room(view, self.blocks, size, self.near)
         parts = []
         for first in range(0, rows, step):
             part = slice(first, min(rows, first + step))
             taken = queries[:, part.start * size : part.stop * size, None].mT
-            query = finite(take_rows(q, taken.expand(-1, heads, -1)))
-            query = query.reshape(batch * kv_heads, -1, stride * dim)
+            query = finite(take_rows(q, taken.expand(-1, heads, -1))).view(batch, heads, -1, stride * dim)
             some = per * (1 + max(0, int(cells.block_reach[:, part].max())))  # later keys are after all these queries
-            scores = _product(query, key[:, :some]).view(batch, heads, -1, some)
-            seen = torch.arange(some, device=q.device) <= reach[:, part.start * per : part.stop * per, None]
-            hidden = torch.where(seen, 0.0, float("-inf"))[:, None]
-            torch.add(hidden, scores, alpha=scale / stride, out=scores)
-            mass = scores.softmax(-1).unflatten(-1, (-1, per)).sum(-1).nan_to_num_(0.0)
-            mass = mass.unflatten(2, (-1, per)).sum(3)
+            sees = reach[:, part.start * per : part.stop * per]
+            mass = run_mass(query, key[:, :, :some], sees, per, scale / stride)
             number = torch.arange(mass.shape[-1], device=q.device)
             rows_of_near = slice(part.start + cells.skipped, part.stop + cells.skipped)
             forced = (number == 0) | near.mask(rows_of_near, number)
             parts.append(Shortlist.of_blocks(mass, block_reach[:, part], self.blocks, forced, room))
         return BlockMass(Shortlist.join(parts), cells.skipped, keys)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b.mT`` of [n, rows, width] and [n, columns, width], float32."""
-    if a.dtype == torch.float32:
-        return torch.bmm(a, b.mT)
-    return torch.bmm(a, b.mT, out_dtype=torch.float32)
 
 
 @dataclass(frozen=True)

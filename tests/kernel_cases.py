@@ -21,6 +21,7 @@ from mmflex.runtime.kernels import blocks as block_kernels
 from mmflex.runtime.kernels import use_triton
 from mmflex.runtime.kernels.mass import block_diagonals
 from mmflex.runtime.kernels.rows import fill_slots, put_rows, take_rows
+from mmflex.runtime.kernels.runs import fused, run_mass
 from mmflex.runtime.kernels.select import gathered, heaviest
 
 
@@ -252,6 +253,35 @@ def blocks(device: str) -> None:
             assert (a - b).nan_to_num(0.0, 0.0, 0.0).abs().max().item() < 1e-4
 
 
+def runs(device: str) -> None:
+    """Mass of blocks of runs against softmax in float64: rows of unlike reach, scores that are not finite, keys that
+    are a part of a longer tensor."""
+    generator = torch.Generator().manual_seed(5)
+    halves = [torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16, torch.float16]
+    cases = [(1, 1, 1, 4, 3, 5, 64), (2, 2, 3, 16, 17, 19, 128), (1, 2, 7, 8, 5, 40, 80), (1, 1, 2, 128, 2, 3, 16)]
+    for batch, kv_heads, group, per, rows, keys, width in cases:
+        heads = kv_heads * group
+        for dtype in halves:
+            q = torch.randn((batch, heads, rows * per, width), generator=generator).to(device, dtype)
+            k = torch.randn((batch, kv_heads, keys * per + 9, width), generator=generator).to(device, dtype)
+            q[0, 0, 1] = float("nan")
+            k[0, -1, per] = float("inf")  # scores of either sign
+            k[-1, 0, 2] *= 50.0
+            reach = torch.randint(-1, keys * per, (batch, rows * per), generator=generator, dtype=torch.int32)
+            reach[0, per : 2 * per] = -1
+            reach = reach.to(device)
+            assert fused(q, per)
+            mass = run_mass(q, k[:, :, : keys * per], reach, per, 0.3)
+            scores = q.double() @ k[:, :, : keys * per].double().repeat_interleave(group, 1).mT * 0.3
+            column = torch.arange(keys * per, device=device)
+            scores = scores.masked_fill(column > reach[:, None, :, None], float("-inf"))
+            share = scores.softmax(-1).nan_to_num(0.0)
+            expected = share.unflatten(3, (keys, per)).sum(4).unflatten(2, (rows, per)).sum(3)
+            assert mass.shape == expected.shape
+            assert expected[0, 0].sum() > 0.5
+            assert (mass - expected).abs().max().item() < 1e-4, (per, width, dtype)
+
+
 def main(device: str) -> None:
     assert use_triton(torch.empty(0, device=device)), "the kernels would not run"
     lists(device)
@@ -260,6 +290,7 @@ def main(device: str) -> None:
     mass(device)
     pages(device)
     blocks(device)
+    runs(device)
     print("kernels agree")
 
 

@@ -6,6 +6,7 @@ and selection against the numpy oracle of `oracle_adaptive`. Odd shapes and inpu
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -286,14 +287,13 @@ def test_scores_in_chunks_are_those_of_one_piece() -> None:
     pattern = XAttention(4, 0.8, 6, TILE)
     whole = mmflex.plan(q, k, pattern, backend="reference", block_size=TILE)
     held: list[int] = []
-    product = x_attention._product
+    run_mass = x_attention.run_mass
 
-    def watched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        out = product(a, b)
-        held.append(out.numel())
-        return out
+    def watched(q: torch.Tensor, k: torch.Tensor, *more: Any) -> torch.Tensor:
+        held.append(q.shape[:3].numel() * k.shape[2])
+        return run_mass(q, k, *more)
 
-    with mock.patch.object(x_attention, "_SCORES", 20_000), mock.patch.object(x_attention, "_product", watched):
+    with mock.patch.object(x_attention, "_SCORES", 20_000), mock.patch.object(x_attention, "run_mass", watched):
         parts = mmflex.plan(q, k, pattern, backend="reference", block_size=TILE)
     assert len(held) > 5
     assert max(held) <= 20_000
@@ -304,12 +304,12 @@ def test_keys_after_a_chunk_of_queries_are_not_multiplied() -> None:
     """Causality halves the work: products are as long as the last key block that a chunk sees."""
     q, k, _ = random(512)
     lengths: list[int] = []
-    product = x_attention._product
+    run_mass = x_attention.run_mass
 
-    def watched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        lengths.append(b.shape[1])
-        return product(a, b)
+    def watched(q: torch.Tensor, k: torch.Tensor, *more: Any) -> torch.Tensor:
+        lengths.append(k.shape[2])
+        return run_mass(q, k, *more)
 
-    with mock.patch.object(x_attention, "_SCORES", 1), mock.patch.object(x_attention, "_product", watched):
+    with mock.patch.object(x_attention, "_SCORES", 1), mock.patch.object(x_attention, "run_mass", watched):
         mmflex.plan(q, k, XAttention(4, 0.8, 6, TILE), backend="reference", block_size=TILE)
     assert lengths == [(i + 1) * TILE // 4 for i in range(512 // TILE)]

@@ -19,7 +19,7 @@ from mmflex.compiler.launches import SIDE_STREAM_KEYS
 from mmflex.compiler.lower import lower
 from mmflex.compiler.prices import attend_ms, predict
 from mmflex.ir.queries import QueryTokens
-from mmflex.runtime import backends, reference
+from mmflex.runtime import backends, masks, reference
 from mmflex.runtime.launches import execution
 from mmflex.runtime.streams import SideStream
 
@@ -158,8 +158,43 @@ def test_kernels_made_in_too_many_ways_are_begun_anew(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "compile", compiled)
     bucket = (torch.bfloat16, torch.device("cuda"), 1, 8, 2, 64, 64)
     kernel = backends._kernel.__wrapped__("make = None", "flash", 128, 1.0, False, bucket)
-    assert [kernel() for _ in range(4)] == [made[0], made[0], made[1], made[1]]
+    args = (*[torch.zeros(1, 2, 256, 64)] * 3, *[torch.zeros(1, 2, 2), torch.zeros(1, 2, 2, 2)] * 2)
+    assert [kernel(*args) for _ in range(4)] == [made[0], made[0], made[1], made[1]]
     assert len(set(made)) == 2
+
+
+@pytest.mark.parametrize("strips", [False, True])
+def test_flash_kernels_are_compiled_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch, strips: bool) -> None:
+    """Not for the first length, and again when there is a second one. The marks that this takes do not stay on the
+    caller's tensors."""
+    graphs: list[Any] = []
+
+    def counted(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def compiled(function: Any, *, dynamic: bool | None, fullgraph: bool, compile: Any = torch.compile) -> Any:
+        return compile(function, backend=counted, dynamic=dynamic, fullgraph=fullgraph)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(backends, "LONG_QUERIES", 0 if strips else 1 << 20)
+    heads, tile, unit = 4, 16, 16 * backends.STRIP
+    backends._kernel.cache_clear()
+    for m, n in ((2 * unit, 5 * unit), (3 * unit, 7 * unit), (2 * unit, 2 * unit), (4 * unit, 6 * unit)):
+        q, k, v = torch.randn(1, heads, m, 32), torch.randn(1, 2, n, 32), torch.randn(1, 2, n, 32)
+        rows, keys = m // tile, n // tile
+        number = torch.arange(keys, dtype=torch.int32).expand(1, heads, rows, -1).contiguous()
+        count = (torch.arange(rows, dtype=torch.int32) + keys - rows + 1).expand(1, heads, -1).contiguous()
+        lists = backends.BlockLists(count, number, torch.zeros_like(count), torch.zeros_like(number))
+        limit = torch.arange(n, dtype=torch.int32).expand(1, heads, -1).contiguous()
+        mask_mod = masks.comparison((torch.arange(m, dtype=torch.int32) + n - m)[None], limit)
+        out, _ = backends.attend(backends.BACKENDS["flash"], q, k, v, mask_mod, lists, tile, 0.2, True)
+        seen = torch.arange(n) <= (torch.arange(m) + n - m)[:, None]
+        expected, _ = reference.softmax_attention(q.double(), k.double(), v.double(), seen[None, None], 0.2)
+        assert (out - expected).abs().max() < 2e-6
+        assert not any(vars(t) for t in (q, k, v, *lists, *mask_mod.captures))
+    assert len(graphs) == 1
+    backends._kernel.cache_clear()
 
 
 def test_a_side_stream_is_no_stream_off_a_gpu() -> None:

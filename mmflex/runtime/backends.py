@@ -10,7 +10,8 @@ import math
 import os
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -328,7 +329,13 @@ def _kernel(source: str, backend: str, tile: int, scale: float, lse: bool, bucke
         own = types.FunctionType(code, run.__globals__, code.co_name, run.__defaults__, run.__closure__)
         return torch.compile(own, dynamic=None if backend == "flash" else False, fullgraph=True)
 
-    held = [compiled()]
+    held: list[Callable[..., Any]] = []
+
+    def first(*args: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The call that compiles."""
+        held[:] = [compiled()]
+        with _any_length(args, tile, strips=bucket[2] == "strips") if backend == "flash" else nullcontext():
+            return held[0](*args)
 
     def attempt(*args: Tensor) -> tuple[Tensor, Tensor | None]:
         """Runs the kernel. What a mask looks up is pipelined through shared memory too and may not fit: then it is
@@ -336,7 +343,7 @@ def _kernel(source: str, backend: str, tile: int, scale: float, lse: bool, bucke
         afresh."""
         global compiles
         try:
-            return held[0](*args)
+            return held[0](*args) if held else first(*args)
         except FailOnRecompileLimitHit:
             pass
         except RuntimeError as error:
@@ -344,10 +351,34 @@ def _kernel(source: str, backend: str, tile: int, scale: float, lse: bool, bucke
                 raise
             options["num_stages"] = 1
         compiles += 1
-        held[0] = compiled()
-        return held[0](*args)
+        return first(*args)
 
     return attempt
+
+
+@contextmanager
+def _any_length(args: Sequence[Tensor], tile: int, strips: bool) -> Iterator[None]:
+    """In the block torch.compile takes the numbers of queries, keys and listed blocks for symbols. Left to itself it
+    compiles for the first length, and for all lengths when it meets a second one: the same kernel twice.
+
+    ``args`` are those of a kernel: q, k, v, the block lists, what the mask captures. The marks are taken off again: the
+    tensors may be the caller's, who may have compiled functions as well.
+    """
+    q, k, v, *rest = args
+    lists, captures = rest[:4], rest[4:]
+    own, rows = (0, 2) if strips else (2,), (0,) if strips else (2,)
+    by_dim: list[tuple[Tensor, tuple[int, ...]]] = [(t, own) for t in (q, k, v)]
+    by_dim += [(t, rows if t.dim() == 3 else (*rows, 3)) for t in lists]
+    by_dim += [(t, (t.dim() - 1,)) for t in captures if t.shape[-1] >= tile]
+    before = [(t, set(vars(t))) for t, _ in by_dim]
+    for t, dims in by_dim:
+        torch._dynamo.maybe_mark_dynamic(t, [dim for dim in dims if t.shape[dim] > 1])
+    try:
+        yield
+    finally:
+        for t, names in before:
+            for name in set(vars(t)) - names:
+                delattr(t, name)
 
 
 def block_mask(mask_mod: MaskMod, lists: BlockLists, tile: int, queries: int, keys: int) -> BlockMask:

@@ -1,4 +1,8 @@
-"""Triton kernels, each beside its launch code and its torch twin. On a device without Triton the twins run."""
+"""Triton kernels, each beside its launch code and its torch twin. On a device without Triton the twins run.
+
+Numbers that follow from the length of a prompt are not specialised: Triton compiles a kernel once more for multiples of
+16, and a served prompt of another length would wait for it.
+"""
 
 from __future__ import annotations
 

@@ -89,14 +89,16 @@ def _kernel(
     some: str, every: str, names: tuple[tuple[str, str, bool], ...], tables: tuple[tuple[str, int], ...]
 ) -> Any:
     """The kernel of a classifier. names: (name, "row" | "key" | "one", boolean); tables: (name, dimensions)."""
-    arguments = [_HEADER, _NUMBERS]
+    arguments, varied = [_HEADER, _NUMBERS], ["rows", "main_tiles", "tail_tiles", "chunks", "width", "row_b", "row_h"]
     scalars, vectors, coarse = [], [], []
     for name, side, boolean in names:
         arguments.append(f"{name}_p, {name}_b, {name}_h")
+        varied += [f"{name}_b", f"{name}_h"]
         base = f"{name}_p + batch * {name}_b + head * {name}_h"
         cast = " != 0" if boolean else ""
         if side == "key":
             arguments.append(f"{name}_c, {name}_cb, {name}_ch")
+            varied += [f"{name}_cb", f"{name}_ch"]
             vectors.append(f"        {name} = tl.load({base} + at, mask=real, other=0){cast}")
             base = f"{name}_c + batch * {name}_cb + head * {name}_ch"
             coarse.append(f"    c{name} = tl.load({base} + number, mask=number < chunks, other=0){cast}")
@@ -104,8 +106,10 @@ def _kernel(
             where = " + row, mask=inside, other=0" if side == "row" else ""
             scalars.append(f"    {name} = tl.load({base}{where}){cast}")
     for name, dims in tables:
-        arguments.append(", ".join([f"{name}_p", *(f"{name}_n{i}" for i in range(dims))]))
-        size = " * ".join(f"{name}_n{i}" for i in range(dims))
+        sizes = [f"{name}_n{i}" for i in range(dims)]
+        arguments.append(", ".join([f"{name}_p", *sizes]))
+        varied += sizes
+        size = " * ".join(sizes)
         scalars.append(f"    {name} = {name}_p + own * {size}")
     keys = [name for name, side, _ in names if side == "key"]
     some_coarse = re.sub(r"\bt\d+\b", lambda m: f"c{m[0]}" if m[0] in keys else m[0], some)
@@ -125,7 +129,7 @@ def _kernel(
     namespace: dict[str, Any] = {"tl": tl}
     exec(compile(text, filename, "exec"), namespace)  # our own source, from a sympy expression
     try:
-        return triton.jit(namespace["kernel"])
+        return triton.jit(namespace["kernel"], do_not_specialize=varied)
     finally:
         del linecache.cache[filename]
 

@@ -16,7 +16,7 @@ except ImportError:
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["index_b", "index_h", "slots"])
     def _take(
         src, index, heads_at, out, src_b, src_h, src_n, out_b, out_h, out_n, index_b, index_h, group, heads, slots, dim,
         BLOCK: tl.constexpr, DIM: tl.constexpr, CHOSEN: tl.constexpr,
@@ -69,7 +69,7 @@ def take_rows(src: Tensor, index: Tensor, out: Tensor | None = None, heads_at: T
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["table_b", "table_h", "tokens", "main", "first", "last"])
     def _fill(
         k, v, out_k, out_v, source, table, k_b, k_h, k_n, v_b, v_h, v_n, out_k_b, out_k_h, out_v_b, out_v_h, table_b,
         table_h, heads, tokens, main, first, last, dim_k, dim_v,
@@ -134,7 +134,7 @@ def fill_slots(
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["slots"])
     def _put(
         src, index, count, heads_at, out, src_b, src_h, src_n, out_b, out_h, out_n, heads, slots, dim,
         BLOCK: tl.constexpr, DIM: tl.constexpr,

@@ -20,7 +20,7 @@ _BLOCK = 4096
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["position_b", "end_b", "token_b", "n", "slots", "capacity"])
     def _fill(
         chosen, counts, position, position_b, end, end_b, token, token_b, at_head, at_table, limit, table, low, high,
         fits, heads, heads_out, tables, n, slots, capacity,
@@ -58,7 +58,7 @@ if triton is not None:
             value = tl.load(token + batch * token_b + slot, mask=inside, other=0)
         tl.store(table + (batch * tables + section) * capacity + place, value, mask=kept)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["n", "slots", "capacity"])
     def _ends(
         at_head, at_table, limit, low, high, heads, heads_out, n, slots, capacity, TILE: tl.constexpr
     ):  # fmt: skip

@@ -1,0 +1,140 @@
+"""Attention among runs of tokens, summed over blocks, without holding the scores (XAttention's estimate).
+
+One product of matrices: a program computes the scores of a tile of query runs with a tile of key runs and stores, of
+every row and key block, the logarithm of its sum of exponentials. What the blocks hold of each row follows from those.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import use_triton
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+_ROWS, _COLUMNS = 128, 128
+"""Runs of queries and of keys that one program takes."""
+_HALF: dict[str, Any] = {"num_warps": 8, "num_stages": 3}
+_FLOAT: dict[str, Any] = {"num_warps": 8, "num_stages": 2}
+_BLOCKS = 64
+"""Key blocks that a row's sums are taken of at a time."""
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["rows", "columns", "blocks"])
+    def _scores(
+        q, k, reach, sums, k_b, k_h, factor, rows, columns, blocks, heads, group,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, PER: tl.constexpr,
+    ):  # fmt: skip
+        """log2 of the sums of exponentials [rows, blocks] of one tile; +inf for a row with a score that is none."""
+        head = tl.program_id(2).to(tl.int64)
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        last = tl.load(reach + head // heads * rows + row, mask=row < rows, other=-1)
+        if tl.max(last) >= tl.program_id(1) * COLUMNS:
+            part = tl.arange(0, PART)
+            query = q + (head * rows + tl.minimum(row, rows - 1))[:, None] * WIDTH + part[None]
+            key = k + head // heads * k_b + head % heads // group * k_h
+            key += tl.minimum(column, columns - 1).to(tl.int64)[None] * WIDTH + part[:, None]
+            score = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for _ in range(WIDTH // PART):
+                score = tl.dot(tl.load(query), tl.load(key), score, input_precision="ieee")
+                query += PART
+                key += PART
+            score = tl.where(column[None] <= last[:, None], score * factor, float("-inf"))
+            score = tl.where(score == score, score, float("inf"))
+            top = tl.max(score, 1)
+            base = tl.where(tl.abs(top) < float("inf"), top, 0.0)
+            weight = tl.exp2(score - base[:, None])
+            total = tl.sum(tl.reshape(weight, [ROWS, COLUMNS // PER, PER]), 2)
+            total = tl.where((top < float("inf"))[:, None], base[:, None] + tl.log2(total), float("inf"))
+            block = tl.program_id(1) * (COLUMNS // PER) + tl.arange(0, COLUMNS // PER)
+            at = (head * rows + row)[:, None] * blocks + block[None]
+            tl.store(sums + at, total, mask=(row < rows)[:, None] & (block < blocks)[None])
+
+    @triton.jit(do_not_specialize=["rows", "blocks"])
+    def _shares(sums, reach, mass, rows, blocks, heads, PER: tl.constexpr, BLOCKS: tl.constexpr):
+        """The mass of every key block for one query block: each of its rows has a mass of 1, or none."""
+        head = tl.program_id(1).to(tl.int64)
+        row = tl.program_id(0) * PER + tl.arange(0, PER)
+        last = tl.load(reach + head // heads * rows + row)
+        source = sums + (head * rows + row)[:, None] * blocks
+        until = tl.max(last) // PER + 1  # -1 // PER is 0 or -1: one block of which nothing is seen, or none
+        top = tl.full([PER], float("-inf"), tl.float32)
+        total = tl.zeros([PER], tl.float32)
+        for first in range(0, until, BLOCKS):
+            block = first + tl.arange(0, BLOCKS)
+            seen = (block < blocks)[None] & (block[None] * PER <= last[:, None])
+            part = tl.load(source + block[None], mask=seen, other=float("-inf"))
+            new = tl.maximum(top, tl.max(part, 1))
+            base = tl.where(tl.abs(new) < float("inf"), new, 0.0)
+            total = total * tl.exp2(top - base) + tl.sum(tl.exp2(part - base[:, None]), 1)
+            top = new
+        whole = top + tl.log2(total)
+        real = tl.abs(top) < float("inf")
+        whole = tl.where(real, whole, 0.0)
+        target = mass + (head * (rows // PER) + tl.program_id(0)) * blocks
+        for first in range(0, blocks, BLOCKS):
+            block = first + tl.arange(0, BLOCKS)
+            seen = (block < blocks)[None] & (block[None] * PER <= last[:, None]) & real[:, None]
+            part = tl.load(source + block[None], mask=seen, other=float("-inf"))
+            tl.store(target + block, tl.sum(tl.exp2(part - whole[:, None]), 0), mask=block < blocks)
+
+
+def fused(q: Tensor, per: int) -> bool:
+    """Whether kernels run on runs [..., W] of which ``per`` are a block, so that scores are not in memory."""
+    return use_triton(q) and per in (1, 2, 4, 8, 16, 32, 64, 128) and _part(q.shape[-1]) >= 16
+
+
+def _part(width: int) -> int:
+    """Of a vector, what is multiplied at a time."""
+    return math.gcd(width, 64)
+
+
+def run_mass(q: Tensor, k: Tensor, reach: Tensor, per: int, scale: float) -> Tensor:
+    """Softmax of every run of queries over the runs of keys that it reaches, summed over blocks of ``per`` x ``per``
+    runs: float32 [B, H, query blocks, key blocks]. A row without a key, or with a score that is not a number, has no
+    mass.
+
+    Args:
+        q: [B, H, R, W]. k: [B, Hkv, C, W], the runs of a head contiguous.
+        reach: int32 [B, R], the last run of keys that each run of queries sees (-1: none).
+        per: divides R and C.
+    """
+    batch, heads, rows, width = q.shape
+    kv_heads, columns = k.shape[1:3]
+    if not fused(q, per):
+        return _twin(q, k, reach, per, scale)
+    assert triton is not None
+    q, reach = q.contiguous(), reach.int().contiguous()
+    blocks = columns // per
+    sums = torch.empty((batch, heads, rows, blocks), dtype=torch.float32, device=q.device)
+    mass = torch.empty((batch, heads, rows // per, blocks), dtype=torch.float32, device=q.device)
+    grid = triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS), batch * heads
+    how = _FLOAT if q.dtype == torch.float32 else _HALF
+    _scores[grid](
+        q, k, reach, sums, *k.stride()[:2], scale * math.log2(math.e), rows, columns, blocks, heads, heads // kv_heads,
+        ROWS=_ROWS, COLUMNS=_COLUMNS, WIDTH=width, PART=_part(width), PER=per, **how,
+    )  # fmt: skip
+    _shares[(rows // per, batch * heads)](sums, reach, mass, rows, blocks, heads, PER=per, BLOCKS=_BLOCKS)
+    return mass
+
+
+def _twin(q: Tensor, k: Tensor, reach: Tensor, per: int, scale: float) -> Tensor:
+    batch, heads = q.shape[:2]
+    a, b = q.reshape(batch * k.shape[1], -1, q.shape[-1]), k.flatten(0, 1)
+    half = a.dtype != torch.float32
+    scores = torch.bmm(a, b.mT, out_dtype=torch.float32) if half else torch.bmm(a, b.mT)
+    scores = scores.view(batch, heads, -1, k.shape[2])
+    seen = torch.arange(k.shape[2], device=q.device) <= reach[..., None]
+    torch.add(torch.where(seen, 0.0, float("-inf"))[:, None], scores, alpha=scale, out=scores)
+    mass = scores.softmax(-1).unflatten(-1, (-1, per)).sum(-1).nan_to_num_(0.0)
+    return mass.unflatten(2, (-1, per)).sum(3)
