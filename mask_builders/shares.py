@@ -1,8 +1,4 @@
-"""Selection by a share of the mass ("top-p"): the fewest entries that hold enough of it, within a bound.
-
-No sort and no value read back: what is kept is the part of a ranking above a threshold, and the threshold is bisected.
-Ranks are those of `estimate.heaviest` (23 significant bits, of equals the lower index), so both agree where they meet.
-"""
+"""Selection by a share of the mass ("top-p"), within a bound: of the heaviest entries, the fewest that hold enough."""
 
 from __future__ import annotations
 
@@ -14,35 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmflex.ir.shown import shown
+from mmflex.runtime.kernels.fewest import fewest
 from mmflex.runtime.kernels.select import gathered, heaviest
-
-_TOP = 1 << 30
-"""Above the rank of every number."""
-
-
-def fewest(mass: Tensor, wanted: Tensor, always: Tensor | None = None) -> Tensor:
-    """bool like ``mass`` float32 [..., n]: the fewest entries that together hold ``wanted`` float64 [..., 1].
-
-    ``always`` bool [..., n] come first and count; then the heaviest, of equals the lower index. Where all of them
-    hold less than wanted, all that hold any mass are kept. Entries below 0 never are; masses are finite.
-    """
-    rank = (mass.float().contiguous().view(torch.int32) >> 1).masked_fill(mass < 0, -1)
-    if always is not None:
-        rank = rank.masked_fill(always, _TOP)
-
-    def held(chosen: Tensor) -> Tensor:
-        return torch.where(chosen, mass, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
-
-    low = torch.zeros_like(rank[..., :1])
-    high = torch.full_like(low, _TOP)
-    for _ in range(30):  # ranks from `low` on hold enough (or low is 0), ranks from `high` on do not
-        middle = (low + high) >> 1
-        enough = held(rank >= middle) >= wanted
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    above, equal = rank > low, (rank == low) & (low > 0)
-    share = torch.where(equal, mass, 0.0).double()
-    before = held(above) + share.cumsum(-1) - share
-    return above | (equal & (before < wanted))
 
 
 def heaviest_of_rows(mass: Tensor, budget: Tensor, at_most: int) -> Tensor:

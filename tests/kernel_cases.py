@@ -18,11 +18,13 @@ from mmflex.ir.pattern import Scope, View
 from mmflex.ir.queries import QueryTokens
 from mmflex.runtime.device import array_constant
 from mmflex.runtime.kernels import blocks as block_kernels
+from mmflex.runtime.kernels import fewest as fewest_kernels
 from mmflex.runtime.kernels import use_triton
 from mmflex.runtime.kernels.mass import block_diagonals
 from mmflex.runtime.kernels.rows import fill_slots, put_rows, take_rows
 from mmflex.runtime.kernels.runs import fused, run_mass
 from mmflex.runtime.kernels.select import gathered, heaviest
+from mmflex.runtime.kernels.splits import attend_splits, fits
 
 
 @dataclass(frozen=True)
@@ -282,6 +284,60 @@ def runs(device: str) -> None:
             assert (mass - expected).abs().max().item() < 1e-4, (per, width, dtype)
 
 
+def fewest(device: str) -> None:
+    """The kernel keeps what its twin keeps, and that is a prefix of the sorted row that holds enough."""
+    generator = torch.Generator().manual_seed(6)
+    for shape in ((2, 3, 64), (1, 700), (1, 9001), (2, 1)):
+        counts = torch.randint(0, 9, shape, generator=generator).float() / 64  # many equals, sums that are exact
+        for mass in (counts, torch.rand(shape, generator=generator), torch.zeros(shape)):
+            mass = mass.masked_fill(torch.rand(shape, generator=generator) < 0.1, -1.0)
+            first = torch.rand(shape, generator=generator) < 0.05
+            total = mass.clamp(min=0.0).sum(-1, keepdim=True, dtype=torch.float64)
+            for share, always in ((0.0, None), (0.3, first & (mass >= 0)), (0.9, None), (1.0, first & (mass >= 0))):
+                given = [t if t is None else t.to(device) for t in (mass, share * total, always)]
+                kept = fewest_kernels.fewest(*given)
+                assert torch.equal(kept, fewest_kernels._twin(*given)), (shape, share, always is None)
+                kept = kept.cpu()
+                forced = torch.zeros_like(kept) if always is None else always
+                assert not bool((forced & ~kept).any())
+                assert not bool((kept & (mass < 0)).any())
+                held = torch.where(kept, mass, 0.0).sum(-1, dtype=torch.float64)
+                enough = held >= (share * total)[..., 0] - 1e-6
+                assert bool((enough | ((mass > 0) <= kept).all(-1)).all())
+
+
+def splits(device: str) -> None:
+    """A few queries over splits of the keys, merged, against softmax in float64."""
+    generator = torch.Generator().manual_seed(7)
+    cases = [(1, 1, 7, 1, 4500, 64, 64), (2, 2, 3, 3, 70, 80, 48), (1, 3, 1, 16, 2049, 16, 24)]
+    for batch, kv_heads, group, queries, length, dim, width in cases:
+        q, k, v = (
+            torch.randn(shape, generator=generator).to(device)
+            for shape in (
+                (batch, kv_heads * group, queries, dim),
+                (batch, length + 5, kv_heads, dim),  # tokens first in memory, and room for more
+                (batch, kv_heads, length + 5, width),
+            )
+        )
+        k, v = k.transpose(1, 2)[:, :, :length], v[:, :, :length]
+        some = (torch.rand((batch, 1, queries, length), generator=generator) < 0.2).to(device)
+        some[0, 0, -1] = False
+        for seen in (None, some, some[:1, :, :1]):
+            assert fits(q, k)
+            out, lse = attend_splits(q, k, v, seen, 0.3)
+            total = lse.logsumexp(0)
+            share = (lse - total.masked_fill(total == float("-inf"), 0.0)).exp()
+            merged = (out * share[..., None]).sum(0)
+            scores = q.double() @ k.double().repeat_interleave(group, 1).mT * 0.3
+            if seen is not None:
+                scores = scores.masked_fill(~seen, float("-inf"))
+            expected = scores.softmax(-1).nan_to_num(0.0) @ v.double().repeat_interleave(group, 1)
+            assert (merged - expected).abs().max().item() < 2e-6
+            known, wanted = total > float("-inf"), scores.logsumexp(-1)
+            assert torch.equal(known, wanted > float("-inf"))
+            assert torch.where(known, total - wanted, 0.0).abs().max().item() < 2e-5
+
+
 def main(device: str) -> None:
     assert use_triton(torch.empty(0, device=device)), "the kernels would not run"
     lists(device)
@@ -291,6 +347,8 @@ def main(device: str) -> None:
     pages(device)
     blocks(device)
     runs(device)
+    fewest(device)
+    splits(device)
     print("kernels agree")
 
 

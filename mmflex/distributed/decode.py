@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.kernels.splits import attend_splits, fits
 from .ranks import Ranks
 
 _SCORES = 1 << 28
 """Scores held at a time."""
-
-_STRETCH = 2048
-"""Keys whose values are summed at a time: a GPU sums over few queries one key after another, but stretches side by
-side."""
 
 
 def attend_shares(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, ranks: Ranks) -> Tensor:
@@ -26,12 +22,19 @@ def attend_shares(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: f
     Returns:
         [B, Hq, M, Dv] like q; 0 where a query sees no key on any rank.
     """
-    out, lse = _attend(q, k, v, seen, scale)
+    if fits(q, k):
+        out, lse = _merged(*attend_splits(q, k, v, seen, scale))
+    else:
+        out, lse = _attend(q, k, v, seen, scale)
     everybody = ranks.all_gather(torch.cat([out, lse[..., None]], -1)).finish()
-    outs, sums = everybody[..., :-1], everybody[..., -1:]
-    most = sums.amax(0)
-    share = (sums - torch.where(most == float("-inf"), 0.0, most)).exp()
-    return ((outs * share).sum(0) / share.sum(0).clamp(min=torch.finfo(share.dtype).tiny)).to(q.dtype)
+    return _merged(everybody[..., :-1], everybody[..., -1])[0].to(q.dtype)
+
+
+def _merged(outs: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to several sets of keys [S, ..., D], with log-sum-exp [S, ...], as attention to all of them."""
+    total = sums.logsumexp(0)
+    base = torch.where(total == float("-inf"), 0.0, total)
+    return (outs * (sums - base).exp()[..., None]).sum(0), total
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -52,21 +55,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) 
             scores.masked_fill_(~seen[:, :, None, rows if seen.shape[2] > 1 else slice(None)], float("-inf"))
         sums = scores.logsumexp(-1)
         weights = (scores - torch.where(sums == float("-inf"), 0.0, sums)[..., None]).exp()
-        part = _summed(weights.flatten(2, 3).to(v.dtype if v.is_cuda else wide), v, wide)
+        part = _product(weights.flatten(2, 3).to(v.dtype if v.is_cuda else wide), v, wide)
         out[:, :, rows] = part.unflatten(2, (heads // kv_heads, -1)).flatten(1, 2)
         lse[:, :, rows] = sums.flatten(1, 2)
     return out, lse
-
-
-def _summed(weights: Tensor, v: Tensor, wide: torch.dtype) -> Tensor:
-    """weights [B, H, rows, L] @ v [B, H, L, Dv], in stretches of keys."""
-    whole = v.shape[2] // _STRETCH * _STRETCH
-    out = _product(weights[..., whole:], v[:, :, whole:], wide)
-    if whole:
-        for number in np.ndindex(*v.shape[:2]):  # one by one, stretches of v are views
-            apart = weights[number][:, :whole].unflatten(1, (-1, _STRETCH)).transpose(0, 1)
-            out[number] += _product(apart[None], v[number][:whole].unflatten(0, (-1, _STRETCH))[None], wide)[0].sum(0)
-    return out
 
 
 def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
