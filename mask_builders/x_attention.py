@@ -39,6 +39,7 @@ class Antidiagonals:
     block_size: int
     blocks: int
     near: int = NEAR
+    matrices: ClassVar[bool] = True
 
     def scored(self, view: View) -> float:
         """Query-key products for one head and prompt: a stride-th of those of dense attention."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 import mmflex
-from mask_builders import AShape, Dense, Grid, VerticalSlash
+from mask_builders import AShape, Dense, Grid, VerticalSlash, XAttention
 from mmflex import TokenLayout
 from mmflex.compiler.constants import GENERIC
 from mmflex.compiler.launches import SIDE_STREAM_KEYS
@@ -270,3 +270,14 @@ def test_dense_heads_of_a_whole_launch_are_not_copied(backend: str, tokens: int)
     some = lower((Dense(), AShape(20, 50)) * 2, layout, queries, 2, 128, lse=True, full_width=False)
     launch = next(launch for launch in some.launches if launch.name == "dense")
     assert launch.expected_work(layout, 4).copies
+
+
+@pytest.mark.parametrize(("pattern", "price"), [(XAttention(4, 0.9, 8, 16), "full"), (VerticalSlash(5, 20), "product")])
+def test_products_of_estimates_are_priced_by_how_they_are_taken(pattern: mmflex.Pattern, price: str) -> None:
+    """Those of matrices at the rate of attention, those of a few queries with all keys by themselves."""
+    q, k = torch.zeros(1, 2, 640, 16), torch.zeros(1, 1, 640, 16)
+    program = mmflex.plan(q, k, pattern, backend="reference", block_size=TILE).program
+    before = predict(program, GENERIC).planning_ms
+    for name in ("full", "product"):
+        after = predict(program, replace(GENERIC, **{name: 1e3 * getattr(GENERIC, name) + 1.0})).planning_ms
+        assert (after > 2 * before) == (name == price)

@@ -97,11 +97,15 @@ def moving_terms(work: Work, tile: int = 128) -> Terms:
 
 def planning_terms(program: Program, batch: int) -> Terms:
     """Terms of planning: estimates with their tokens and products, launches, slots, table entries."""
-    steps = dict.fromkeys(("plan", "estimate", "token", "product", "planned", "slot", "entry"), 0.0)
-    for heads, products in estimates(program):
+    steps = dict.fromkeys(("plan", "estimate", "token", "product", "planned", "slot", "entry", "full"), 0.0)
+    for (heads, products), (estimator, *_) in zip(estimates(program), program.estimates, strict=True):
         steps["estimate"] += 1
         steps["token"] += float(heads * program.layout.length * batch)
-        steps["product"] += heads * (products or 0.0) * batch
+        taken = heads * (products or 0.0) * batch
+        if getattr(estimator, "matrices", False):
+            steps["full"] += taken / 128**2  # at the rate of attention's own products, with room for what follows them
+        else:
+            steps["product"] += taken
     for launch in program.launches:
         if launch.lists_blocks:
             passes = SORTING if isinstance(launch, ResidueLaunch) else 1

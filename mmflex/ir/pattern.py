@@ -50,6 +50,8 @@ class Estimator(Protocol):
 
     ``scored(view) -> float``: the query-key products that it takes for one head and prompt. The cost model prices
     them, and `mmflex eval` reports them beside what a pattern computes.
+    ``matrices = True``: they are one product of matrices, at the rate of attention's own, where those of a few queries
+    with all keys wait for memory.
     ``values = True``: it reads `View.values`. A plan that is made without v is then an error.
     ``whole_layer = True``: it is called with all heads of the layer, whichever of them have the pattern. ``kv_heads``:
     how many consecutive KV heads it then looks at together, if not all of them: where processes split the heads, each
