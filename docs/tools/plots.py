@@ -57,26 +57,35 @@ def _prefill(field: str) -> dict[str, list[tuple[float, float]]]:
 
 def stages() -> str:
     """Seconds of vision tower and language model, dense and sparse, as stacked bars."""
-    bars = []
+    bars: dict[int, list[tuple[str, float, float]]] = {}
     for _, data in results.load("prefill*.json"):
         if not data.get("settings", {}).get("whole"):
             continue
         for row in sorted(data.get("rows", []), key=lambda row: row["tokens"]):
             for method, result in sorted(row.get("methods", {}).items(), reverse=True):
                 if isinstance(result.get("seconds"), (int, float)) and isinstance(result.get("vision_s"), (int, float)):
-                    label = f"{row['tokens']:,}\n{results.DENSE.get(method, method)}"
-                    bars.append((label, result["vision_s"], result["seconds"] - result["vision_s"]))
+                    stages = result["vision_s"], result["seconds"] - result["vision_s"]
+                    bars.setdefault(row["tokens"], []).append((results.DENSE.get(method, method), *stages))
     if not bars:
         return ""
 
     def draw(axes: Any) -> None:
-        labels, tower, rest = zip(*bars, strict=True)
-        axes.bar(range(len(bars)), tower, color="#4ea3d8", label="vision tower")
-        axes.bar(range(len(bars)), rest, bottom=tower, color="#d55e00", label="language model")
-        axes.set_xticks(range(len(bars)), labels, fontsize=7)
-        axes.set_xlabel("tokens of the prompt")
-        axes.set_ylabel("seconds to the first token")
-        axes.legend(frameon=False, fontsize=8)
+        figure = axes.figure
+        axes.remove()
+        panels = figure.subplots(1, len(bars), squeeze=False)[0]  # a scale for each: times differ by a factor of 300
+        for panel, (prompt, methods) in zip(panels, bars.items(), strict=True):
+            labels, tower, rest = zip(*methods, strict=True)
+            panel.bar(range(len(labels)), tower, color="#4ea3d8", label="vision tower")
+            panel.bar(range(len(labels)), rest, bottom=tower, color="#d55e00", label="language model")
+            for place, seconds in enumerate(map(sum, zip(tower, rest, strict=True))):
+                panel.annotate(f"{seconds:.3g}", (place, seconds), ha="center", va="bottom", fontsize=7)
+            panel.set_xticks(range(len(labels)), labels, fontsize=7)
+            panel.tick_params("y", labelsize=7)
+            panel.margins(y=0.12)
+            panel.set_title(f"{prompt:,} tokens", fontsize=8)
+        panels[0].set_ylabel("seconds to the first token", fontsize=8)
+        marks = panels[0].get_legend_handles_labels()
+        figure.legend(*marks, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
 
     return _figure(draw, "Seconds of vision tower and language model, dense and sparse")
 

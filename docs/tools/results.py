@@ -440,6 +440,10 @@ def distributed() -> str:
         count = data["settings"]["ranks"]
         columns = ("tokens", "one GPU", f"{count} ranks (share)", "tensor parallel (share)", "peak GB", "waits a layer")
         parts.append(f"`{name}`: {where(data)}, {count} GPUs.\n\n{markdown(columns, lines)}")
+        steps = {step.removeprefix("decoding, "): one for step, one in steps.items() if step.startswith("decoding, ")}
+        if steps:
+            times = ", ".join(f"{step} {one['ms']:.1f} ms" for step, one in steps.items())
+            parts.append(f"A token, decoded behind {tokens(next(iter(steps.values()))['tokens'])} tokens: {times}.")
     return "\n\n".join(parts)
 
 
@@ -459,6 +463,11 @@ def intercept() -> str:
             lines.append([tokens(row["tokens"]), *(seconds(row.get(f"{method}_s")) for method in ran)])
         columns = ["tokens", *(heads[method] for method in ran)]
         parts.append(f"`{name}`: {where(data)}.\n\n{markdown(columns, lines)}")
+        for step in data.get("decode", []):
+            parts.append(
+                f"A decode step on {step['tokens']:,} tokens: {step['plain_ms']:.2f} ms as it is, "
+                f"{step['intercept_ms']:.2f} in the block."
+            )
     return "\n\n".join(parts)
 
 
