@@ -371,8 +371,7 @@ def test_longer_prompts_where_the_user_says_so(model: LanguageModel) -> None:
 
 def test_models_and_texts_from_files(tmp_path: Path, model: LanguageModel) -> None:
     folder = tmp_path / "model"
-    model.model.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
+    model.save(folder)
     found = load(folder)
     assert (found.context, found.model.training, found.model.dtype) == (1024, False, torch.float32)
     file = tmp_path / "words.txt"

@@ -176,6 +176,11 @@ def _kind(task: str) -> str:
     return "vision" if task in VISION else "text"
 
 
+def config_of(task: str) -> Any:
+    """The config of the shipped model that does a task."""
+    return _config(_kind(task), None, None)
+
+
 def load(task: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """The shipped model that does a task, in evaluation mode.
 

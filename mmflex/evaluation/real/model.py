@@ -43,6 +43,11 @@ class LanguageModel:
                 "that its positions go further"
             )
 
+    def save(self, folder: str | Path) -> None:
+        """Writes weights, config and tokenizer as a folder that transformers loads: of a GGUF file, say."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
 
 def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
     """A causal language model of transformers.
