@@ -417,6 +417,15 @@ def test_json_and_back(report: Report, tmp_path: Path) -> None:
     assert [run["tasks"] for run in both.runs] == [["mm-niah"]] * 2
 
 
+def test_a_report_prints_its_tables(report: Report) -> None:
+    assert repr(report) == f"Report(rows: {len(report.rows)})"
+    for row in report.rows:
+        assert any(row.label in line and str(row.score) in line for line in str(report).splitlines())
+    html = report._repr_html_()
+    assert html.count("<tr>") == len(report.rows) + len(report.tasks)
+    assert f">{report.rows[0].score}</td>" in html
+
+
 def test_a_file_is_complete_or_untouched(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text("before")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,23 @@ def test_files_and_tables(report: Report, tmp_path: Path) -> None:
     path.write_text('{"schema": "other"}')
     with pytest.raises(ValueError, match=r"got \['other', None\], 'mmflex.evaluation.real' of version 1 is needed"):
         Report.load(path)
+
+
+def test_a_report_prints_its_tables(report: Report) -> None:
+    assert repr(report) == "Report(texts: 3, needles: 3)"
+    lines, row = str(report).splitlines(), report.texts[0]
+    line = next(line for line in lines if " sink " in line)
+    for cell in ("words", "640", row.method.setting, f"{row.scores.perplexity:.2f}"):
+        assert cell in line  # nothing is folded
+    assert sum("needles: right answers" in line for line in lines) == 1
+    named = replace(row, text="<b>a & b</b>")
+    html = Report((named,), report.needles)._repr_html_()
+    assert html.count("<table>") == 2
+    assert "&lt;b&gt;a &amp; b&lt;/b&gt;" in html
+    assert html.count("<tr>") == 2 + 2 + 3  # heads; dense and one method; three methods
+    assert f">{row.scores.perplexity:.2f}</td>" in html
+    assert "needles" not in str(Report(report.texts))
+    assert str(Report()) == "Report()"
 
 
 def test_the_hash_of_sources_does_not_ask_what_is_loaded() -> None:

@@ -52,7 +52,7 @@ def dtype_of(name: str, *, auto: bool = False) -> str:
 
 
 def weights_dtype(dtype: str, config: Any) -> torch.dtype:
-    """What a model is loaded in: a name of `dtype_of`, or for "auto" what its config says, bfloat16 where it has none."""
+    """What a model is loaded in: a name of `dtype_of`, or for "auto" what its config says; bfloat16 if nothing."""
     import torch
 
     if dtype != "auto":

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
 from ..ir.shown import shown
@@ -85,7 +84,8 @@ def in_short(number: int) -> str:
 def print_table(table: Table, console: Console) -> None:
     """Prints a table; where no terminal folds its lines, as wide as it needs to be."""
     if not console.is_terminal:
-        endless = Console(width=10_000)
-        width = max(console.width, Measurement.get(endless, endless.options, table).maximum)
+        from ..evaluation.tables import whole_width
+
+        width = max(console.width, whole_width(table))
         console = Console(file=console.file, width=width, no_color=console.no_color)
     console.print(table)

@@ -56,8 +56,8 @@ def search(
         int | None,
         typer.Option(
             min=1,
-            help="Length of the sample: of a task's prompt (default 8192), or of a longer text, which is then cut out of "
-            "its middle: its beginning and the question at its end stay.",
+            help="Length of the sample: of a task's prompt (default 8192), or what a longer text is cut to, out of its "
+            "middle: its beginning and the question at its end stay.",
         ),
     ] = None,
     prompts: Annotated[
@@ -95,8 +95,8 @@ def search(
         str,
         typer.Option(
             help="'answers': errors count by how much the model's predictions at the prompt's end depend on them (it "
-            "takes gradients), so the text is a prompt, in the model's chat template where it has one, as mmflex run "
-            "asks it; 'outputs': all heads and tokens alike, and the text is read as it stands. With --qkv it is outputs."
+            "takes gradients), so the text is asked as mmflex run asks it, in the model's chat template where it has "
+            "one; 'outputs': all heads and tokens alike, and the text is read as it stands. With --qkv it is outputs.",
         ),
     ] = "answers",
     seed: Annotated[int, typer.Option(help="Seed of a task's prompt.")] = 1 << 20,
