@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .app import app, fail
-from .estimate import BASIS, Forwards, duration
+from .dry_run import duration, model_line, written_line
+from .estimate import BASIS, Forwards
 from .models import check_backend, check_media, config_of, device_of, dtype_of, load, multimodal, weights_dtype
-from .options import counted, in_short, spec_of, text_of
+from .options import by_layer, counted, spec_of, text_of
 from .progress import Progress
 from .prompts import prepare
 
@@ -95,7 +96,7 @@ def run(
             say("preparing the prompt")
             inputs, decode = prepare(model, text, taken)
             if dry_run:
-                files = [file for file in (json_file, output) if file is not None]
+                files = [json_file, output]
                 _say_plan(console, config, inputs, chosen, where, kind, backend, tokens, runs, files)
                 return
             say("loading the model")
@@ -147,34 +148,33 @@ def _say_plan(
     backend: str,
     tokens: int,
     runs: int,
-    written: list[Path],
+    written: list[Path | None],
 ) -> None:
     """The dry run: sizes and predictions from the config, seconds from one matrix product here."""
     from ..integrations.layouts import layout_for
-    from ..tuning.config import Config, per_layer
+    from ..tuning.config import Config
 
     text = config.get_text_config(decoder=True)
     layers, heads = int(text.num_hidden_layers), int(text.num_attention_heads)
     layout = layout_for(config, inputs)
     length = int(inputs["input_ids"].shape[1])
-    by_layer = spec.for_model(layers, heads) if isinstance(spec, Config) else per_layer(spec, range(layers), heads)
+    patterns = by_layer(spec, text)
     kind = weights_dtype(dtype, config)
     forwards = Forwards(config, device, kind)
     prefills = 2 * (1 + runs)
     given = f"a config of {counted(layers, 'layer')} x {counted(heads, 'head')}" if isinstance(spec, Config) else spec
     chosen = [f"spec: {given}, backend {backend}"]
     if backend == "auto":
-        chosen.append(_choice_of_auto(text, by_layer, layout, device, kind))
+        chosen.append(_choice_of_auto(text, patterns, layout, device, kind))
     seconds, tower = forwards.seconds(length), "the vision tower, " if multimodal(config) else ""
     for line in (
         f"prompt: {counted(length, 'token')} ({layout.summary()})",
-        f"model: {config.model_type}, {in_short(forwards.weights.every)} parameters, {counted(layers, 'layer')} x "
-        f"{counted(heads, 'head')}; on {device}, weights are not loaded in a dry run",
+        model_line(config.model_type, forwards),
         *chosen,
         f"would run: {prefills} prefills and two answers of {counted(tokens, 'token')}, dense and sparse",
         f"would take: about {duration(seconds)} a dense prefill, {duration(prefills * seconds)} for as many as all of "
         f"them ({BASIS}); {tower}the answers' tokens and compilation (10 to 60 s on a CPU) come on top",
-        f"would write: {', '.join(map(str, written)) or 'no files'}",
+        written_line(written),
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

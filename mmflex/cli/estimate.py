@@ -107,12 +107,3 @@ def product_rate(device: str, dtype: torch.dtype) -> float:
         (a @ a).sum().item()
         taken.append(time.perf_counter() - start)
     return 2 * size**3 / min(taken[1:])
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that fits, two digits: "0.4 s", "25 s", "4 minutes", "1.5 hours"."""
-    if seconds < 90:
-        return f"{seconds:.2g} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} minutes"
-    return f"{seconds / 3600:.2g} hours"

@@ -67,6 +67,15 @@ def spec_of(text: str) -> tuple[str, Any]:
     return path.stem, load_config(path)
 
 
+def by_layer(spec: Any, config: Any) -> dict[int, tuple[Any, ...]]:
+    """The patterns of a spec or config for the language model that ``config`` describes; ValueError where they are for
+    another number of layers or heads."""
+    from ..tuning.config import Config, per_layer
+
+    layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
+    return spec.for_model(layers, heads) if isinstance(spec, Config) else per_layer(spec, range(layers), heads)
+
+
 def counted(number: int, what: str) -> str:
     """A number with its noun: "1 head", "2 heads"."""
     return f"{number:,} {what if number == 1 else what + 's'}"

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .app import app, fail
-from .estimate import BASIS, Forwards, duration
+from .dry_run import duration, model_line
+from .estimate import BASIS, Forwards
 from .models import check_backend, check_media, check_place, config_of, device_of, load, weights_dtype
 from .options import counted, text_of
 from .prompts import prepare, shortened
@@ -292,15 +293,16 @@ def _say_plan(
         passes = "no model"
     elif objective == "answers":
         passes, as_many = "two forward and two backward passes", 2 + 2 * BACKWARD
+    model = f"model: {name}, {counted(layers, 'layer')} x {counted(heads, 'head')}; on {device}"
     took = "longest for trying patterns: how long it tells after the first layer"
     if not isinstance(found, _Tensors):
+        model = model_line(name, found.forwards())
         took = f"about {duration(as_many * found.forwards().seconds(tokens))} for those passes ({BASIS}); {took}"
     tried = "the papers' table" if table is None else counted(len(table), "pattern")
     limit = "for each head, the cost of 1k first and 4k last keys" if budget is None else budget
     for line in (
         f"sample: {counted(tokens, 'token')}",
-        f"model: {name}, {counted(layers, 'layer')} x {counted(heads, 'head')}; on {device}, weights are not loaded in "
-        "a dry run",
+        model,
         f"would run: {passes} over the sample, and try {tried} on {counted(layers * heads, 'head')}; budget: {limit}; "
         f"costs of backend {backend}",
         f"would take: {took}",

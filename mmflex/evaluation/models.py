@@ -150,13 +150,7 @@ def restore(
     from safetensors.torch import load_file
 
     folder = Path(path)
-    for name in (_FILE, "config.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name} is missing: the weights of the {kind} model are in the repository, not in the wheel; "
-                f"install from a checkout with 'pip install -e .', or train it with 'python -m benchmarks.train "
-                f"--task {kind} --out {folder}'"
-            )
+    _check_files(kind, folder)
     of = _class(kind)
     model = of(of.config_class.from_pretrained(folder))
     missing, unexpected = model.load_state_dict(load_file(folder / _FILE), strict=False)
@@ -165,6 +159,21 @@ def restore(
         raise ValueError(f"{folder / _FILE} is not a {kind} model: missing {missing[:3]}, unknown {unexpected[:3]}")
     model.tie_weights()
     return model.to(device=device, dtype=dtype).eval()
+
+
+def _check_files(kind: str, folder: Path) -> None:
+    for name in (_FILE, "config.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} is missing: the weights of the {kind} model are in the repository, not in the wheel; "
+                f"install from a checkout with 'pip install -e .', or train it with 'python -m benchmarks.train "
+                f"--task {kind} --out {folder}'"
+            )
+
+
+def check_present(task: str) -> None:
+    """FileNotFoundError where `load` would have no weights."""
+    _check_files(_kind(task), WEIGHTS / _kind(task))
 
 
 def present(task: str) -> bool:
