@@ -62,7 +62,9 @@ def evaluate_(
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="Tokens of a prompt, separated by commas.", show_default="1024,2048,4096,8192; with --model 4096"
+            help="Tokens of a prompt, separated by commas; with --model also of a window. Only a task's filler is cut, "
+            "and its question stays at the end.",
+            show_default="1024,2048,4096,8192; with --model 4096",
         ),
     ] = None,
     depths: Annotated[int, typer.Option(help="Parts of the prompt that needles are sorted into.")] = 5,
