@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 transformers = pytest.importorskip("transformers")
 
 from mask_builders import AShape, Dense  # noqa: E402
-from mmflex.cli import answer, app, estimate, models  # noqa: E402
+from mmflex.cli import answer, app, estimate, models, prompts  # noqa: E402
 from mmflex.cli.options import counted, in_short  # noqa: E402
 from mmflex.cli.prompts import shortened  # noqa: E402
 from mmflex.demo import moving_shapes  # noqa: E402
@@ -249,6 +249,33 @@ def test_a_template_is_tokenised_without_a_second_beginning(text_folder: Path) -
     assert decode([7, 8]) == "w7 w8"
     plain, _ = answer.prepare(str(text_folder), "w7 w8", template=False)
     assert plain["input_ids"].tolist() == [[1, 7, 8]]
+
+
+@pytest.mark.parametrize("begin", ["<s>", None])
+def test_images_and_frames_stand_before_the_text(begin: str | None, tmp_path: Path, monkeypatch: Any) -> None:
+    """As a processor is given them, which adds special tokens unless it is told that the template wrote them."""
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (6, 4)).save(tmp_path / "a.png")
+    given: dict[str, Any] = {}
+
+    class Processor:
+        tokenizer = SimpleNamespace(bos_token=begin)
+
+        def apply_chat_template(self, messages: Any, **options: Any) -> str:
+            return f"<s>{[part['type'] for part in messages[0]['content']]}"
+
+        def __call__(self, **options: Any) -> dict[str, Any]:
+            given.update(options)
+            return {}
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name: Processor())
+    monkeypatch.setattr(prompts.importlib.util, "find_spec", lambda name: object())
+    frames = module.Frames(np.zeros((2, 4, 4, 3), np.uint8), [1, 3], 5, 2.0, "pyav")
+    answer.prepare("a/model", "why", frames, [tmp_path / "a.png"])
+    assert given["text"] == ["<s>['image', 'video', 'text']"]
+    assert given["images"][0][0].size == (6, 4)
+    assert given["video_metadata"][0]["frames_indices"] == [1, 3]
+    assert given.get("add_special_tokens") is (False if begin else None)
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(5, [0, 1, 2, 7, 8]), (4, [0, 1, 7, 8]), (1, [0]), (9, range(9))])

@@ -51,11 +51,11 @@ def prepare(
     if images:
         from transformers.image_utils import load_image
 
-        media["images"] = [load_image(str(file)) for file in images]
+        media["images"] = [[load_image(str(file)) for file in images]]  # a list for each prompt
     if frames is not None:
         media |= {"videos": [frames.pixels], "video_metadata": [frames.metadata]}
         media["do_sample_frames"] = False  # they were chosen when they were read
-    begin = getattr(processor.tokenizer, "bos_token", None)
+    begin = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
     if begin is not None and written.startswith(begin):
         media["add_special_tokens"] = False
     inputs = processor(text=[written], return_tensors="pt", **media)

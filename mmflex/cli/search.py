@@ -194,9 +194,10 @@ class _Task:
     """The shipped model of a task, and a prompt that no evaluation has (its seeds are small)."""
 
     def __init__(self, task: str, tokens: int, seed: int, device: str, backend: str) -> None:
-        from ..evaluation import samples
+        from ..evaluation import models, samples
 
         check_backend(backend, device, "float32")
+        models.check_present(task)
         self.task, self.device = task, device
         self.sample = samples.prompts(task, tokens, batch=1, questions=16, seed=seed, device=device).inputs
 
@@ -260,8 +261,8 @@ class _Model:
         check_backend(backend, device, config=self.config)
         check_media(name, self.config, sample.video, sample.images)
         frames = None if sample.video is None else read_frames(sample.video, sample.frames)
-        asked = asked or "Describe this in detail."
-        prompt, _ = prepare(name, asked, frames, sample.images, template=sample.template)
+        question = "Describe this in detail." if asked is None else asked
+        prompt, _ = prepare(name, question, frames, sample.images, template=sample.template)
         self.sample = prompt if sample.tokens is None else shortened(prompt, sample.tokens)
         self.left_out = prompt["input_ids"].shape[1] - tokens_of(self.sample)
 
