@@ -498,6 +498,9 @@ def test_the_command(tmp_path: Path) -> None:
     again = command("--add", str(out[0]), "--json", str(tmp_path / "again.json"))  # nothing is run
     assert again.exit_code == 0, again.output
     assert (tmp_path / "again.json").read_bytes() == out[0].read_bytes()
+    dry = command("--add", str(out[0]), "--dry-run")
+    assert dry.exit_code == 0, dry.output
+    assert dry.output.splitlines() == ["would run: nothing; it shows what --add holds", "would write: no files"]
 
 
 @pytest.mark.usefixtures("tiny")

@@ -544,6 +544,11 @@ def test_a_dry_run_loads_nothing(folder: Path, tmp_path: Path, monkeypatch: pyte
     seconds = float(shown[1]) * {"s": 1, "minutes": 60, "hours": 3600}[shown[2]]
     assert seconds == pytest.approx(products, rel=0.06)  # attention takes next to nothing; two digits are shown
     assert not file.exists()
+    (tmp_path / "kept").mkdir()
+    resumed = (*common, "--lengths", "512", "--resume", str(tmp_path / "kept"))
+    assert "less what" not in said(*resumed)
+    (tmp_path / "kept" / "a.npy").touch()
+    assert f"less what {tmp_path / 'kept'} holds of it" in said(*resumed)
     assert "2048 tokens are more than the 1024 positions" in said(*common, "--lengths", "2048", code=1)
     assert "need 5120: give a longer text" in said(*common, "--lengths", "512", "--windows", "10", code=1)
     assert "a multikey prompt of 128 tokens takes -" in said(*common, "--lengths", "128", "--task", "multikey", code=1)

@@ -704,7 +704,8 @@ def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     arguments = ("owner/model", "--text", "words", "--tokens", "256", "--device", "cpu", "-o", "found.json")
     text = output_of(*arguments, "--dry-run")
     assert "sample: 256 tokens" in text
-    assert "owner/model, 1 layer x 4 heads; on cpu, weights are not loaded in a dry run" in text
+    size = sum(p.numel() for p in model.parameters())
+    assert f"model: owner/model, {size / 1e3:.1f}k parameters, 1 layer x 4 heads; on cpu, weights are not" in text
     assert "would write: found.json" in text
     assert not list(tmp_path.iterdir())
     (tmp_path / "table.json").write_text(json.dumps([p.to_json() for p in SMALL]))

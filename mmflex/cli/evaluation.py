@@ -217,6 +217,9 @@ def _say_plan(
     as_given, methods = entries_of(given, options["config"], options["methods"])
     seeds, questions = counted(settings.seeds, "seed"), counted(settings.questions, "question")
     works = task_work(settings, tasks, len(as_given), len(methods))
+    if not tasks:
+        console.print(f"would run: nothing; it shows what --add holds\n{written_line(files)}", markup=False)
+        return
     for line in (
         *(model_line(f"that of {' and '.join(group)}", forwards[group[0]]) for group in _models(tasks)),
         f"of every task and length: {seeds} of {counted(settings.prompts, 'prompt')}, each with {questions}",

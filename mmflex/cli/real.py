@@ -85,6 +85,8 @@ def evaluate_model(
                 by_layer(spec, known.config.get_text_config(decoder=True))
             forwards = Forwards(known.config, str(where), default_dtype(where))
             _say_plan(console, known.name, read_texts, entries, settings, forwards, files)
+            if resume is not None and any(resume.glob("*.npy")):
+                console.print(f"less what {resume} holds of it", markup=False, highlight=False, soft_wrap=True)
             return
         with Progress(console) as say:
             say(f"loading {model}")
