@@ -18,12 +18,15 @@ from typer.testing import CliRunner
 transformers = pytest.importorskip("transformers")
 
 from mask_builders import AShape, Dense  # noqa: E402
-from mmflex.cli import answer, app, models  # noqa: E402
+from mmflex.cli import answer, app, estimate, models, prompts  # noqa: E402
 from mmflex.cli.options import counted, in_short  # noqa: E402
+from mmflex.cli.prompts import shortened  # noqa: E402
 from mmflex.demo import moving_shapes  # noqa: E402
 from mmflex.evaluation.beside import Beside, Side, beside  # noqa: E402
 from mmflex.integrations import frames as module  # noqa: E402
 from mmflex.integrations.frames import read_frames, spread  # noqa: E402
+from mmflex.integrations.notice import mostly, predicted_dense  # noqa: E402
+from mmflex.integrations.shape import head_dim_of, sees_all  # noqa: E402
 
 WORDS = {"<pad>": 0, "<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO, "<|vision_start|>": START}
 WORDS |= {f"w{i}": i for i in range(1, 128) if i not in WORDS.values()}
@@ -225,6 +228,123 @@ def test_a_dry_run_loads_nothing(
     assert "XAttention" in text
 
 
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose chat template puts the mark of a beginning in front, and whose tokenizer does the same."""
+    from tokenizers.processors import TemplateProcessing
+
+    path = tmp_path_factory.mktemp("text")
+    FAMILIES["llama3"].model().save_pretrained(path)
+    made = tokenizer()
+    made.bos_token = "w1"
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="w1 $A", special_tokens=[("w1", 1)])
+    made.chat_template = "{{ bos_token }} w2 {% for m in messages %}{{ m['content'] }}{% endfor %} w3"
+    made.save_pretrained(path)
+    return path
+
+
+def test_a_template_is_tokenised_without_a_second_beginning(text_folder: Path) -> None:
+    inputs, decode = answer.prepare(str(text_folder), "w7 w8")
+    assert inputs["input_ids"].tolist() == [[1, 2, 7, 8, 3]]
+    assert decode([7, 8]) == "w7 w8"
+    plain, _ = answer.prepare(str(text_folder), "w7 w8", template=False)
+    assert plain["input_ids"].tolist() == [[1, 7, 8]]
+
+
+@pytest.mark.parametrize("begin", ["<s>", None])
+def test_images_and_frames_stand_before_the_text(begin: str | None, tmp_path: Path, monkeypatch: Any) -> None:
+    """As a processor is given them, which adds special tokens unless it is told that the template wrote them."""
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (6, 4)).save(tmp_path / "a.png")
+    given: dict[str, Any] = {}
+
+    class Processor:
+        tokenizer = SimpleNamespace(bos_token=begin)
+
+        def apply_chat_template(self, messages: Any, **options: Any) -> str:
+            return f"<s>{[part['type'] for part in messages[0]['content']]}"
+
+        def __call__(self, **options: Any) -> dict[str, Any]:
+            given.update(options)
+            return {}
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name: Processor())
+    monkeypatch.setattr(prompts.importlib.util, "find_spec", lambda name: object())
+    frames = module.Frames(np.zeros((2, 4, 4, 3), np.uint8), [1, 3], 5, 2.0, "pyav")
+    answer.prepare("a/model", "why", frames, [tmp_path / "a.png"])
+    assert given["text"] == ["<s>['image', 'video', 'text']"]
+    assert given["images"][0][0].size == (6, 4)
+    assert given["video_metadata"][0]["frames_indices"] == [1, 3]
+    assert given.get("add_special_tokens") is (False if begin else None)
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(5, [0, 1, 2, 7, 8]), (4, [0, 1, 7, 8]), (1, [0]), (9, range(9))])
+def test_prompts_are_cut_out_of_their_middle(tokens: int, expected: Any) -> None:
+    inputs = {"input_ids": torch.arange(9)[None], "attention_mask": torch.ones(1, 9)}
+    found = shortened(inputs, tokens)
+    assert found["input_ids"].tolist() == [list(expected)]
+    assert found["attention_mask"].shape == (1, len(list(expected)))
+
+
+def test_a_dry_run_of_text(text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer, "load", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(estimate, "product_rate", lambda *args: 1e6)
+    (tmp_path / "long.txt").write_text(" ".join(f"w{20 + i % 70}" for i in range(500)))
+    common = (str(text_folder), "--prompt", f"@{tmp_path / 'long.txt'}", "--device", "cpu", "--dry-run")
+    text = output_of(*common, "--spec", AS_FILE, "--json", str(tmp_path / "run.json"))
+    assert "prompt: 503 tokens" in text
+    assert re.search(r"backend auto: 2 of 2 layers will run dense, .* \(layer 0: predicted [\d.]+ ms, any spec", text)
+    assert "name a backend" in text
+    model = FAMILIES["llama3"].model()
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    every = sum(p.numel() for p in model.parameters())
+    body = every - embedding.numel() - (0 if head is embedding else head.numel())
+    seconds = 2e-6 * (503 * body + head.numel())  # attention takes next to nothing by the cost model
+    found = re.search(r"about ([\d.]+) s a dense prefill", text)
+    assert found is not None
+    assert float(found[1]) == pytest.approx(seconds, rel=0.1)
+    assert f"would write: {tmp_path / 'run.json'}" in text
+    assert not (tmp_path / "run.json").exists()
+    assert "backend auto" not in output_of(*common, "--spec", AS_FILE, "--backend", "cpu")
+    (tmp_path / "config.json").write_text("{}")
+    assert "schema" in output_of(*common, "--spec", str(tmp_path / "config.json"), code=1)
+
+
+def test_layers_that_auto_will_run_dense_are_those_that_it_does() -> None:
+    """The prediction without a model against what the notice has seen of a patched one."""
+    import mmflex
+
+    model = FAMILIES["llama3"].model()
+    ids = torch.arange(700)[None] % 90 + 1
+    spec = {0: (AShape(128, 128),) * 4, 1: (Dense(),) * 4}
+    found = predicted_dense(model.config, spec, mmflex.TokenLayout.text(700), "cpu", model.dtype)
+    with torch.no_grad(), mmflex.patched(model, spec):
+        model(input_ids=ids)
+        seen = vars(model)["_mmflex_patch"].mostly_dense.reasons
+    assert found == seen
+    assert found[0].startswith("predicted")
+    assert found[1] == ""
+    assert not mostly(found, 2)
+    assert mostly(found, 1)
+
+
+def test_widths_and_layers_of_configs() -> None:
+    config = SimpleNamespace
+    assert head_dim_of(config(hidden_size=96, num_attention_heads=4)) == 24
+    assert head_dim_of(config(hidden_size=96, num_attention_heads=4, head_dim=32)) == 32
+    latent = transformers.DeepseekV3Config(qk_nope_head_dim=48, qk_rope_head_dim=16)
+    assert head_dim_of(latent) == 64
+    assert head_dim_of(config(hidden_size=96)) is None
+    assert sees_all(config(), 0, 10**6)
+    assert not sees_all(config(sliding_window=512), 0, 513)
+    assert sees_all(config(sliding_window=512), 0, 512)
+    kinds = ["full_attention", "sliding_attention", "linear_attention", "chunked_attention"]
+    mixed = config(sliding_window=512, layer_types=kinds)
+    assert [sees_all(mixed, i, 513) for i in range(4)] == [True, False, False, False]
+    assert [sees_all(mixed, i, 100) for i in range(4)] == [True, True, False, False]
+    assert not sees_all(config(attention_chunk_size=8192), 0, 100)
+
+
 def test_text_alone(tmp_path: Path) -> None:
     family = FAMILIES["llama3"]
     model = family.model()
@@ -317,6 +437,11 @@ def test_models_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert "holds no model" in text if Path(name).is_dir() else f"there is no folder {name}: give one" in text
     (tmp_path / "model.bin").touch()
     assert "is a file: give the folder" in only_error(str(tmp_path / "model.bin"), "--prompt", "w1")
+    (tmp_path / "model.gguf").touch()
+    for name in (str(tmp_path / "model.gguf"), str(tmp_path)):  # the file, and the folder that holds it
+        text = only_error(name, "--prompt", "w1")
+        assert f"{tmp_path / 'model.gguf'} is a GGUF file, which mmflex eval --model reads as it is" in text
+        assert f"real.load('{tmp_path / 'model.gguf'}').save('model')" in text
 
     def offline(*args: Any, **options: Any) -> Any:
         raise OSError("We couldn't connect to the Hub.\nCheck your internet connection")

@@ -218,6 +218,39 @@ def test_bench_leaves_the_results_of_the_checkout_alone(
     assert ("results go to" in text) == any(str(folder) in part for part in calls[0])
 
 
+def test_a_dry_run_of_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is and how long it takes is in its documentation; its own parser judges the options."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
+    (tmp_path / "benchmarks" / "cpu.py").write_text(
+        '"""One layer: dense and sparse.\n\n    python -m benchmarks.cpu     # on two cores, 3 minutes\n"""\n'
+        "import argparse\n"
+        "parser = argparse.ArgumentParser()\n"
+        "parser.add_argument('--tokens', type=int)\n"
+        "parser.add_argument('--json')\n"
+        "parser.parse_args()\n"
+        "open('ran', 'w')\n"
+    )
+    (tmp_path / "benchmarks" / "kinds.py").write_text('"""Names."""\n')
+    monkeypatch.chdir(tmp_path)
+    text = output_of("bench", "cpu", "--tokens", "64", "--dry-run")
+    file = tmp_path / "build" / "bench" / "cpu.json"
+    for line in (
+        f"would run: python -m benchmarks.cpu --tokens 64 --json {file}, in {tmp_path}",
+        "measures: One layer: dense and sparse.",
+        "would take, by its documentation: python -m benchmarks.cpu # on two cores, 3 minutes",
+        f"would write: {file}",
+    ):
+        assert line in text.splitlines(), text
+    assert "would write: mine.json" in output_of("bench", "cpu", "--json=mine.json", "--dry-run")
+    assert "would take: its documentation names no time" in output_of("bench", "kinds", "--dry-run")
+    assert "invalid int value: 'x'" in output_of("bench", "cpu", "--tokens", "x", "--dry-run", code=1)
+    text = output_of("bench", "cpu", "--token", "64", "--layers=3", "--dry-run", code=1)
+    assert "benchmarks.cpu has no option --layers: it takes --tokens, --json, --help" in text
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == ["benchmarks"]
+
+
 def test_benchmarks_that_replace_results_are_known_to_bench() -> None:
     """`mmflex bench` gives those a file of their own."""
     from mmflex.cli.run import FILES

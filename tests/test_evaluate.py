@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -417,6 +418,15 @@ def test_json_and_back(report: Report, tmp_path: Path) -> None:
     assert [run["tasks"] for run in both.runs] == [["mm-niah"]] * 2
 
 
+def test_a_report_prints_its_tables(report: Report) -> None:
+    assert repr(report) == f"Report(rows: {len(report.rows)})"
+    for row in report.rows:
+        assert any(row.label in line and str(row.score) in line for line in str(report).splitlines())
+    html = report._repr_html_()
+    assert html.count("<tr>") == len(report.rows) + len(report.tasks)
+    assert f">{report.rows[0].score}</td>" in html
+
+
 def test_a_file_is_complete_or_untouched(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text("before")
@@ -488,6 +498,49 @@ def test_the_command(tmp_path: Path) -> None:
     again = command("--add", str(out[0]), "--json", str(tmp_path / "again.json"))  # nothing is run
     assert again.exit_code == 0, again.output
     assert (tmp_path / "again.json").read_bytes() == out[0].read_bytes()
+    dry = command("--add", str(out[0]), "--dry-run")
+    assert dry.exit_code == 0, dry.output
+    assert dry.output.splitlines() == ["would run: nothing; it shows what --add holds", "would write: no files"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_dry_run_counts_what_a_run_does(vision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def note(module: Any, args: Any, given: dict[str, Any]) -> None:
+        seen.extend([given["input_ids"].shape[1]] * len(given["input_ids"]))
+
+    spec = json.dumps(AShape(128, 200).to_json())
+    sizes = (spec, "--task", "v-niah", *COMMON, "--seeds", "2", "--methods", "a-shape,tri-shape", "--flops", "0.7")
+    hook = vision.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        result = command(*sizes)
+    finally:
+        hook.remove()
+    assert result.exit_code == 0, result.output
+    module = importlib.import_module("mmflex.evaluation.models")
+    monkeypatch.setattr(module, "load", lambda *args, **options: pytest.fail("weights were loaded"))
+    result = command(*sizes, "--dry-run", "--json", str(tmp_path / "found.json"))
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.output.split())
+    counts = re.search(
+        r"would run, v-niah, 512 tokens: (\d+) dense and at most (\d+) sparse passes of one prompt;", text
+    )
+    assert counts is not None
+    assert (int(counts[1]), int(counts[2])) == (1 + 2 + 2, 2 * 3)
+    assert sum(map(int, counts.groups())) == len(seen)
+    for part in (
+        "of every task and length: 2 seeds of 1 prompt, each with 3 questions", "as given: AShape(local=200)",
+        "brought to 0.7 of dense attention, all at 512 tokens, else the largest: A-shape, Tri-shape",
+        "4 layers x 8 heads; on cpu, weights are not loaded in a dry run", "looking for 4 settings on plans",
+        f"would write: {tmp_path / 'found.json'}",
+    ):  # fmt: skip
+        assert part in text, (part, text)
+    assert not (tmp_path / "found.json").exists()
+    monkeypatch.setattr(module, "WEIGHTS", tmp_path)
+    result = command(*sizes, "--dry-run")
+    assert result.exit_code == 1
+    assert "is missing: the weights of the vision model are in the repository" in result.output.replace("\n", " ")
 
 
 @pytest.mark.usefixtures("tiny")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ pytest.importorskip("transformers")
 
 from mask_builders import AShape, BlockTopK, VerticalSlash
 from mmflex.evaluation.methods import METHODS
+from mmflex.evaluation.outlook import text_work
 from mmflex.evaluation.real import LanguageModel, Report, evaluate, load, needles, read, tokenized
-from mmflex.evaluation.real.evaluate import source_digest
+from mmflex.evaluation.real.evaluate import Settings, source_digest
 from mmflex.evaluation.real.forward import sparse
-from mmflex.evaluation.real.model import hidden_states, logits
+from mmflex.evaluation.real.model import HEAD_ROWS, check_context, describe, hidden_states, logits
 from mmflex.evaluation.real.score import BLOCK, bootstrap, compare, log_probabilities, summarise
 from mmflex.evaluation.trace import allowed, capture
+from mmflex.tuning.config import Config, save_config
 
 TOKENS = 300
 WORDS = "the quick brown fox jumps over a lazy dog.\nIt was the best of times, it was the worst of times.\n" * 40
@@ -319,6 +323,23 @@ def test_files_and_tables(report: Report, tmp_path: Path) -> None:
         Report.load(path)
 
 
+def test_a_report_prints_its_tables(report: Report) -> None:
+    assert repr(report) == "Report(texts: 3, needles: 3)"
+    lines, row = str(report).splitlines(), report.texts[0]
+    line = next(line for line in lines if " sink " in line)
+    for cell in ("words", "640", row.method.setting, f"{row.scores.perplexity:.2f}"):
+        assert cell in line  # nothing is folded
+    assert sum("needles: right answers" in line for line in lines) == 1
+    named = replace(row, text="<b>a & b</b>")
+    html = Report((named,), report.needles)._repr_html_()
+    assert html.count("<table>") == 2
+    assert "&lt;b&gt;a &amp; b&lt;/b&gt;" in html
+    assert html.count("<tr>") == 2 + 2 + 3  # heads; dense and one method; three methods
+    assert f">{row.scores.perplexity:.2f}</td>" in html
+    assert "needles" not in str(Report(report.texts))
+    assert str(Report()) == "Report()"
+
+
 def test_the_hash_of_sources_does_not_ask_what_is_loaded() -> None:
     """A run that starts without patterns, and finds them by name, names what one with patterns names."""
     code = "import sys; from mmflex.evaluation.real.evaluate import source_digest; before = source_digest(); "
@@ -366,13 +387,14 @@ def test_errors(model: LanguageModel, options: dict[str, Any], message: str) -> 
 
 
 def test_longer_prompts_where_the_user_says_so(model: LanguageModel) -> None:
-    model.check_length(2048, extend=True)
+    with pytest.raises(ValueError, match="2048 tokens are more than the 1024 positions"):
+        check_context(model, 2048)
+    check_context(model, 2048, extend=True)
 
 
 def test_models_and_texts_from_files(tmp_path: Path, model: LanguageModel) -> None:
     folder = tmp_path / "model"
-    model.model.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
+    model.save(folder)
     found = load(folder)
     assert (found.context, found.model.training, found.model.dtype) == (1024, False, torch.float32)
     file = tmp_path / "words.txt"
@@ -466,6 +488,77 @@ def test_errors_on_the_command_line(folder: Path) -> None:
     assert "unknown task 'v-niah'" in said("--model", str(folder), "--text", words, "--task", "v-niah", code=1)
 
 
+@pytest.mark.parametrize("methods", [["a-shape", "block-topk"], []])
+def test_forwards_are_counted_before_they_run(model: LanguageModel, methods: list[str]) -> None:
+    seen: list[int] = []  # tokens of every prompt that is read
+    heads: list[int] = []  # rows of logits, by which the inner model is called without reading anything
+
+    def note(module: Any, args: Any, given: dict[str, Any]) -> None:
+        ids = given["input_ids"]
+        if ids.shape[1] > 64 and given.get("past_key_values") is None:
+            (seen if ids.any() else heads).extend([ids.shape[1]] * len(ids))
+
+    hook = model.model.model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        small(model, methods=methods, windows=3, lengths=(640, 512), tasks=("passkey", "tracking"))
+    finally:
+        hook.remove()
+    settings = Settings((640, 512), (0.97,), 3, 64, ("passkey", "tracking"), 2, 4, 0, "reference")
+    found = text_work(settings, 1, 1, len(methods))
+    assert [work.tokens for work in found] == [512, 640]
+    entries = 1 + len(methods)
+    for work in found:
+        assert work.dense + work.sparse == seen.count(work.tokens)
+        assert work.dense == 1 + 3 + 2 * 4
+        assert work.logits == heads.count((work.tokens - 1) % HEAD_ROWS) == 2 * 3 * entries
+        assert work.sized == len(methods)
+
+
+def test_a_dry_run_loads_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is counted and checked from the config, the tokenizer and the texts."""
+    from mmflex.cli import estimate
+    from mmflex.evaluation import real
+
+    monkeypatch.setattr(real, "load", lambda *args, **options: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(estimate, "product_rate", lambda *args: 1e6)
+    file, words = tmp_path / "real.json", folder / "words.txt"
+    common = ("--model", str(folder), "--text", f"prose={words}", "--device", "cpu", "--dry-run")
+    sizes = ("--lengths", "512,640", "--windows", "2", "--task", "passkey", "--prompts", "4", "--flops", "0.5")
+    spec = '{"pattern": "AShape", "version": 1, "sink": 128, "local": 128}'
+    text = said(spec, *common, *sizes, "--methods", "block-topk,a-shape", "--json", str(file))
+    for part in (
+        f"{sum(p.numel() for p in load(folder).model.parameters()) / 1e3:.1f}k parameters, 2 layers x 4 heads",
+        f"prose ({len(WORDS):,} tokens)", "of every text at 512, 640 tokens: 2 windows, 4 prompts of passkey",
+        "as given: AShape(local=128)", "brought to 0.5 of dense attention, at every length: A-shape, block top-k",
+        "would run, 512 tokens: 7 dense and at most 18 sparse passes", f"would write: {file}",
+    ):  # fmt: skip
+        assert part in text, (part, text)
+    assert "2 operations for every weight and token" in text
+    weights = estimate.weights_of(describe(folder).config)
+    inner = tiny().model
+    assert weights.body == sum(p.numel() for p in inner.parameters()) - inner.embed_tokens.weight.numel()
+    assert weights.head == 256 * 64
+    products = 2e-6 * (25 * (512 * weights.body + weights.head) + 12 * 512 * weights.head)
+    shown = re.search(r"windows; about ([\d.]+) (s|minutes|hours) would run, 640", text)
+    assert shown is not None
+    seconds = float(shown[1]) * {"s": 1, "minutes": 60, "hours": 3600}[shown[2]]
+    assert seconds == pytest.approx(products, rel=0.06)  # attention takes next to nothing; two digits are shown
+    assert not file.exists()
+    (tmp_path / "kept").mkdir()
+    resumed = (*common, "--lengths", "512", "--resume", str(tmp_path / "kept"))
+    assert "less what" not in said(*resumed)
+    (tmp_path / "kept" / "a.npy").touch()
+    assert f"less what {tmp_path / 'kept'} holds of it" in said(*resumed)
+    assert "2048 tokens are more than the 1024 positions" in said(*common, "--lengths", "2048", code=1)
+    assert "need 5120: give a longer text" in said(*common, "--lengths", "512", "--windows", "10", code=1)
+    assert "a multikey prompt of 128 tokens takes -" in said(*common, "--lengths", "128", "--task", "multikey", code=1)
+    assert "unknown method 'magic'" in said(*common, "--lengths", "512", "--methods", "magic", code=1)
+    save_config(Config.of(AShape(), 3, 4), tmp_path / "config.json")
+    assert "has 3 layers but the model has 2" in said(
+        *common, "--lengths", "512", str(tmp_path / "config.json"), code=1
+    )
+
+
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
 
 
@@ -523,6 +616,8 @@ def test_a_model_from_a_gguf_file(model: LanguageModel, tmp_path: Path) -> None:
     for source in (tmp_path / "tiny.gguf", tmp_path):  # a folder with one such file
         found = load(source)
         assert (found.name, found.context, found.model.dtype) == ("tiny", 1024, torch.float32)
+        known = describe(source)  # without its weights
+        assert (known.name, known.context, known.config.num_hidden_layers) == ("tiny", 1024, 2)
         with torch.no_grad():
             torch.testing.assert_close(found.model(input_ids=ids[None]).logits, want, atol=1e-4, rtol=1e-4)
         assert torch.equal(tokenized("words", WORDS, found.tokenizer).ids, read_ids(model))
@@ -539,7 +634,6 @@ def test_what_reading_gguf_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_settings_are_sized_on_some_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     from mmflex.evaluation.real import sizing
-    from mmflex.tuning.config import Config
 
     monkeypatch.setattr(sizing, "SIZED_LAYERS", 2)
     whole = capture(tiny(num_hidden_layers=4), {"input_ids": torch.arange(TOKENS)[None] % 256}, "reference")

@@ -704,7 +704,8 @@ def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     arguments = ("owner/model", "--text", "words", "--tokens", "256", "--device", "cpu", "-o", "found.json")
     text = output_of(*arguments, "--dry-run")
     assert "sample: 256 tokens" in text
-    assert "owner/model, 1 layer x 4 heads; on cpu, weights are not loaded in a dry run" in text
+    size = sum(p.numel() for p in model.parameters())
+    assert f"model: owner/model, {size / 1e3:.1f}k parameters, 1 layer x 4 heads; on cpu, weights are not" in text
     assert "would write: found.json" in text
     assert not list(tmp_path.iterdir())
     (tmp_path / "table.json").write_text(json.dumps([p.to_json() for p in SMALL]))
@@ -714,6 +715,58 @@ def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert set(asked) == {"owner/model"}
 
 
+def test_a_model_is_searched_on_the_prompt_that_run_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut out of its middle, in the chat template where answers count, and with frames as `mmflex run` takes them."""
+    import transformers
+
+    from mmflex.cli import search as module
+    from mmflex.integrations import frames
+
+    class Tokenizer:
+        chat_template = "yes"
+
+        def apply_chat_template(self, messages: Any, **options: Any) -> Any:
+            assert messages == [{"role": "user", "content": "words"}]
+            return {"input_ids": torch.arange(10, 310)[None]}
+
+        def __call__(self, text: str, return_tensors: str) -> Any:
+            return {"input_ids": torch.arange(500, 800)[None]}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name: llama(1).config)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: Tokenizer())
+    searched: list[Any] = []
+
+    def stop(given: Any, sample: Any, **options: Any) -> Any:
+        searched.append(sample["input_ids"][0].tolist())
+        raise ValueError("enough")
+
+    monkeypatch.setattr("mmflex.integrations.search.search", stop)
+    monkeypatch.setattr(module, "load", lambda name, device: None)
+    common = ("owner/model", "--text", "words", "--device", "cpu")
+    text = output_of(*common, "--tokens", "101", code=1)
+    assert "199 tokens are left out of its middle (--tokens 101)" in text
+    assert searched.pop() == [*range(10, 61), *range(260, 310)]
+    assert "left out" not in output_of(*common, "--objective", "outputs", code=1)
+    assert searched.pop() == [*range(500, 800)]
+    assert "the sample has 9 tokens" in output_of(*common, "--tokens", "9", "--dry-run", code=1)
+    assert "--objective is 'answer': give answers or outputs" in output_of(*common, "--objective", "answer", code=1)
+
+    monkeypatch.setattr(module, "check_media", lambda *args: None)
+    monkeypatch.setattr(frames, "read_frames", lambda path, count: (path, count))
+    given: list[Any] = []
+
+    def prepare(*args: Any, **options: Any) -> Any:
+        given.append(args)
+        return {"input_ids": torch.arange(300)[None]}, None
+
+    monkeypatch.setattr(module, "prepare", prepare)
+    output_of(*common, "--video", "film.mp4", "--frames", "6", "--image", "a.png", "--dry-run")
+    assert given == [("owner/model", "words", (Path("film.mp4"), 6), [Path("a.png")])]
+    text = output_of(*common, "--image", "a.png", "--tokens", "100", code=1)
+    assert "--tokens is 100, and prompts with images or video are not cut" in text
+
+
 def test_dry_runs_of_tensors_and_tasks(tensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = output_of("--qkv", str(tensors), "--dry-run")
@@ -721,6 +774,7 @@ def test_dry_runs_of_tensors_and_tasks(tensors: Path, tmp_path: Path, monkeypatc
     text = output_of("v-niah", "--tokens", "1024", "--dry-run", "--device", "cpu", "--budget", "density=0.3")
     assert "sample: 1,024 tokens model: v-niah, " in text
     assert "budget: density=0.3" in text
+    assert re.search(r"would take: about [\d.]+ m?s(econds)? for those passes \(2 operations for every weight", text)
     assert [p.name for p in tmp_path.iterdir()] == ["qkv.safetensors"]
 
 

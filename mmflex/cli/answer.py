@@ -12,13 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from .app import app, fail
-from .models import check_backend, check_media, config_of, device_of, dtype_of, load, parameters
-from .options import counted, in_short, spec_of, text_of
+from .dry_run import duration, model_line, written_line
+from .estimate import BASIS, Forwards
+from .models import check_backend, check_media, config_of, device_of, dtype_of, load, multimodal, weights_dtype
+from .options import by_layer, counted, spec_of, text_of
 from .progress import Progress
+from .prompts import prepare
 
 if TYPE_CHECKING:
     from ..evaluation.beside import Beside
-    from ..integrations.frames import Frames
 
 
 @app.command()
@@ -40,7 +42,7 @@ def run(
             show_default="default",
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer; the prompt is never cut.")] = 64,
     runs: Annotated[int, typer.Option(min=1, help="Timed prefills of each side.")] = 2,
     device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'auto': a GPU if there is one.")] = "auto",
     dtype: Annotated[
@@ -94,7 +96,8 @@ def run(
             say("preparing the prompt")
             inputs, decode = prepare(model, text, taken)
             if dry_run:
-                _say_plan(console, config, inputs, chosen, where, kind, backend, tokens, runs)
+                files = [json_file, output]
+                _say_plan(console, config, inputs, chosen, where, kind, backend, tokens, runs, files)
                 return
             say("loading the model")
             loaded = load(model, where, kind)
@@ -123,36 +126,6 @@ def _spec(given: str | None) -> Any:
     return spec_of("default" if given is None else given)[1]
 
 
-# ---- the prompt ------------------------------------------------------------------------------------------------------
-
-
-def prepare(model: str, text: str, frames: Frames | None) -> tuple[dict[str, Any], Any]:
-    """(inputs of a prompt, function from token ids to text), by the model's own processor or tokenizer."""
-    import transformers
-
-    if frames is None:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
-        if getattr(tokenizer, "chat_template", None):
-            messages = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return dict(tokenizer(text, return_tensors="pt")), lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    if importlib.util.find_spec("torchvision") is None:
-        raise ImportError("transformers' video processors need torchvision: pip install 'mmflex[video]'")
-    processor: Any = transformers.AutoProcessor.from_pretrained(model)
-    content = [{"type": "video"}, {"type": "text", "text": text}]
-    written = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
-    inputs = processor(
-        text=[written],
-        videos=[frames.pixels],
-        video_metadata=[frames.metadata],
-        do_sample_frames=False,  # they were chosen when they were read
-        return_tensors="pt",
-    )
-    return dict(inputs), lambda ids: processor.decode(ids, skip_special_tokens=True)
-
-
 def _placed(value: Any, model: Any) -> Any:
     """An input on the model's device; pixels in its dtype."""
     import torch
@@ -175,52 +148,53 @@ def _say_plan(
     backend: str,
     tokens: int,
     runs: int,
+    written: list[Path | None],
 ) -> None:
-    """The dry run: sizes from the config, seconds from one matrix product here."""
+    """The dry run: sizes and predictions from the config, seconds from one matrix product here."""
     from ..integrations.layouts import layout_for
+    from ..tuning.config import Config
 
     text = config.get_text_config(decoder=True)
+    layers, heads = int(text.num_hidden_layers), int(text.num_attention_heads)
     layout = layout_for(config, inputs)
     length = int(inputs["input_ids"].shape[1])
-    size = parameters(config)
-    products = 2 * size * length / _rate(device, dtype)
+    patterns = by_layer(spec, text)
+    kind = weights_dtype(dtype, config)
+    forwards = Forwards(config, device, kind)
     prefills = 2 * (1 + runs)
-    console.print(f"prompt: {counted(length, 'token')} ({layout.summary()})", highlight=False)
-    console.print(
-        f"model: {config.model_type}, {in_short(size)} parameters, {counted(text.num_hidden_layers, 'layer')} x "
-        f"{counted(text.num_attention_heads, 'head')}; on {device}, weights are not loaded in a dry run",
-        highlight=False,
-        soft_wrap=True,
+    given = f"a config of {counted(layers, 'layer')} x {counted(heads, 'head')}" if isinstance(spec, Config) else spec
+    chosen = [f"spec: {given}, backend {backend}"]
+    if backend == "auto":
+        chosen.append(_choice_of_auto(text, patterns, layout, device, kind))
+    seconds, tower = forwards.seconds(length), "the vision tower, " if multimodal(config) else ""
+    for line in (
+        f"prompt: {counted(length, 'token')} ({layout.summary()})",
+        model_line(config.model_type, forwards),
+        *chosen,
+        f"would run: {prefills} prefills and two answers of {counted(tokens, 'token')}, dense and sparse",
+        f"would take: about {duration(seconds)} a dense prefill, {duration(prefills * seconds)} for as many as all of "
+        f"them ({BASIS}); {tower}the answers' tokens and compilation (10 to 60 s on a CPU) come on top",
+        written_line(written),
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _choice_of_auto(text: Any, spec: Any, layout: Any, device: str, dtype: Any) -> str:
+    """What backend "auto" will do with the prompt, by the cost model that decides it at run time."""
+    from ..integrations.notice import mostly, predicted_dense
+
+    reasons = predicted_dense(text, spec, layout, device, dtype)
+    dense = {layer: reason for layer, reason in reasons.items() if reason}
+    if not dense:
+        return f"backend auto: the cost model has none of {counted(len(spec), 'layer')} run dense instead of its spec"
+    layer, reason = next(iter(dense.items()))
+    said = (
+        f"backend auto: {len(dense)} of {counted(len(spec), 'layer')} will run dense, which the cost model predicts to "
+        f"be faster for this prompt (layer {layer}: {reason})"
     )
-    shown = (
-        spec
-        if not hasattr(spec, "patterns")
-        else f"a config of {counted(spec.layers, 'layer')} x {counted(spec.heads, 'head')}"
-    )
-    console.print(f"spec: {shown}, backend {backend}", highlight=False, markup=False, soft_wrap=True)
-    console.print(
-        f"would run: {prefills} prefills and two answers of {counted(tokens, 'token')}, dense and sparse; matrix "
-        f"products take about {products:.2g} s a prefill here, {prefills * products:.2g} s in all; attention, the "
-        "vision tower and compilation (10 to 60 s on a CPU) come on top",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _rate(device: str, dtype: str) -> float:
-    """Floating-point operations a second of a matrix product on a device."""
-    import time
-
-    import torch
-
-    size = 4096 if device.startswith("cuda") else 1024
-    kind = torch.float32 if dtype == "float32" else torch.bfloat16
-    a = torch.randn(size, size, device=device).to(kind)
-    for number in range(3):
-        if number == 2:
-            start = time.perf_counter()
-        (a @ a).sum().item()
-    return 2 * size**3 / (time.perf_counter() - start)
+    if mostly(reasons, len(spec)):
+        said += "; most of both sides is the same then: to run the spec at any length, name a backend"
+    return said
 
 
 def show(found: Beside, console: Console) -> None:

@@ -10,10 +10,15 @@ import typer
 from rich.console import Console
 
 from .app import app, fail
+from .dry_run import entries_of, method_lines, model_line, work_lines, written_line
+from .estimate import Forwards
 from .models import check_backend, device_of
-from .options import counted, numbers_of, print_table, spec_of
+from .options import by_layer, counted, numbers_of, print_table, spec_of
 
 if TYPE_CHECKING:
+    import torch
+
+    from ..evaluation.evaluate import Settings
     from ..evaluation.report import Report
 
 
@@ -57,7 +62,9 @@ def evaluate_(
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="Tokens of a prompt, separated by commas.", show_default="1024,2048,4096,8192; with --model 4096"
+            help="Tokens of a prompt, separated by commas; with --model also of a window. Only a task's filler is cut, "
+            "and its question stays at the end.",
+            show_default="1024,2048,4096,8192; with --model 4096",
         ),
     ] = None,
     depths: Annotated[int, typer.Option(help="Parts of the prompt that needles are sorted into.")] = 5,
@@ -97,6 +104,9 @@ def evaluate_(
     picture: Annotated[
         Path | None, typer.Option(help="Draw heat maps and curves to this file (PNG, SVG, PDF).")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, and about how long it takes; load no weights.")
+    ] = False,
 ) -> None:
     """Needles in long prompts: accuracy of sparse attention beside dense, at matched attention FLOPs.
 
@@ -118,7 +128,7 @@ def evaluate_(
 
         return evaluate_model(
             model, text or [], specs or [], task or [], lengths, flops, windows, last, depths, prompts, methods, config,
-            device, backend, extend, resume, add or [], json_file, picture,
+            device, backend, extend, resume, add or [], json_file, picture, dry_run,
         )  # fmt: skip
     import torch
 
@@ -156,6 +166,9 @@ def evaluate_(
         if picture is not None:
             drawable(picture)
         report = sum(map(Report.load, add or ()), Report(()))
+        if dry_run:
+            _say_plan(console, tasks, given or {}, options, checked, where, dtype, [json_file, picture])
+            return
         if tasks:
             used = ", ".join(map(str, checked.numbers()))
             console.print(f"seeds of the prompts: {used}; of the sample prompts: {checked.sample}; on {where}")
@@ -178,6 +191,43 @@ def evaluate_(
             console.print(f"drawn to {picture}")
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         raise fail(str(error)) from error
+
+
+def _say_plan(
+    console: Console,
+    tasks: list[str],
+    given: dict[str, Any],
+    options: dict[str, Any],
+    settings: Settings,
+    device: torch.device,
+    dtype: torch.dtype,
+    files: list[Path | None],
+) -> None:
+    """The dry run."""
+    from ..evaluation import models
+    from ..evaluation.outlook import task_work
+
+    forwards: dict[str, Forwards] = {}
+    for group in _models(tasks):
+        models.check_present(group[0])
+        found = Forwards(models.config_of(group[0]), str(device), dtype)
+        for spec in given.values():
+            by_layer(spec, found.config.get_text_config(decoder=True))
+        forwards |= dict.fromkeys(group, found)
+    as_given, methods = entries_of(given, options["config"], options["methods"])
+    seeds, questions = counted(settings.seeds, "seed"), counted(settings.questions, "question")
+    works = task_work(settings, tasks, len(as_given), len(methods))
+    if not tasks:
+        console.print(f"would run: nothing; it shows what --add holds\n{written_line(files)}", markup=False)
+        return
+    for line in (
+        *(model_line(f"that of {' and '.join(group)}", forwards[group[0]]) for group in _models(tasks)),
+        f"of every task and length: {seeds} of {counted(settings.prompts, 'prompt')}, each with {questions}",
+        *method_lines(as_given, methods, settings.flops, f"all at {settings.sweep:,} tokens, else the largest"),
+        *work_lines(works, [forwards[work.where] for work in works]),
+        written_line(files),
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _show(report: Report, console: Console) -> None:

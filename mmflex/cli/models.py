@@ -7,9 +7,12 @@ import importlib.util
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..ir.shown import shown
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16", "fp16": "float16"}
 DTYPES |= {"float32": "float32", "fp32": "float32"}
@@ -48,6 +51,17 @@ def dtype_of(name: str, *, auto: bool = False) -> str:
     return DTYPES[name]
 
 
+def weights_dtype(dtype: str, config: Any) -> torch.dtype:
+    """What a model is loaded in: a name of `dtype_of`, or for "auto" what its config says; bfloat16 if nothing."""
+    import torch
+
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    text = None if config is None else config.get_text_config(decoder=True)
+    stored = getattr(text, "dtype", None) or getattr(config, "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else torch.bfloat16
+
+
 def check_backend(
     name: str, device: str, dtype: str = "auto", config: Any = None, *, without: Sequence[str] = ()
 ) -> None:
@@ -60,8 +74,7 @@ def check_backend(
             one that every backend takes.
         without: backends that the command does not take.
     """
-    import torch
-
+    from ..integrations.shape import head_dim_of
     from ..runtime.backends import BACKENDS, why_not
 
     known = [b for b in BACKENDS if b not in without]
@@ -69,22 +82,14 @@ def check_backend(
         raise ValueError(f"--backend is {shown(name)}: give auto, {_either(known)}{_near(name, known)}")
     if name == "auto":
         return
-    text = None if config is None else config.get_text_config(decoder=True)
-    stored = getattr(text, "dtype", None) or getattr(config, "dtype", None)
-    kind = getattr(torch, dtype) if dtype != "auto" else stored if isinstance(stored, torch.dtype) else torch.bfloat16
-    dim = _head_dim(text)
+    kind = weights_dtype(dtype, config)
+    dim = (None if config is None else head_dim_of(config.get_text_config(decoder=True))) or 128
     reason = why_not(name, device, dim, kind)
     if reason is not None:
         can = [b for b in known if why_not(b, device, dim, kind) is None]
         raise ValueError(
             f"--backend is {shown(name)}, which cannot run here: {reason}; give --backend {_either(can)}, or auto"
         )
-
-
-def _head_dim(text: Any) -> int:
-    heads, width = (getattr(text, name, None) for name in ("num_attention_heads", "hidden_size"))
-    found = getattr(text, "head_dim", None) or (width // heads if heads and width else None)
-    return found if isinstance(found, int) else 128
 
 
 def _either(names: Iterable[str]) -> str:
@@ -104,15 +109,29 @@ def check_place(model: str, *, gguf: bool = False) -> None:
     """ValueError for a path where there is no model. Any other name may be one on the Hub."""
     path = Path(model)
     if path.is_dir():
-        if not (path / "config.json").is_file() and not (gguf and any(path.glob("*.gguf"))):
+        files = [] if (path / "config.json").is_file() else sorted(path.glob("*.gguf"))
+        if files and not gguf:
+            raise ValueError(_ways_out(files[0]))
+        if not files and not (path / "config.json").is_file():
             raise ValueError(f"the folder {model} holds no model of transformers: there is no config.json in it")
     elif path.exists():
-        if not (gguf and path.suffix == ".gguf"):
+        if path.suffix == ".gguf" and not gguf:
+            raise ValueError(_ways_out(path))
+        if path.suffix != ".gguf":
             raise ValueError(f"{model} is a file: give the folder of a transformers model, or a name on the Hub")
     elif model.endswith(".gguf"):
         raise ValueError(f"there is no file {model}")
     elif _is_path(model):
         raise ValueError(f"there is no folder {model}: give one with a transformers model, or a name on the Hub")
+
+
+def _ways_out(file: Path) -> str:
+    """What to do with a GGUF file where a folder is needed."""
+    code = f"from mmflex.evaluation import real; real.load({str(file)!r}).save({file.stem!r})"
+    return (
+        f"{file} is a GGUF file, which mmflex eval --model reads as it is; this command takes a folder: save the model "
+        f'as one, python -c "{code}", and give {file.stem}'
+    )
 
 
 def _is_path(name: str) -> bool:
@@ -185,12 +204,3 @@ def load(model: str, device: str, dtype: str = "auto") -> Any:
 
     loaded = kind_of(config_of(model)).from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     return loaded.eval().to(device)
-
-
-def parameters(config: Any) -> int:
-    """Parameters of a config's model, counted without memory for them."""
-    import torch
-
-    with torch.device("meta"):
-        built = kind_of(config).from_config(config)
-    return sum(parameter.numel() for parameter in built.parameters())

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
 from ..ir.shown import shown
@@ -68,6 +67,15 @@ def spec_of(text: str) -> tuple[str, Any]:
     return path.stem, load_config(path)
 
 
+def by_layer(spec: Any, config: Any) -> dict[int, tuple[Any, ...]]:
+    """The patterns of a spec or config for the language model that ``config`` describes; ValueError where they are for
+    another number of layers or heads."""
+    from ..tuning.config import Config, per_layer
+
+    layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
+    return spec.for_model(layers, heads) if isinstance(spec, Config) else per_layer(spec, range(layers), heads)
+
+
 def counted(number: int, what: str) -> str:
     """A number with its noun: "1 head", "2 heads"."""
     return f"{number:,} {what if number == 1 else what + 's'}"
@@ -85,7 +93,8 @@ def in_short(number: int) -> str:
 def print_table(table: Table, console: Console) -> None:
     """Prints a table; where no terminal folds its lines, as wide as it needs to be."""
     if not console.is_terminal:
-        endless = Console(width=10_000)
-        width = max(console.width, Measurement.get(endless, endless.options, table).maximum)
+        from ..evaluation.tables import whole_width
+
+        width = max(console.width, whole_width(table))
         console = Console(file=console.file, width=width, no_color=console.no_color)
     console.print(table)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,6 +94,9 @@ def bench(
     which: Annotated[
         str, typer.Argument(help="'auto', or a module of benchmarks/: cpu, attention, prefill, ...")
     ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, and how long it is known to take; measure nothing.")
+    ] = False,
 ) -> None:
     """Measure it here: attention against PyTorch's, planning counted.
 
@@ -108,20 +114,56 @@ def bench(
     )
     if root is None:
         raise fail("there is no benchmarks folder here: run it from a checkout of mmflex")
-    if not (root / "benchmarks" / f"{which}.py").exists():
+    module = root / "benchmarks" / f"{which}.py"
+    if not module.exists():
         known = sorted(p.stem for p in (root / "benchmarks").glob("*.py") if not p.stem.startswith("_"))
         raise fail(f"there is no benchmark {which!r} in {root / 'benchmarks'}: choose one of {', '.join(known)}")
-    command = [sys.executable, "-m", f"benchmarks.{which}", *context.args, *_file(which, context.args, root)]
+    command, path = [sys.executable, "-m", f"benchmarks.{which}", *context.args], _file(which, context.args, root)
+    if path is not None:
+        command += [FILES[which], str(path)]
+    if dry_run:
+        _check_options(command, root)
+        _say_plan(module, command, root, path)
+        return
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"results go to {path}", flush=True)
     raise typer.Exit(subprocess.run(command, cwd=root, check=False).returncode)
 
 
-def _file(which: str, given: list[str], root: Path) -> list[str]:
-    """What keeps a benchmark from replacing the results that are in the checkout; none where a file is named."""
-    option = FILES.get(which)
+def _file(which: str, given: list[str], root: Path) -> Path | None:
+    """What keeps a benchmark from replacing the results that are in the checkout; None where a file is named."""
     named = {argument.partition("=")[0] for argument in given} & {"--json", "--output", "-h", "--help"}
-    if option is None or named:
-        return []
-    path = root / "build" / "bench" / (f"{which}.png" if which == "picture" else f"{which}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"results go to {path}", flush=True)
-    return [option, str(path)]
+    if which not in FILES or named:
+        return None
+    return root / "build" / "bench" / (f"{which}.png" if which == "picture" else f"{which}.json")
+
+
+def _check_options(command: list[str], root: Path) -> None:
+    """An error for options that a benchmark does not take: its own parser and its own help are asked."""
+    asked = subprocess.run([*command, "--help"], cwd=root, check=False, capture_output=True, text=True)
+    if asked.returncode:
+        raise fail(asked.stderr.strip().splitlines()[-1] if asked.stderr.strip() else f"{command[2]} does not start")
+    known = dict.fromkeys(re.findall(r"--[a-z][\w-]*", asked.stdout))
+    for argument in command[3:]:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and not any(option.startswith(name) for option in known):
+            raise fail(f"{command[2]} has no option {name}: it takes {', '.join(known) or 'none'}")
+
+
+def _say_plan(module: Path, command: list[str], root: Path, path: Path | None) -> None:
+    """The dry run: what a benchmark's own documentation says of it."""
+    lines = (ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or "").splitlines()
+    times = [" ".join(line.split()) for line in lines if re.search(r"#.*(second|minute|hour)", line)]
+    named = [after for before, after in pairwise(command) if before in ("--json", "--output")]
+    named += [part.partition("=")[2] for part in command if part.startswith(("--json=", "--output="))]
+    written = str(path) if path is not None else ", ".join(named) or "what its own options name"
+    console = Console()
+    for line in (
+        f"would run: python {' '.join(command[1:])}, in {root}",
+        f"measures: {lines[0] if lines else 'it does not say'}",
+        *(f"would take, by its documentation: {line}" for line in times),
+        *([] if times else ["would take: its documentation names no time"]),
+        f"would write: {written}",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

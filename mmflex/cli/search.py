@@ -15,12 +15,18 @@ from rich.console import Console
 from rich.table import Table
 
 from .app import app, fail
-from .models import check_backend, check_media, check_place, config_of, device_of, load
+from .dry_run import duration, model_line
+from .estimate import BASIS, Forwards
+from .models import check_backend, check_media, check_place, config_of, device_of, load, weights_dtype
 from .options import counted, text_of
+from .prompts import prepare, shortened
 
 if TYPE_CHECKING:
     from ..ir.pattern import Pattern
     from ..tuning.config import Config
+
+BACKWARD = 3
+"""What a backward pass takes in forwards: two, and one more for activations that are computed again."""
 
 TASKS = ("v-niah", "mm-niah", "retrieval", "tracking")
 
@@ -49,7 +55,11 @@ def search(
     ] = False,
     tokens: Annotated[
         int | None,
-        typer.Option(help="Length of the sample: of a task's prompt (default 8192), or to cut a text to."),
+        typer.Option(
+            min=1,
+            help="Length of the sample: of a task's prompt (default 8192), or what a longer text is cut to, out of its "
+            "middle: its beginning and the question at its end stay.",
+        ),
     ] = None,
     prompts: Annotated[
         int | None,
@@ -60,9 +70,15 @@ def search(
     video: Annotated[Path | None, typer.Option(help="For a model of yours: a video file to read.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="An image file; may be given several times.")] = None,
     text: Annotated[
-        str | None, typer.Option(help="The question about them, or a long text; @file.txt reads a file.")
+        str | None,
+        typer.Option(
+            help="The question about them, or a long text with a question at its end; @file.txt reads a file."
+        ),
     ] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames to take from the video.")] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(help="Frames to take from the video, evenly spread.", show_default="one a second, at most 128"),
+    ] = None,
     qkv: Annotated[
         Path | None,
         typer.Option(help="Instead of a model: a safetensors file with 0.q, 0.k, 0.v, 1.q, ... each [1, heads, N, D]."),
@@ -80,7 +96,8 @@ def search(
         str,
         typer.Option(
             help="'answers': errors count by how much the model's predictions at the prompt's end depend on them (it "
-            "takes gradients); 'outputs': all heads and tokens alike. With --qkv it is outputs."
+            "takes gradients), so the text is asked as mmflex run asks it, in the model's chat template where it has "
+            "one; 'outputs': all heads and tokens alike, and the text is read as it stands. With --qkv it is outputs.",
         ),
     ] = "answers",
     seed: Annotated[int, typer.Option(help="Seed of a task's prompt.")] = 1 << 20,
@@ -109,6 +126,8 @@ def search(
         raise fail("give a model (a folder, a name or a task) or --qkv FILE, one of the two")
     if not output.parent.is_dir():
         raise fail(f"there is no folder {output.parent} for the config: make it first")
+    if objective not in ("answers", "outputs"):
+        raise fail(f"--objective is {objective!r}: give answers or outputs")
     if prompts is not None and prompts < 1:
         raise fail(f"--for is {prompts}: give the tokens of a prompt")
     progress = output.with_name(output.name + ".progress")
@@ -136,12 +155,16 @@ def search(
             found = _Task(model, tokens or 8192, seed, where, backend)
         else:
             assert model is not None
-            found = _Model(model, tokens, _Media(video, image or [], text, frames), where, backend)
+            sample = _Sample(video, image or [], text, frames, tokens, template=objective != "outputs")
+            found = _Model(model, sample, where, backend)
+            if found.left_out:
+                told = f"{counted(found.left_out, 'token')} are left out of its middle (--tokens {tokens})"
+                console.print(f"the text is longer: {told}", highlight=False, soft_wrap=True)
         if dry_run:
             _say_plan(console, found, limit, table, objective, where, backend, output)
             return
-        given, sample = found.loaded()
-        config = find(given, sample, checkpoint=progress, **options)
+        given, inputs = found.loaded()
+        config = find(given, inputs, checkpoint=progress, **options)
         fitted = config if prompts is None else config.resized(prompts)
         save_config(fitted, output)
     except (ValueError, TypeError, OSError, NotImplementedError, RuntimeError, ImportError) as error:
@@ -171,9 +194,10 @@ class _Task:
     """The shipped model of a task, and a prompt that no evaluation has (its seeds are small)."""
 
     def __init__(self, task: str, tokens: int, seed: int, device: str, backend: str) -> None:
-        from ..evaluation import samples
+        from ..evaluation import models, samples
 
         check_backend(backend, device, "float32")
+        models.check_present(task)
         self.task, self.device = task, device
         self.sample = samples.prompts(task, tokens, batch=1, questions=16, seed=seed, device=device).inputs
 
@@ -183,63 +207,64 @@ class _Task:
         return models.load(self.task, device=self.device), self.sample
 
     def sizes(self) -> tuple[str, int, int, int]:
-        from ..evaluation import models
-        from ..evaluation.samples import VISION
-
-        text = models.build("vision" if self.task in VISION else "text").config.get_text_config(decoder=True)
+        text = self.forwards().config.get_text_config(decoder=True)
         return self.task, text.num_hidden_layers, text.num_attention_heads, self.sample["input_ids"].shape[1]
+
+    def forwards(self) -> Forwards:
+        import torch
+
+        from ..evaluation import models
+
+        return Forwards(models.config_of(self.task), self.device, torch.float32)
 
 
 @dataclass(frozen=True)
-class _Media:
-    """What the sample of a model is made of."""
+class _Sample:
+    """What the sample of a model is made of. ``tokens``: to cut a text to. ``template``: ask as a user would."""
 
     video: Path | None
     images: list[Path]
     text: str | None
     frames: int | None
+    tokens: int | None
+    template: bool
 
 
 class _Model:
-    """A model from a folder or the Hub, and its processor's output for the files given."""
+    """A model from a folder or the Hub, and the prompt that `mmflex run` would give it.
 
-    def __init__(self, name: str, tokens: int | None, media: _Media, device: str, backend: str) -> None:
+    Attributes:
+        left_out: tokens of the text that are not in the sample.
+    """
+
+    def __init__(self, name: str, sample: _Sample, device: str, backend: str) -> None:
         check_place(name)
-        files = media.video is not None or bool(media.images)
-        if media.text is None and not files:
+        media = sample.video is not None or bool(sample.images)
+        if sample.text is None and not media:
             raise ValueError(
                 f"{name} is none of the tasks {', '.join(TASKS)}, and a model needs a sample: --video FILE, --image "
                 "FILE or --text, at best all it is for"
             )
-        asked = None if media.text is None else text_of("--text", media.text)
+        if media and sample.tokens is not None:
+            raise ValueError(
+                f"--tokens is {sample.tokens}, and prompts with images or video are not cut: leave it out, or give "
+                "fewer --frames or smaller images"
+            )
+        asked = None if sample.text is None else text_of("--text", sample.text)
         if importlib.util.find_spec("transformers") is None:
             raise ImportError("this needs transformers: pip install 'mmflex[transformers]'")
+        from ..integrations.capture import tokens_of
+        from ..integrations.frames import read_frames
+
         self.name, self.device = name, device
         self.config = config_of(name)
         check_backend(backend, device, config=self.config)
-        check_media(name, self.config, media.video, media.images)
-        sample = self._seen(media, asked) if files else self._read(asked or "", tokens)
-        self.sample = dict(sample)
-
-    def _seen(self, media: _Media, asked: str | None) -> Any:
-        import transformers
-
-        processor: Any = transformers.AutoProcessor.from_pretrained(self.name)
-        content: list[dict[str, Any]] = [{"type": "image", "path": str(file)} for file in media.images]
-        if media.video:
-            content.append({"type": "video", "path": str(media.video)})
-        content.append({"type": "text", "text": asked or "Describe this in detail."})
-        more = {} if media.frames is None else {"num_frames": media.frames}
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **more,
-        )  # fmt: skip
-
-    def _read(self, asked: str, tokens: int | None) -> Any:
-        import transformers
-
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self.name)
-        return {name: value[:, :tokens] for name, value in tokenizer(asked, return_tensors="pt").items()}
+        check_media(name, self.config, sample.video, sample.images)
+        frames = None if sample.video is None else read_frames(sample.video, sample.frames)
+        question = "Describe this in detail." if asked is None else asked
+        prompt, _ = prepare(name, question, frames, sample.images, template=sample.template)
+        self.sample = prompt if sample.tokens is None else shortened(prompt, sample.tokens)
+        self.left_out = prompt["input_ids"].shape[1] - tokens_of(self.sample)
 
     def loaded(self) -> tuple[Any, Any]:
         return load(self.name, self.device), self.sample
@@ -247,6 +272,9 @@ class _Model:
     def sizes(self) -> tuple[str, int, int, int]:
         text = self.config.get_text_config(decoder=True)
         return self.name, text.num_hidden_layers, text.num_attention_heads, self.sample["input_ids"].shape[1]
+
+    def forwards(self) -> Forwards:
+        return Forwards(self.config, self.device, weights_dtype("auto", self.config))
 
 
 def _say_plan(
@@ -261,19 +289,24 @@ def _say_plan(
 ) -> None:
     """The dry run."""
     name, layers, heads, tokens = found.sizes()
-    passes = "one forward pass"
+    passes, as_many = "one forward pass", 1
     if isinstance(found, _Tensors):
         passes = "no model"
     elif objective == "answers":
-        passes = "two forward and two backward passes"
+        passes, as_many = "two forward and two backward passes", 2 + 2 * BACKWARD
+    model = f"model: {name}, {counted(layers, 'layer')} x {counted(heads, 'head')}; on {device}"
+    took = "longest for trying patterns: how long it tells after the first layer"
+    if not isinstance(found, _Tensors):
+        model = model_line(name, found.forwards())
+        took = f"about {duration(as_many * found.forwards().seconds(tokens))} for those passes ({BASIS}); {took}"
     tried = "the papers' table" if table is None else counted(len(table), "pattern")
     limit = "for each head, the cost of 1k first and 4k last keys" if budget is None else budget
     for line in (
         f"sample: {counted(tokens, 'token')}",
-        f"model: {name}, {counted(layers, 'layer')} x {counted(heads, 'head')}; on {device}, weights are not loaded in "
-        "a dry run",
+        model,
         f"would run: {passes} over the sample, and try {tried} on {counted(layers * heads, 'head')}; budget: {limit}; "
         f"costs of backend {backend}",
+        f"would take: {took}",
         f"would write: {output}",
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

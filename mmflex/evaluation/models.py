@@ -150,13 +150,7 @@ def restore(
     from safetensors.torch import load_file
 
     folder = Path(path)
-    for name in (_FILE, "config.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name} is missing: the weights of the {kind} model are in the repository, not in the wheel; "
-                f"install from a checkout with 'pip install -e .', or train it with 'python -m benchmarks.train "
-                f"--task {kind} --out {folder}'"
-            )
+    _check_files(kind, folder)
     of = _class(kind)
     model = of(of.config_class.from_pretrained(folder))
     missing, unexpected = model.load_state_dict(load_file(folder / _FILE), strict=False)
@@ -167,6 +161,21 @@ def restore(
     return model.to(device=device, dtype=dtype).eval()
 
 
+def _check_files(kind: str, folder: Path) -> None:
+    for name in (_FILE, "config.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} is missing: the weights of the {kind} model are in the repository, not in the wheel; "
+                f"install from a checkout with 'pip install -e .', or train it with 'python -m benchmarks.train "
+                f"--task {kind} --out {folder}'"
+            )
+
+
+def check_present(task: str) -> None:
+    """FileNotFoundError where `load` would have no weights."""
+    _check_files(_kind(task), WEIGHTS / _kind(task))
+
+
 def present(task: str) -> bool:
     """Whether the weights of a task's model are installed: a checkout has them, a wheel does not."""
     return (WEIGHTS / _kind(task) / _FILE).is_file()
@@ -174,6 +183,11 @@ def present(task: str) -> bool:
 
 def _kind(task: str) -> str:
     return "vision" if task in VISION else "text"
+
+
+def config_of(task: str) -> Any:
+    """The config of the shipped model that does a task."""
+    return _config(_kind(task), None, None)
 
 
 def load(task: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:

@@ -13,6 +13,8 @@ from typing import Any
 
 from rich.table import Table
 
+from .tables import as_html, as_text
+
 SCHEMA = "mmflex.evaluation"
 VERSION = 1
 Z = 1.959964
@@ -143,9 +145,9 @@ class Skipped:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """What `evaluate` found.
+    """What `evaluate` found. ``print(report)``, and a notebook, show its tables.
 
     Attributes:
         runs: of each run (several where reports were added) what was asked for, seeds included, the ``versions`` that
@@ -168,6 +170,20 @@ class Report:
     @property
     def tasks(self) -> list[str]:
         return list(dict.fromkeys(r.task for r in self.rows))
+
+    def tables(self) -> list[Table]:
+        """One for each task."""
+        return [self.table(task) for task in self.tasks]
+
+    def __repr__(self) -> str:
+        parts = (("rows", self.rows), ("skipped", self.skipped))
+        return f"Report({', '.join(f'{name}: {len(values)}' for name, values in parts if values)})"
+
+    def __str__(self) -> str:
+        return as_text(self.tables()) or repr(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.tables()) or repr(self)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain JSON data; `from_json` reads it back."""

@@ -44,8 +44,9 @@ from mmflex.ir.queries import QueryTokens
 
 from .layouts import call_arguments
 from .masks import DECODE_QUERIES, MaskDescription
-from .prefill import PatchedModel, kv_heads_of, own_kv_heads, own_patterns
+from .prefill import PatchedModel, own_kv_heads, own_patterns
 from .prompts import LayoutUnknown
+from .shape import kv_heads_of
 from .tensor_parallel import check_tensor_ranks
 from .window import SlidingWindow
 

@@ -19,6 +19,7 @@ from .closed import INSIDE, layer_attention
 from .masks import DECODE_QUERIES, MaskDescription, causal_description, dense_function, previous_implementation
 from .notice import MostlyDense
 from .prompts import LayoutUnknown
+from .shape import kv_heads_of
 from .window import SlidingWindow
 
 
@@ -313,8 +314,3 @@ def own_kv_heads(patch: PatchedModel, heads: int, t: torch.Tensor) -> torch.Tens
         return t
     own = rank * heads * t.shape[1] // every
     return t[:, own : own + 1]
-
-
-def kv_heads_of(config: Any) -> int:
-    """KV heads of a layer, over all processes."""
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)

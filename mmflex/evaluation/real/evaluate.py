@@ -28,7 +28,7 @@ from ..methods import SEARCHED
 from ..report import Score
 from ..trace import Trace, capture
 from .forward import default_backend, sparse
-from .model import HEAD_ROWS, Hidden, LanguageModel, hidden_states, logits
+from .model import HEAD_ROWS, Hidden, LanguageModel, Reader, check_context, hidden_states, logits
 from .needles import TASKS, answered, question
 from .progress import Progress
 from .report import Method, NeedleRow, Report, TextRow
@@ -117,12 +117,7 @@ def evaluate(
     settings = Settings(
         tuple(sorted(set(lengths))), tuple(densities), windows, last, tuple(tasks), depths, prompts, seed, backend
     )
-    for tokens in settings.lengths:
-        model.check_length(tokens, extend)
-        for text in texts:
-            text.windows(tokens, windows)
-    if not texts:
-        raise ValueError("there is no text: give at least one")
+    check_prompts(model, texts, settings, extend)
     wanted = [m for m in table.chosen(methods) if m.name != "dense"] if methods else []
     given = dict(specs or {})
     if config is not None:
@@ -140,6 +135,18 @@ def evaluate(
             if measured is not None:
                 measured(report)
     return report
+
+
+def check_prompts(model: Reader, texts: Sequence[Text], settings: Settings, extend: bool) -> None:
+    """ValueError for no text, and for lengths that the model, a text or the question of a task is not made for."""
+    if not texts:
+        raise ValueError("there is no text: give at least one")
+    for tokens in settings.lengths:
+        check_context(model, tokens, extend)
+        for text in texts:
+            filler = text.windows(tokens, settings.windows)[0]
+            for task in settings.tasks:
+                question(task, model, filler, tokens, 0.5, settings.seed)
 
 
 @dataclass(eq=False)

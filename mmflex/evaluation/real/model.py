@@ -7,13 +7,46 @@ import importlib.util
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 HEAD_ROWS = 512
 """Rows whose logits are held at a time."""
+
+
+class Reader(Protocol):
+    """What prompts are made for: a model, or what `describe` knows of it before its weights are loaded."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def context(self) -> int | None: ...
+
+
+def check_context(reader: Reader, tokens: int, extend: bool = False) -> None:
+    """ValueError for prompts longer than a model was trained for, unless ``extend``."""
+    if reader.context is not None and tokens > reader.context and not extend:
+        raise ValueError(
+            f"{tokens} tokens are more than the {reader.context} positions that {reader.name} was trained for "
+            f"(max_position_embeddings): use lengths up to {reader.context}, or --extend (extend=True) if you know "
+            "that its positions go further"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Description:
+    """A model without its weights; ``config`` of transformers, the others as of `LanguageModel`."""
+
+    config: Any
+    tokenizer: Any
+    name: str
+    context: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,14 +67,10 @@ class LanguageModel:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def check_length(self, tokens: int, extend: bool = False) -> None:
-        """ValueError for prompts longer than the model was trained for, unless ``extend``."""
-        if self.context is not None and tokens > self.context and not extend:
-            raise ValueError(
-                f"{tokens} tokens are more than the {self.context} positions that {self.name} was trained for "
-                f"(max_position_embeddings): use lengths up to {self.context}, or --extend (extend=True) if you know "
-                "that its positions go further"
-            )
+    def save(self, folder: str | Path) -> None:
+        """Writes weights, config and tokenizer as a folder that transformers loads: of a GGUF file, say."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
 
 def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
@@ -56,24 +85,52 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", dtype: torch
     Raises:
         ValueError: no such file, or a model that has no tokenizer. ImportError: what reading GGUF needs is missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     where = torch.device(device)
-    options: dict[str, Any] = {}
-    place, name = str(source), str(source)
-    file = _gguf_file(Path(source))
-    if file is not None:
-        place, name, options = str(file.parent), file.stem, _gguf_options(file)
-    wanted = dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16)
-    file_option = {"gguf_file": options["gguf_file"]} if options else {}
+    place, _, options = _place(source)
+    if options:
+        from transformers import GgufConfig
+
+        # Left quantised, linear layers would go through kernels of their own, in other precision.
+        options["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, **options)
-        tokenizer = AutoTokenizer.from_pretrained(place, **file_option)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype or default_dtype(where), **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} is no model that transformers can load: {error}") from error
     model.eval().to(where)
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return LanguageModel(model, tokenizer, name, limit if isinstance(limit, int) else None)
+    known = describe(source)
+    return LanguageModel(model, known.tokenizer, known.name, known.context)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What `load` makes the weights where it is told nothing."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def describe(source: str | Path) -> Description:
+    """The config and the tokenizer of a model; ``source`` and errors as of `load`."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    place, name, options = _place(source)
+    try:
+        config = AutoConfig.from_pretrained(place, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} is no model that transformers can load: {error}") from error
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return Description(config, tokenizer, name, limit if isinstance(limit, int) else None)
+
+
+def _place(source: str | Path) -> tuple[str, str, dict[str, Any]]:
+    """(folder or hub name, name for people, options of ``from_pretrained``)."""
+    file = _gguf_file(Path(source))
+    if file is None:
+        return str(source), str(source), {}
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"reading {file.name} needs {' and '.join(missing)}: pip install 'mmflex[gguf]'")
+    return str(file.parent), file.stem, {"gguf_file": file.name}
 
 
 def _gguf_file(path: Path) -> Path | None:
@@ -89,16 +146,6 @@ def _gguf_file(path: Path) -> Path | None:
         if files:
             raise ValueError(f"{path} holds {len(files)} GGUF files ({', '.join(f.name for f in files)}): name one")
     return None
-
-
-def _gguf_options(file: Path) -> dict[str, Any]:
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"reading {file.name} needs {' and '.join(missing)}: pip install 'mmflex[gguf]'")
-    from transformers import GgufConfig
-
-    # Left quantised, linear layers would go through kernels of their own, in other precision.
-    return {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
 
 
 # ---- hidden states and logits ----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .model import LanguageModel, last_row
+from .model import Reader, last_row
 from .text import encode
 
 TASKS = ("passkey", "multikey", "tracking")
@@ -94,7 +94,7 @@ _MAKE: dict[str, Callable[[random.Random, float], _Parts]] = {
 }  # fmt: skip
 
 
-def question(task: str, model: LanguageModel, filler: Tensor, tokens: int, depth: float, seed: int) -> Question:
+def question(task: str, model: Reader, filler: Tensor, tokens: int, depth: float, seed: int) -> Question:
     """A prompt of exactly ``tokens`` tokens.
 
     Args:

@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from ..report import Score, Skipped, replaced
+from ..tables import as_html, as_text
 from .score import Interval, Scores
 
 SCHEMA = "mmflex.evaluation.real"
@@ -82,9 +83,9 @@ class NeedleRow:
     depths: tuple[Score, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """What `mmflex.evaluation.real.evaluate` gives.
+    """What `mmflex.evaluation.real.evaluate` gives. ``print(report)``, and a notebook, show its tables.
 
     Attributes:
         texts, needles: rows. skipped: methods that did not run, and why.
@@ -100,6 +101,22 @@ class Report:
         """The rows of both."""
         skipped = tuple(dict.fromkeys(self.skipped + other.skipped))
         return Report(self.texts + other.texts, self.needles + other.needles, skipped, self.runs + other.runs)
+
+    # ---- shown -----------------------------------------------------------------------------------------------------
+
+    def tables(self) -> list[Table]:
+        """The tables that have rows."""
+        return [self.text_table()] * bool(self.texts) + [self.needle_table()] * bool(self.needles)
+
+    def __repr__(self) -> str:
+        parts = (("texts", self.texts), ("needles", self.needles), ("skipped", self.skipped))
+        return f"Report({', '.join(f'{name}: {len(values)}' for name, values in parts if values)})"
+
+    def __str__(self) -> str:
+        return as_text(self.tables()) or repr(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.tables()) or repr(self)
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
