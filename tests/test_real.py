@@ -18,10 +18,10 @@ from mask_builders import AShape, BlockTopK, VerticalSlash
 from mmflex.evaluation.methods import METHODS
 from mmflex.evaluation.real import LanguageModel, Report, evaluate, load, needles, read, tokenized
 from mmflex.evaluation.real.evaluate import source_digest
-from mmflex.evaluation.real.forward import sparse
 from mmflex.evaluation.real.model import hidden_states, logits
 from mmflex.evaluation.real.score import BLOCK, bootstrap, compare, log_probabilities, summarise
 from mmflex.evaluation.trace import allowed, capture
+from mmflex.integrations.trial import sparse
 
 TOKENS = 300
 WORDS = "the quick brown fox jumps over a lazy dog.\nIt was the best of times, it was the worst of times.\n" * 40

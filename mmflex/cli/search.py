@@ -260,12 +260,16 @@ def _say_plan(
     output: Path,
 ) -> None:
     """The dry run."""
+    from ..integrations.comparison import RIVALS
+
     name, layers, heads, tokens = found.sizes()
     passes = "one forward pass"
     if isinstance(found, _Tensors):
         passes = "no model"
     elif objective == "answers":
         passes = "two forward and two backward passes"
+    if budget is not None and budget.shared and budget.kind != "error" and not isinstance(found, _Tensors):
+        passes += f" and, to compare the config with single patterns, {RIVALS + 2} forward passes"
     tried = "the papers' table" if table is None else counted(len(table), "pattern")
     limit = "for each head, the cost of 1k first and 4k last keys" if budget is None else budget
     for line in (
