@@ -48,6 +48,16 @@ def test_heads_that_need_little_leave_the_rest_to_those_that_need_all() -> None:
     least = min(Prices(layer, "reference").of(AShape(16, 1)).density)
     for options in heads[:5]:
         assert options[0].density <= 1.2 * least, "the cheapest that a candidate can be is among the options"
+    by_pattern = {option.pattern: option for option in search.run(layer).uniform}
+    v, weights = layer.v[0].double(), []
+    for h in range(6):
+        scores = (layer.q[0, h].double() @ layer.k[0, h].double().T) * layer.scale
+        weights.append(
+            float((scores.masked_fill(~torch.ones(N, N).tril().bool(), -torch.inf).softmax(-1) @ v[h]).square().sum())
+        )
+    assert set(search.table) == set(by_pattern)
+    for option in by_pattern.values():
+        assert option.weight == pytest.approx(np.mean(weights), rel=0.05), "squared outputs, from sampled rows"
     for options in heads:
         densities, errors = [o.density for o in options], [o.error for o in options]
         assert densities == sorted(densities)

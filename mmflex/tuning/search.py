@@ -18,7 +18,7 @@ K-Boundary is the same as none). What the paper leaves open is done so:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -166,7 +166,7 @@ class Search:
 @dataclass(frozen=True)
 class Found:
     """Of a layer: ``heads``, the options of every head, from cheap to dear, dense last; ``uniform``,
-    each candidate that makes sense, as it is on all heads: means, the error that of weighted squares."""
+    each candidate that makes sense, as it is on all heads: means, the error that of squares weighted by outputs."""
 
     heads: tuple[tuple[Option, ...], ...]
     uniform: tuple[Option, ...]
@@ -196,9 +196,8 @@ class _Heads:
         self.first, self.count = self.probes[0].heads.start, self.probes[0].heads.stop - self.probes[0].heads.start
         self.norm = np.maximum(np.sum([_host(p.norm) for p in self.probes], axis=0), 1e-300)  # [strata, h]
         self.rows = np.sum([group.share.sum(1) for group in groups], axis=0)[:, None]
-        self.weight = np.ones(self.count)
-        if layer.importance is not None:
-            self.weight = np.sum([_host(p.weight) for p in self.probes], axis=0)
+        self.size = np.sum([_host(p.weight) for p in self.probes], axis=0)
+        self.weight = np.ones(self.count) if layer.importance is None else self.size
         self.kept: dict[tuple[int, int], list[Kept | None]] = {}
         table = search.table
         self.whole = self._measured(table, table, self.probes)
@@ -277,12 +276,14 @@ class _Heads:
         return tuple(found)
 
     def candidates(self, h: int) -> list[Option]:
-        """Every candidate that makes sense, on all tokens."""
+        """Every candidate that makes sense, on all tokens, weighed by the head's squared output: relative errors
+        are of use where heads have a choice, but of one pattern for all the absolute ones tell more."""
         table, found = self.whole, []
         for i, price in enumerate(table.prices):
             if price is not None and np.isfinite(table.error[i, h]):
                 error, recall = float(table.error[i, h]) ** 0.5, float(table.recall[i, h])
-                found.append(self._option(table.patterns[i], "none", h, [price], error, recall))
+                option = self._option(table.patterns[i], "none", h, [price], error, recall)
+                found.append(replace(option, weight=float(self.size[h])))
         return found
 
     def _at(self, h: int, level: float) -> Option | None:
