@@ -97,6 +97,15 @@ def test_what_keeps_as_much_as_it_needs_is_priced_in_every_layer() -> None:
     assert first.mean() > 2 * second.mean()
 
 
+def test_a_threshold_that_makes_no_sense_here_is_left_out() -> None:
+    def price(pattern: mmflex.Pattern) -> float:
+        if isinstance(pattern, XAttention):
+            raise ValueError("not with this prompt")
+        return 0.2
+
+    assert candidates.at_costs(candidates.by_share([XAttention(), AShape()]), [0.3], price) == (AShape(),)
+
+
 def test_thresholds_of_the_table() -> None:
     shares = [p.base for p in candidates.paper() if isinstance(p, candidates.AsIs)]
     assert {type(p) for p in shares} == {XAttention, Prism}

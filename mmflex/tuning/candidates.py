@@ -185,10 +185,11 @@ def at_costs(
     tried = 0
     for pattern in patterns:
         tried += 1
-        if isinstance(pattern, AsIs):
-            table[pattern.base] = None
-            continue
         try:
+            if isinstance(pattern, AsIs):
+                price(pattern.base)
+                table[pattern.base] = None
+                continue
             curve = Curve(pattern, price)
             found = [curve.scaled_to(target) for target in sorted(targets)]
         except ValueError as error:

@@ -6,8 +6,9 @@ K-Boundary is the same as none). What the paper leaves open is done so:
 
 - Errors of rows and heads count by how much the model's answer depends on them, where that is known
   (`probe.Layer.importance`): most heads write next to nothing that the answer needs, for most tokens.
-- Candidates are scaled to equal predicted cost (`candidates.scaled_to`), at one *level* for a budget per head, at
-  several for a shared one, so that every head brings options at several costs to the knapsack (`budget`).
+- Candidates are scaled to equal predicted cost (`candidates.Curve`), at one *level* for a budget per head, at several
+  for a shared one, from the least that candidates can cost: every candidate that no cheaper one is as good as is an
+  option of its head, and a knapsack chooses (`budget`).
 - The parts of a boundary pattern divide the head's cost among them by the same knapsack; their squared errors add up
   over query modalities, and over the key modalities nearly so. The chosen combination's error is then computed exactly.
   Parts may also be dense: a few text queries over all keys cost little.
