@@ -21,10 +21,11 @@ from mmflex.evaluation.methods import METHODS
 from mmflex.evaluation.outlook import text_work
 from mmflex.evaluation.real import LanguageModel, Report, evaluate, load, needles, read, tokenized
 from mmflex.evaluation.real.evaluate import Settings, source_digest
-from mmflex.evaluation.real.forward import sparse
-from mmflex.evaluation.real.model import HEAD_ROWS, check_context, describe, hidden_states, logits
+from mmflex.evaluation.real.model import check_context, describe, hidden_states, logits
 from mmflex.evaluation.real.score import BLOCK, bootstrap, compare, log_probabilities, summarise
 from mmflex.evaluation.trace import allowed, capture
+from mmflex.integrations.predictions import HEAD_ROWS
+from mmflex.integrations.trial import sparse
 from mmflex.tuning.config import Config, save_config
 
 TOKENS = 300

@@ -288,12 +288,17 @@ def _say_plan(
     output: Path,
 ) -> None:
     """The dry run."""
+    from ..integrations.comparison import RIVALS
+
     name, layers, heads, tokens = found.sizes()
     passes, as_many = "one forward pass", 1
     if isinstance(found, _Tensors):
         passes = "no model"
     elif objective == "answers":
         passes, as_many = "two forward and two backward passes", 2 + 2 * BACKWARD
+    if budget is not None and budget.shared and budget.kind != "error" and not isinstance(found, _Tensors):
+        passes += f" and, to compare the config with single patterns, {RIVALS + 2} forward passes"
+        as_many += RIVALS + 2
     model = f"model: {name}, {counted(layers, 'layer')} x {counted(heads, 'head')}; on {device}"
     took = "longest for trying patterns: how long it tells after the first layer"
     if not isinstance(found, _Tensors):

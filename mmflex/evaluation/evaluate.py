@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..integrations.transformers import DenseFallback, patched
+from ..integrations.trial import EAGER_SCORES
 from ..runtime.attention import plan
 from ..runtime.backends import BACKENDS
 from ..runtime.kernels.lists import listed_eagerly
@@ -35,10 +36,6 @@ from .samples import Prompts, prompts
 from .trace import Measured, Seen, Trace, capture, logits_at, relative, watched
 
 __all__ = ["Report", "evaluate"]
-
-EAGER_SCORES = {"cpu": 1 << 27, "cuda": 1 << 31}
-"""Up to this many scores of one prompt and layer, backend "auto" runs the plans eagerly ("reference"): it needs no
-kernel compiled, and every setting at every length is one or more kernels of 5 to 15 seconds."""
 
 SCORES_AT_ONCE = {"cpu": 1 << 26, "cuda": 1 << 30}
 """Scores of a layer that the eager backend holds at a time: 0.25 and 4 GB in float32, about six times over."""

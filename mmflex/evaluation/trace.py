@@ -6,7 +6,6 @@ model's own attention: its density is 1 and its error 0.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compiler.prices import estimates
 from ..integrations.masks import NAME
 from ..integrations.prefill import attention_forward
 from ..integrations.transformers import patched
+from ..integrations.trial import estimated
 from ..ir.layout import TokenLayout
 from ..ir.pattern import Dense, Pattern
 from ..runtime.attention import plan
@@ -166,15 +165,6 @@ def relative(found: Tensor, want: Tensor) -> Tensor:
     """Norm of the difference over the norm of ``want``, float32 []."""
     want = want.float()
     return (found.float() - want).norm() / want.norm().clamp(min=1e-30)
-
-
-def estimated(made: Plan) -> float:
-    """Products that a plan's estimates take, over those of dense attention (two for each causal pair: one with a key,
-    one with a value), mean over heads. NaN where an estimator does not say."""
-    program = made.program
-    products = sum(heads * (math.nan if each is None else each) for heads, each in estimates(program))
-    causal = float((program.queries.numbers + 1.0).sum())
-    return products / (2 * causal * program.heads)
 
 
 def allowed(made: Plan) -> float:

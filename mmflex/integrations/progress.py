@@ -64,4 +64,9 @@ class LayerProgress:
         return text
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        say(text, self.console)
+
+
+def say(text: str, console: Console | None = None) -> None:
+    """A plain line on the standard error stream."""
+    (console or Console(stderr=True)).print(text, markup=False, highlight=False, soft_wrap=True)

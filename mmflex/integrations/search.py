@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +22,12 @@ from mmflex.tuning.budget import Budget, Option, allocate
 from mmflex.tuning.checkpoint import Checkpoint, Done, Header, digest
 from mmflex.tuning.config import Config
 from mmflex.tuning.probe import Layer
-from mmflex.tuning.rows import Rows
+from mmflex.tuning.rows import LAST_QUERIES, Rows
 from mmflex.tuning.search import Search, Settings
 from mmflex.version import __version__
 
-from .progress import LayerProgress
+from .comparison import RIVALS, Contender, compare, rivals_of
+from .progress import LayerProgress, say
 
 Given = Layer | tuple[int, str]
 """A layer, or the number of one that keeps the model's own attention and why."""
@@ -101,6 +102,13 @@ class _Model(_Source):
         except (Unknown, RuntimeError) as error:  # out of memory, or a kernel without a backward
             raise ValueError(f"{error}; search with objective='outputs', which needs no gradients") from error
 
+    def compare(self, specs: Mapping[str, Any], backend: str) -> list[Contender]:
+        """Forward passes under specs, as in `comparison.compare`."""
+        from .capture import inputs_of
+
+        last = LAST_QUERIES if self.objective == "answers" else None
+        return compare(self.root, inputs_of(self.root, self.given), self.layout, specs, backend=backend, last=last)
+
 
 class _Tensors(_Source):
     def __init__(self, given: Any, layout: TokenLayout | None, scale: float | None, tile: int) -> None:
@@ -144,6 +152,7 @@ def search(
     levels: Sequence[float] | None = None,
     tie: float = 0.05,
     objective: Literal["answers", "outputs"] = "answers",
+    rivals: int = RIVALS,
     scale: float | None = None,
     block_size: int = TILE,
 ) -> Config:
@@ -151,7 +160,8 @@ def search(
 
     Runs one prompt through the dense model and tries every candidate on each layer's q, k and v (see
     `mmflex.tuning.search` for the steps). Errors are those of the attention *output*, relative to dense attention, on
-    sampled rows; no sparse kernel is compiled or run.
+    sampled rows. Last, a model reads the sample under the config and under a few single patterns, so that no config is
+    taken that is worse than one of those (``rivals``).
 
     Args:
         model_or_qkv: a transformers model in eval mode; or (q, k, v) of one layer, or an iterable of
@@ -173,6 +183,10 @@ def search(
             (`mmflex.integrations.importance`; one more forward pass and two backward, memory as for gradient
             checkpointing), so the sample should end with a question. "outputs": all rows and heads count alike, as in
             the paper; so they do for tensors.
+        rivals: of a model and a shared budget, the sample is read again, densely, under the config and under so many
+            single patterns on all heads (the best of different families within the budget), and the one that leaves
+            predictions closest to dense is taken (KL, after the last 64 tokens for "answers", else after all): so many
+            forward passes and two more, with kernels compiled for them. 0: none of it.
         scale: of the scores, for tensors; ``1 / sqrt(D)`` if None.
         block_size: tokens per block, for tensors (other than 128 for experiments).
 
@@ -199,6 +213,8 @@ def search(
     )
     if objective not in ("answers", "outputs"):
         raise ValueError(f"objective is {objective!r}: use 'answers' or 'outputs'")
+    if not isinstance(rivals, int) or isinstance(rivals, bool) or rivals < 0:
+        raise ValueError(f"rivals is {rivals!r}: give a number of uniform patterns, 0 for none")
     source: _Source
     if isinstance(model_or_qkv, nn.Module):
         if sample is None:
@@ -218,7 +234,10 @@ def search(
     if held.header is None or not any(done.heads for done in held.layers.values()):
         reasons = sorted({done.skipped for done in held.layers.values() if done.skipped})
         raise ValueError("no layer could be searched" + (f": {'; '.join(reasons)}" if reasons else ": none was given"))
-    return _config(source, settings, held)
+    options = _chosen(held)
+    if not isinstance(source, _Model) or not rivals:
+        return _config(source, settings, held, options)
+    return _compared(source, settings, held, options, rivals, say if progress else lambda text: None)
 
 
 def _settings_hash(settings: Settings, block_size: int, objective: str) -> str:
@@ -259,7 +278,8 @@ def _run(source: _Source, settings: Settings, held: Checkpoint, same: dict[str, 
                         if run is None:
                             run = Search(settings, total)
                             _prepare(run, given, held, same)
-                        held.layers[index] = Done(mark, tuple(run.run(given)))
+                        found = run.run(given)
+                        held.layers[index] = Done(mark, found.heads, found.uniform)
                         searched = True
                         held.save()
                     elif known.digest != mark:
@@ -298,19 +318,58 @@ def _same_layout(first: TokenLayout, layer: Layer) -> None:
         )
 
 
-def _config(source: _Source, settings: Settings, held: Checkpoint) -> Config:
-    """The options that the budget chooses, with where they come from."""
+Chosen = dict[int, list[Option]]
+"""The option of each head, by layer."""
 
+
+def _chosen(held: Checkpoint) -> Chosen:
+    """The options that the budget chooses."""
+    header = held.header
+    chosen: Chosen = {}
+    assert header is not None
+    heads = [(layer, options) for layer, done in sorted(held.layers.items()) for options in done.heads]
+    picked = allocate(header.budget, [options for _, options in heads], header.dense)
+    for (layer, options), i in zip(heads, picked, strict=True):
+        chosen.setdefault(layer, []).append(options[i])
+    return chosen
+
+
+def _compared(
+    source: _Model, settings: Settings, held: Checkpoint, chosen: Chosen, count: int, tell: Callable[[str], None]
+) -> Config:
+    """The config of a search, or of one pattern on all heads where that is better on the sample."""
+    assert held.header is not None
+    budget = held.header.budget
+    if budget.kind == "error" or not budget.shared:
+        return _config(source, settings, held, chosen)
+    layers = {layer: done for layer, done in held.layers.items() if done.heads}
+    specs = {"searched": chosen}
+    for rival in rivals_of(layers, budget, held.header.dense, count):
+        specs[str(rival.option.pattern)] = {n: [o] * len(layers[n].heads) for n, o in rival.layers.items()}
+    tell(f"comparing on the sample: {', '.join(specs)}")
+    try:
+        found = source.compare({name: _patterns(options) for name, options in specs.items()}, settings.backend)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        tell(f"not compared: {error}")
+        return _config(source, settings, held, chosen, {"compared": str(error)})
+    best = min(found, key=lambda contender: contender.kl)
+    tell(f"KL to dense on the sample: {', '.join(map(str, found))}; taken: {best.name}")
+    figures = {c.name: {"KL": _short(c.kl), "density": _short(c.density)} for c in found}
+    return _config(source, settings, held, specs[best.name], {"compared": figures, "taken": best.name})
+
+
+def _patterns(chosen: Chosen) -> dict[int, tuple[Pattern, ...]]:
+    return {layer: tuple(o.pattern for o in options) for layer, options in chosen.items()}
+
+
+def _config(
+    source: _Source, settings: Settings, held: Checkpoint, chosen: Chosen, more: Mapping[str, Any] | None = None
+) -> Config:
+    """A config of options, with where they come from."""
     header = held.header
     assert header is not None
-    found = {layer: done.heads for layer, done in sorted(held.layers.items()) if done.heads}
-    heads = [(layer, h, options) for layer, rows in found.items() for h, options in enumerate(rows)]
-    picked = allocate(header.budget, [options for _, _, options in heads], header.dense)
-    chosen: dict[int, list[Option]] = {}
-    for (layer, _, options), i in zip(heads, picked, strict=True):
-        chosen.setdefault(layer, []).append(options[i])
     every = [o for options in chosen.values() for o in options]
-    dense = sum(options[-1].ms for _, _, options in heads)
+    dense = sum(options[-1].ms for done in held.layers.values() for options in done.heads)
     versions = {"mmflex": __version__, "torch": torch.__version__}
     if source.wanted:
         import transformers
@@ -333,6 +392,7 @@ def _config(source: _Source, settings: Settings, held: Checkpoint) -> Config:
         "settings": header.settings,
         "versions": versions,
         **header.facts,
+        **(more or {}),
     }
     skipped = {str(layer): done.skipped for layer, done in sorted(held.layers.items()) if done.skipped}
     if skipped:
@@ -345,8 +405,7 @@ def _config(source: _Source, settings: Settings, held: Checkpoint) -> Config:
     counts = {len(options) for options in chosen.values()}
     if len(counts) > 1:
         raise ValueError(f"layers have {sorted(counts)} heads: a config is for layers of equally many")
-    spec = {layer: tuple(o.pattern for o in options) for layer, options in chosen.items()}
-    return Config(source.name, layers, counts.pop(), spec, provenance)
+    return Config(source.name, layers, counts.pop(), _patterns(chosen), provenance)
 
 
 def _short(value: float) -> float:

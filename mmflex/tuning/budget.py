@@ -43,6 +43,16 @@ class Option:
     weight: float = 1.0
 
 
+def mean(options: Sequence[Option]) -> Option:
+    """One pattern on several heads as one option: means, and the root of the weighted mean of squared errors."""
+    ms, density, recall, weight = (
+        float(np.mean([getattr(o, name) for o in options])) for name in ("ms", "density", "recall", "weight")
+    )
+    harm = float(np.mean([o.weight * o.error**2 for o in options]))
+    error = (harm / max(weight, 1e-300)) ** 0.5
+    return Option(options[0].pattern, options[0].boundary, ms, density, error, recall, weight)
+
+
 @dataclass(frozen=True)
 class Budget:
     """What attention may cost, or how wrong it may be. Built by `cost`, `density` or `error`.

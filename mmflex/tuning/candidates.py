@@ -2,19 +2,21 @@
 
 A table is a sequence of patterns from simple to complex: of two that are equally good, the first one is taken. The
 paper's table is what the pattern classes offer by `Pattern.candidates`, whoever defines them, with MInference's own
-budgets and with grids that keep a few columns besides (a grid alone has no room for the needle that a question is
-about).
+budgets, with grids that keep a few columns besides (a grid alone has no room for the needle that a question is
+about), and with patterns that keep a share of the mass at several shares (`by_share`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ..ir.layout import TokenLayout
 from ..ir.names import names
 from ..ir.pattern import Pattern, Union, find
+from ..ir.segments import modality_id
 
 _MINFERENCE = (
     ("VerticalSlash", (30, 800)),
@@ -31,6 +33,8 @@ _NEAR = 0.05
 _ALIKE = 0.2
 """Patterns whose budgets differ by less than this share are one."""
 _TRIES = 5
+SHARES = (0.65, 0.78, 0.84, 0.9, 0.95)
+"""Shares of the mass that patterns with a threshold are tried at."""
 _LIMIT = 256.0
 """Budgets are scaled by at most this factor, and down to as small a share."""
 
@@ -41,6 +45,30 @@ class Besides(Union):
 
     def scaled(self, factor: float) -> Pattern:
         return self.left.scaled(factor) | self.right
+
+
+@dataclass(frozen=True)
+class AsIs(Pattern):
+    """A pattern that is tried as it is, whatever it costs: a share of the mass costs each head what that head needs,
+    which the heads of one layer do not tell for those of another."""
+
+    base: Pattern
+
+    def scaled(self, factor: float) -> Pattern:
+        return self.base
+
+
+def by_share(patterns: Iterable[Pattern]) -> list[Pattern]:
+    """Patterns that keep a share ``threshold`` of the mass at several shares, instead of scaled by a bound: under a
+    bound that binds all blocks of queries get alike. Others stay."""
+    found: dict[Pattern, None] = {}
+    for pattern in patterns:
+        if hasattr(pattern, "threshold"):
+            shares = (replace(pattern, threshold=share) for share in SHARES)  # type: ignore[type-var]
+            found |= dict.fromkeys(map(AsIs, shares))
+        else:
+            found[pattern] = None
+    return list(found)
 
 
 def paper() -> tuple[Pattern, ...]:
@@ -56,8 +84,18 @@ def paper() -> tuple[Pattern, ...]:
     table = [p for name in first for p in found[name]]
     table += [p for name in sorted(set(found) - set(first)) for p in found[name]]
     columns = find("VerticalSlash")(COLUMNS, 0)
+    table = by_share(table)
     table += [Besides(grid, columns) for grid in found.get("Grid", [])]
     return tuple(dict.fromkeys(table))
+
+
+def for_layout(patterns: Sequence[Pattern], layout: TokenLayout) -> tuple[Pattern, ...]:
+    """The patterns to try on a prompt: of the papers' table, grids only where there is more than text, because they
+    are made for frames and are half of it."""
+    if layout.modalities == (modality_id("text"),) and tuple(patterns) == paper():
+        grid = find("Grid")
+        return tuple(p for p in patterns if not isinstance(p.left if isinstance(p, Besides) else p, grid))
+    return tuple(patterns)
 
 
 def is_boundary(pattern: Pattern) -> bool:
@@ -108,14 +146,14 @@ class Curve:
 
 
 def cheapest(patterns: Iterable[Pattern], price: Callable[[Pattern], float]) -> float:
-    """The least price that any of the patterns can be brought to."""
+    """The least price that any of the patterns can be brought to; infinite where none makes sense."""
     found = []
     for pattern in patterns:
         try:
             found.append(price(pattern.scaled(1 / _LIMIT)))
         except ValueError:
             continue
-    return min(found)
+    return min(found, default=math.inf)
 
 
 def alike(a: Any, b: Any) -> bool:
@@ -148,6 +186,10 @@ def at_costs(
     for pattern in patterns:
         tried += 1
         try:
+            if isinstance(pattern, AsIs):
+                price(pattern.base)
+                table[pattern.base] = None
+                continue
             curve = Curve(pattern, price)
             found = [curve.scaled_to(target) for target in sorted(targets)]
         except ValueError as error:

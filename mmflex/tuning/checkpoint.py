@@ -16,7 +16,7 @@ from .budget import Budget, Option
 from .config import _write
 
 SCHEMA = "mmflex.search"
-VERSION = 2
+VERSION = 3
 _NUMBERS = ("ms", "density", "error", "recall", "weight")
 _SAME = {
     "model": "another model",
@@ -59,19 +59,22 @@ class Header:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished layer: the options of its heads, or why it keeps the model's own attention.
+    """A finished layer: the options of its heads and every candidate on all of them (as `search.Found`), or why it
+    keeps the model's own attention.
 
     ``digest``: of its q, k and v.
     """
 
     digest: str
     heads: tuple[tuple[Option, ...], ...] = ()
+    uniform: tuple[Option, ...] = ()
     skipped: str = ""
 
     def to_json(self, layer: int) -> dict[str, Any]:
         table: dict[Pattern, int] = {}
-        heads = [
-            [
+
+        def rows(options: Sequence[Option]) -> list[list[Any]]:
+            return [
                 [
                     table.setdefault(o.pattern, len(table)),
                     o.boundary,
@@ -79,21 +82,22 @@ class Done:
                 ]
                 for o in options
             ]
-            for options in self.heads
-        ]
+
+        heads, uniform = [rows(options) for options in self.heads], rows(self.uniform)
         out: dict[str, Any] = {"layer": layer, "digest": self.digest}
         if self.skipped:
             return out | {"skipped": self.skipped}
-        return out | {"patterns": [p.to_json() for p in table], "heads": heads}
+        return out | {"patterns": [p.to_json() for p in table], "heads": heads, "uniform": uniform}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Done:
         table = [from_json(p) for p in data.get("patterns", ())]
-        heads = tuple(
-            tuple(Option(table[i], str(boundary), *map(float, numbers)) for i, boundary, *numbers in options)
-            for options in data.get("heads", ())
-        )
-        return cls(str(data["digest"]), heads, str(data.get("skipped", "")))
+
+        def options(rows: Sequence[Any]) -> tuple[Option, ...]:
+            return tuple(Option(table[i], str(boundary), *map(float, numbers)) for i, boundary, *numbers in rows)
+
+        heads = tuple(options(rows) for rows in data.get("heads", ()))
+        return cls(str(data["digest"]), heads, options(data.get("uniform", ())), str(data.get("skipped", "")))
 
 
 @dataclass(eq=False)

@@ -23,6 +23,9 @@ from .probe import Layer
 
 _STEADY = 0.2
 """A pattern whose heads differ less than this from their mean has that mean as its price, in all layers."""
+_AS_NEEDED = ("threshold", "gamma", "alpha")
+"""What patterns call the parameter by which they keep as much as an input needs. The first layer's heads, often all
+diffuse, do not tell what such a pattern costs in others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +100,8 @@ class Prices:
             program = self._programs.pop(pattern, None) or self._built(pattern)
             found = price(self._listed(program))
             mean = max(float(found.density.mean()), 1e-12)
-            if float(np.abs(found.density - mean).max()) <= _STEADY * mean:
+            as_needed = any(hasattr(leaf.pattern, n) for leaf in program.leaves.values() for n in _AS_NEEDED)
+            if not as_needed and float(np.abs(found.density - mean).max()) <= _STEADY * mean:
                 even = Price(*(np.full(len(x), x.mean()) for x in (found.ms, found.density)))
                 self._steady[pattern] = even
                 return even

@@ -177,10 +177,11 @@ class Probe:
         self.whole = {key: self._times(side[0], side[1]) for key, side in self._sides.items()}
         self.dense = self.whole[None].sums.float() / self.whole[None].mass[..., None]
         self._strata = torch.tensor(group.share, device=device)  # [strata, R]
+        self._tokens = torch.tensor(group.tokens, device=device)  # [R]
         self._weights = self._strata[:, None].expand(-1, len(q), -1)  # [strata, h, R]
         if layer.importance is not None:
             important = layer.importance[self.heads].index_select(1, rows).double()
-            self._weights = (torch.tensor(group.tokens, device=device) * important)[None]
+            self._weights = (self._tokens * important)[None]
 
     def _order(self, keys: np.ndarray) -> TokenOrder:
         """Keys by slot, kept with the layout (with it stay the values of attributes on the device)."""
@@ -222,9 +223,10 @@ class Probe:
 
     @property
     def weight(self) -> Tensor:
-        """float64 [h]: `norm` in units of v squared, where rows have an importance: how much the squared relative
-        errors of heads count beside each other."""
-        return self.norm[0] * self._unit.double() ** 2
+        """float64 [h]: the squared dense output over all rows, each once (or by its importance), in units of v squared:
+        how much the squared relative errors of heads count beside each other."""
+        rows = self._tokens if self.layer.importance is None else self._weights[0]
+        return (rows * self.dense.double().square().sum(-1)).sum(-1) * self._unit.double() ** 2
 
 
 @dataclass(eq=False)

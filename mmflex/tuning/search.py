@@ -6,8 +6,9 @@ K-Boundary is the same as none). What the paper leaves open is done so:
 
 - Errors of rows and heads count by how much the model's answer depends on them, where that is known
   (`probe.Layer.importance`): most heads write next to nothing that the answer needs, for most tokens.
-- Candidates are scaled to equal predicted cost (`candidates.scaled_to`), at one *level* for a budget per head, at
-  several for a shared one, so that every head brings options at several costs to the knapsack (`budget`).
+- Candidates are scaled to equal predicted cost (`candidates.Curve`), at one *level* for a budget per head, at several
+  for a shared one, from the least that candidates can cost: every candidate that no cheaper one is as good as is an
+  option of its head, and a knapsack chooses (`budget`).
 - The parts of a boundary pattern divide the head's cost among them by the same knapsack; their squared errors add up
   over query modalities, and over the key modalities nearly so. The chosen combination's error is then computed exactly.
   Parts may also be dense: a few text queries over all keys cost little.
@@ -18,7 +19,7 @@ K-Boundary is the same as none). What the paper leaves open is done so:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 from ..ir.pattern import Dense, Pattern, find
 from ..runtime import backends
 from . import candidates as table_
-from .budget import Budget, Option, knapsack, unreachable
+from .budget import Budget, Option, knapsack, mean, unreachable
 from .pricing import Price, Prices
 from .probe import Denoted, Kept, Layer, Probe, chunks, denote, total
 from .rows import Group, Rows
@@ -36,8 +37,11 @@ SLACK = 0.005
 """Errors this close are equal."""
 TARGET = ("AShape", (1024, 4096))
 """The paper's cost for every head: that of an A-shape with a sink of 1k and a window of 4k tokens."""
-_LEVELS = (0.25, 0.5, 1.0, 2.0)
-"""Levels of a shared budget, as shares of it."""
+_LEVELS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.5)
+"""Levels of a shared budget, as shares of it: most heads need much less than the mean, so that some can have more."""
+_LEAST = 1.1
+"""The lowest level of a shared budget, where the cheapest candidate is above that of `_LEVELS`: that candidate's price,
+times this."""
 _ERROR_LEVELS = (0.05, 0.1, 0.2, 0.4)
 """Levels where the budget is an error, as shares of dense cost."""
 _PARTS = (0.25, 0.5, 1.0)
@@ -108,18 +112,22 @@ class Search:
         if table:
             self.table, self.levels = tuple(table), tuple(levels)
             return
+        offered = table_.for_layout(settings.candidates, layer.layout)
         if given.kind == "error":
             self.levels = tuple(share * self.dense for share in settings.levels or _ERROR_LEVELS)
         else:
             limit = given.limit(self.dense, self.total)
             shares = settings.levels or (_LEVELS if given.shared else (1.0,))
             levels = [share * limit for share in shares if share * limit < self.dense] or [limit]
+            least = table_.cheapest(offered, self._mean)
+            if settings.levels is None and given.shared and min(levels) < least * _LEAST < self.dense:
+                levels = [least * _LEAST, *(level for level in levels if level > least * _LEAST)]
             self.levels = tuple(sorted(levels))
-        self.table = table_.at_costs(settings.candidates, _targets(self.levels), self._mean)
+        self.table = table_.at_costs(offered, _targets(self.levels), self._mean)
         if given.kind != "error":
             limit = given.limit(self.dense, self.total)
             if min((self._mean(p) for p in self.table), default=self.dense) > limit * (1 + 1e-9):
-                least = min(self.dense, table_.cheapest(settings.candidates, self._mean))
+                least = min(self.dense, table_.cheapest(offered, self._mean))
                 raise unreachable(given, least, self.dense, self.total)
 
     def _price(self, price: Price) -> np.ndarray:
@@ -139,16 +147,30 @@ class Search:
         return self._denoted[pattern]
 
     @torch.no_grad()
-    def run(self, layer: Layer) -> list[tuple[Option, ...]]:
-        """The options of every head, from cheap to dear, dense last."""
+    def run(self, layer: Layer) -> Found:
+        """The options of every head, and each candidate on all of them."""
         self._prices.move_to(layer)
         groups = self.settings.rows.groups(layer.layout, layer.importance)
         modalities = tuple(group.modality for group in groups)
-        out: list[tuple[Option, ...]] = []
+        heads: list[tuple[Option, ...]] = []
+        every: list[list[Option]] = []
         for kv in chunks(layer, groups):
-            heads = _Heads(self, layer, groups, modalities, kv)
-            out += [heads.options(h) for h in range(heads.count)]
-        return out
+            some = _Heads(self, layer, groups, modalities, kv)
+            heads += [some.options(h) for h in range(some.count)]
+            every += [some.candidates(h) for h in range(some.count)]
+        by_pattern: dict[Pattern, list[Option]] = {}
+        for option in (option for options in every for option in options):
+            by_pattern.setdefault(option.pattern, []).append(option)
+        return Found(tuple(heads), tuple(mean(o) for o in by_pattern.values() if len(o) == len(heads)))
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of a layer: ``heads``, the options of every head, from cheap to dear, dense last; ``uniform``,
+    each candidate that makes sense, as it is on all heads: means, the error that of squares weighted by outputs."""
+
+    heads: tuple[tuple[Option, ...], ...]
+    uniform: tuple[Option, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,9 +197,8 @@ class _Heads:
         self.first, self.count = self.probes[0].heads.start, self.probes[0].heads.stop - self.probes[0].heads.start
         self.norm = np.maximum(np.sum([_host(p.norm) for p in self.probes], axis=0), 1e-300)  # [strata, h]
         self.rows = np.sum([group.share.sum(1) for group in groups], axis=0)[:, None]
-        self.weight = np.ones(self.count)
-        if layer.importance is not None:
-            self.weight = np.sum([_host(p.weight) for p in self.probes], axis=0)
+        self.size = np.sum([_host(p.weight) for p in self.probes], axis=0)
+        self.weight = np.ones(self.count) if layer.importance is None else self.size
         self.kept: dict[tuple[int, int], list[Kept | None]] = {}
         table = search.table
         self.whole = self._measured(table, table, self.probes)
@@ -237,17 +258,34 @@ class _Heads:
     # ---- choosing --------------------------------------------------------------------------------------------------
 
     def options(self, h: int) -> tuple[Option, ...]:
-        """The options of a head, one a level, without those that are as dear as a better one; dense last."""
+        """The options of a head: the best at every level, and every candidate that no cheaper one is as good as; dense
+        last."""
+        table = self.whole
+        offered = [self._at(h, level) for level in self.search.levels]
+        if self.search.budget.shared:
+            front = _front(table.price[:, h], table.error[:, h])
+            offered += [self._single(h, float(table.price[i, h])) for i in front]
         found: list[Option] = []
-        for level in self.search.levels:
-            option = self._at(h, level)
+        for option in offered:
             if option is not None and option.pattern not in {o.pattern for o in found}:
                 found.append(option)
+        found.sort(key=lambda option: float(getattr(option, self.search.budget.measure)))
         dense = self.search._prices.dense
         head = self.first + h
         price = float(dense.ms[head]), float(dense.density[head])
         found.append(Option(Dense(), "dense", *price, 0.0, 1.0, float(self.weight[h])))
         return tuple(found)
+
+    def candidates(self, h: int) -> list[Option]:
+        """Every candidate that makes sense, on all tokens, weighed by the head's squared output: relative errors
+        are of use where heads have a choice, but of one pattern for all the absolute ones tell more."""
+        table, found = self.whole, []
+        for i, price in enumerate(table.prices):
+            if price is not None and np.isfinite(table.error[i, h]):
+                error, recall = float(table.error[i, h]) ** 0.5, float(table.recall[i, h])
+                option = self._option(table.patterns[i], "none", h, [price], error, recall)
+                found.append(replace(option, weight=float(self.size[h])))
+        return found
 
     def _at(self, h: int, level: float) -> Option | None:
         """The best option of a head at a level: the third step."""

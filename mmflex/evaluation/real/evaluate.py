@@ -21,14 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...integrations.predictions import Hidden, portions
+from ...integrations.trial import default_backend, sparse
 from ...tuning.config import Config, Spec
 from .. import methods as table
 from ..evaluate import versions
 from ..methods import SEARCHED
 from ..report import Score
 from ..trace import Trace, capture
-from .forward import default_backend, sparse
-from .model import HEAD_ROWS, Hidden, LanguageModel, Reader, check_context, hidden_states, logits
+from .model import LanguageModel, Reader, check_context, hidden_states, logits
 from .needles import TASKS, answered, question
 from .progress import Progress
 from .report import Method, NeedleRow, Report, TextRow
@@ -234,10 +235,9 @@ class _Run:
         """float64 [4, rows], as `compare`. The dense logits are made again for every entry: so each is kept at once."""
         model, targets = self.model.model, ids.to(dense.states.device)[1:]
         parts = []
-        for first in range(0, len(targets), HEAD_ROWS):
-            last = min(first + HEAD_ROWS, len(targets))
-            want, got = (log_probabilities(logits(model, of, first, last)) for of in (dense, other))
-            parts.append(compare(want, got, targets[first:last]).cpu())
+        for part in portions(len(targets)):
+            want, got = (log_probabilities(logits(model, of, part.start, part.stop)) for of in (dense, other))
+            parts.append(compare(want, got, targets[part]).cpu())
         return torch.cat(parts, dim=1).numpy()
 
     # ---- needles ---------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-HEAD_ROWS = 512
-"""Rows whose logits are held at a time."""
+from ...integrations import predictions
+from ...integrations.predictions import Hidden
 
 
 class Reader(Protocol):
@@ -151,55 +151,18 @@ def _gguf_file(path: Path) -> Path | None:
 # ---- hidden states and logits ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Hidden:
-    """What a model's head reads: ``states`` [N, width], and the output of the inner model that held them."""
-
-    states: Tensor
-    output: Any
-
-
 @torch.no_grad()
 def hidden_states(model: Any, ids: Tensor) -> Hidden:
-    """The last hidden states of one prompt, ids int64 [N]; the head sees the last token alone.
-
-    Raises:
-        TypeError: a model whose inner model cannot be told from its head.
-    """
-    inner = getattr(model, "base_model", None)
-    if inner is None or inner is model:
-        raise TypeError(f"{type(model).__name__} has no language model head: give a model ...ForCausalLM")
-    kept: list[Any] = []
-    handle = inner.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    try:
-        model(input_ids=ids[None].to(_device(model)), use_cache=False, return_dict=True, **last_row(model))
-    finally:
-        handle.remove()
-    states = getattr(kept[-1], "last_hidden_state", None) if kept else None
-    if not isinstance(states, Tensor) or states.shape[:2] != (1, len(ids)):
-        raise TypeError(f"{type(model).__name__} does not hand hidden states [1, {len(ids)}, width] to its head")
-    return Hidden(states[0], kept[-1])
+    """The last hidden states of one prompt, ids int64 [N]; the head sees the last token alone."""
+    device = next(model.parameters()).device
+    given = {"input_ids": ids[None].to(device), "use_cache": False, "return_dict": True, **last_row(model)}
+    return predictions.hidden_states(model, given)
 
 
 @torch.no_grad()
 def logits(model: Any, hidden: Hidden, first: int, last: int) -> Tensor:
-    """float32 [last - first, vocabulary]: the model's own head on some rows of its hidden states.
-
-    The whole forward of the model runs, with an inner model that returns those rows: what it does to logits after the
-    head (capping, scaling) is done here too.
-    """
-    output = type(hidden.output)(**{**hidden.output, "last_hidden_state": hidden.states[None, first:last]})
-    inner = model.base_model
-    inner.forward = lambda *args, **kwargs: output
-    try:
-        dummy = torch.zeros((1, last - first), dtype=torch.long, device=hidden.states.device)
-        return model(input_ids=dummy, use_cache=False, return_dict=True).logits[0].float()
-    finally:
-        del inner.forward
-
-
-def _device(model: Any) -> torch.device:
-    return next(model.parameters()).device
+    """float32 [last - first, vocabulary]: the model's own head on some rows of its hidden states."""
+    return predictions.logits(model, hidden.output, hidden.states[first:last])
 
 
 def last_row(model: Any) -> dict[str, int]:

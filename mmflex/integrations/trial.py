@@ -6,6 +6,7 @@ and `Plan.attend` are what `mmflex.attention` consists of, and between them the 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,14 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...integrations.masks import NAME
-from ...integrations.prefill import _refuse, _why_dense, attention_forward
-from ...integrations.transformers import DenseFallback, patched
-from ...runtime.attention import plan
-from ...runtime.kernels.lists import listed_eagerly
-from ...tuning.config import Config, Spec
-from ..evaluate import EAGER_SCORES
-from ..trace import estimated
+from mmflex.compiler.prices import estimates
+from mmflex.runtime.attention import plan
+from mmflex.runtime.kernels.lists import listed_eagerly
+from mmflex.runtime.plan import Plan
+from mmflex.tuning.config import Config, Spec
+
+from .masks import NAME
+from .prefill import _refuse, _why_dense, attention_forward
+from .transformers import DenseFallback, patched
+
+EAGER_SCORES = {"cpu": 1 << 27, "cuda": 1 << 31}
+"""Up to this many scores of one prompt and layer, backend "auto" runs the plans eagerly ("reference"): it needs no
+kernel compiled, and every setting at every length is one or more kernels of 5 to 15 seconds."""
 
 
 @dataclass
@@ -38,6 +44,15 @@ class Ran:
         if not self.density:
             raise RuntimeError("no layer of the model ran under the spec: are prompts longer than one token?")
         return sum(self.density) / len(self.density), sum(self.estimates) / len(self.estimates)
+
+
+def estimated(made: Plan) -> float:
+    """Products that a plan's estimates take, over those of dense attention (two for each causal pair: one with a key,
+    one with a value), mean over heads. NaN where an estimator does not say."""
+    program = made.program
+    products = sum(heads * (math.nan if each is None else each) for heads, each in estimates(program))
+    causal = float((program.queries.numbers + 1.0).sum())
+    return products / (2 * causal * program.heads)
 
 
 @contextmanager
@@ -83,7 +98,7 @@ def sparse(model: Any, spec: Spec | Config, backend: str, layouts: dict[str, Any
             try:
                 yield ran
             except DenseFallback as error:
-                raise RuntimeError(f"this would not be an evaluation of the spec: {error}") from error
+                raise RuntimeError(f"this would not be a run of the spec: {error}") from error
             finally:
                 AttentionInterface.register(NAME, attention_forward)
 
