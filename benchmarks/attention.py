@@ -53,11 +53,13 @@ SPECS = {
     "block-topk": BlockTopK(64),
     "stem": BlockTopK(64, decay=0.7, values=0.2),
     "flex-prefill": FlexPrefill(),
+    "x-attention-8": XAttention(8),
     "x-attention": XAttention(16),
     "prism": Prism(),
     "flash-prefill": FlashPrefill(),
     "flash-rescue": FlashPrefill(rescue=0.3),
     "proxy": ProxyAttn(),
+    "default": mmflex.default_spec(),
 }
 
 
