@@ -332,7 +332,8 @@ def splits(device: str) -> None:
             if seen is not None:
                 scores = scores.masked_fill(~seen, float("-inf"))
             expected = scores.softmax(-1).nan_to_num(0.0) @ v.double().repeat_interleave(group, 1)
-            assert (merged - expected).abs().max().item() < 2e-6
+            # errors are those of weights (exp2 of a GPU is 2 ulp off), so they grow with the values that they weigh
+            assert (merged - expected).abs().max().item() < 1e-6 * v.abs().max().item()
             known, wanted = total > float("-inf"), scores.logsumexp(-1)
             assert torch.equal(known, wanted > float("-inf"))
             assert torch.where(known, total - wanted, 0.0).abs().max().item() < 2e-5
