@@ -216,10 +216,11 @@ def attend(
 
 
 def _cut(lists: BlockLists, rows: int, keys: int) -> BlockLists:
-    """BlockLists without the tiles that hold no token, of q and k that are given as they stand."""
+    """BlockLists without the tiles that hold no token, of q and k that are given as they stand. Copied: a kernel is
+    compiled once more for lists that have gaps in memory."""
     if rows == lists.partial_count.shape[2] and keys >= lists.partial_index.shape[3]:
         return lists
-    return BlockLists(*(t[:, :, :rows] if t.dim() == 3 else t[:, :, :rows, :keys] for t in lists))
+    return BlockLists(*((t[:, :, :rows] if t.dim() == 3 else t[:, :, :rows, :keys]).contiguous() for t in lists))
 
 
 STRIP = 16

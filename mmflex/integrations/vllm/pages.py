@@ -100,6 +100,15 @@ def gather_pages(keys: Tensor, values: Tensor, table: Tensor, out_k: Tensor, out
         out[0].copy_(pages.index_select(0, index).flatten(0, 1)[:tokens].transpose(0, 1))
 
 
+def warm_gathering(like: Tensor, kv_heads: int, head_dim: int) -> None:
+    """Compiles what `gather_pages` needs, for a cache of the dtype and device of ``like``."""
+    page = 16
+    cache = like.new_zeros((1, 2, page, kv_heads, head_dim))
+    table = torch.zeros(1, dtype=torch.int32, device=like.device)
+    out = like.new_empty((2, 1, kv_heads, page, head_dim))
+    gather_pages(*split_pages(cache, kv_heads, head_dim), table, out[0], out[1])
+
+
 class StridedPages:
     """Reads a cache whose pages are views of tokens (`split_pages`)."""
 

@@ -12,12 +12,14 @@ import time
 import torch
 from torch import Tensor
 
+from mmflex.compiler.launches import DenseLaunch
 from mmflex.ir.pattern import Pattern
 from mmflex.runtime.attention import plan
 from mmflex.runtime.backends import LONG_QUERIES, STRIP
 from mmflex.runtime.calls import TILE
 
 from .engine import Engine, logger, why_not_auto
+from .pages import warm_gathering
 from .threshold import sample_layout
 
 
@@ -35,12 +37,12 @@ def warm_up(engine: Engine, spec: tuple[Pattern, ...], query: Tensor, key: Tenso
     if why_not_auto(engine.settings.backend, query.device, dim, query.dtype) is not None:
         return
     started = time.perf_counter()
-    gathered = engine.buffer.take(query, kv_heads, engine.longest, dim)
-    for t in gathered:
+    for t in engine.buffer.take(query, kv_heads, engine.longest, dim):
         t.normal_()
+    warm_gathering(query, kv_heads, dim)
     q, *own = (t.transpose(0, 1)[None] for t in (query, key, value))
     for queries, keys in lengths(min(tokens, engine.longest), engine.longest):
-        k, v = own if queries == keys else gathered
+        k, v = own if queries == keys else engine.buffer.take(query, kv_heads, keys, dim)
         for images in (True, False) if engine.holds_images else (False,):
             layout = sample_layout(keys, images)
             sides = q[:, :, :queries], k[:, :, :keys]
@@ -48,7 +50,8 @@ def warm_up(engine: Engine, spec: tuple[Pattern, ...], query: Tensor, key: Tenso
                 planned = plan(*sides, spec, layout=layout, scale=float(scale), backend=engine.settings.backend)
             except ValueError:  # frames, but no video
                 continue
-            planned.attend(*sides, v[:, :, :keys])
+            if not all(isinstance(launch, DenseLaunch) for launch in planned.program.launches):  # those vLLM runs
+                planned.attend(*sides, v[:, :, :keys])
             layout.forget()
     if query.is_cuda:
         torch.cuda.synchronize(query.device)
@@ -59,7 +62,7 @@ def warm_up(engine: Engine, spec: tuple[Pattern, ...], query: Tensor, key: Tenso
 def lengths(budget: int, longest: int) -> list[tuple[int, int]]:
     """(queries, keys) to run: the largest step as a whole prompt and as the end of the longest; then, for every way in
     which kernels read queries (copied to whole tiles, whole tiles where they are, strips), whole prompts and chunks of
-    two lengths, because a kernel takes any length only once it has met two."""
+    two lengths, of which the shorter one's gathered rows may fill one tile."""
     sizes = [(budget, budget), (budget, longest)]
     for unit, least, most in ((1, 1, budget // 2), (TILE, TILE, budget // 2), (STRIP * TILE, LONG_QUERIES, budget)):
         odd = unit == 1

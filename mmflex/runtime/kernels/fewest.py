@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import use_triton
+from . import steps, use_triton
 
 try:
     import triton
@@ -79,7 +79,7 @@ def fewest(mass: Tensor, wanted: Tensor, always: Tensor | None = None) -> Tensor
     keep = torch.empty(mass.shape, dtype=torch.bool, device=mass.device)
     wanted = wanted.double().expand(*mass.shape[:-1], 1).contiguous()
     forced = keep if always is None else always.expand(mass.shape).contiguous()
-    block = min(_BLOCK, max(32, triton.next_power_of_2(n)))
+    block = min(_BLOCK, steps(n, 128, 1024))
     _fewest[(mass.numel() // n,)](
         mass, wanted, forced, keep, n, STEPS=_STEPS, BLOCK=block, FORCED=always is not None,
         num_warps=min(8, max(1, block // 256)),

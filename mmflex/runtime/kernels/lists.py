@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..classify import BlockTest, Extremes, classify, compact
-from . import use_triton
+from . import steps, use_triton
 
 try:
     import triton
@@ -23,10 +23,10 @@ except ImportError:  # CPU builds of torch come without Triton; the twin runs th
     triton = None
 
 _HEADER = "table, counts, fits, place, shift, row_low, row_high, low, high, chunk_low, tail_low, tail_high"
-_NUMBERS = "heads, heads_out, rows, main_tiles, tail_tiles, chunks, width, row_b, row_h"
+_NUMBERS = "heads, heads_out, rows, main_tiles, tail_tiles, chunks, pieces, width, row_b, row_h"
 
 _KERNEL = """
-def kernel({arguments}, BLOCK: tl.constexpr, MANY: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):
+def kernel({arguments}, BLOCK: tl.constexpr, MANY: tl.constexpr, ROWS: tl.constexpr):
     # Some query tiles of one head: their partial and full key tiles, ascending, into table[0] and table[1].
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     inside = row < rows
@@ -65,7 +65,7 @@ def kernel({arguments}, BLOCK: tl.constexpr, MANY: tl.constexpr, TAIL: tl.conste
         full += tl.sum(every.to(tl.int32), 1, keep_dims=True)
         chunk = tl.min(tl.where((wanted != 0) & (number > chunk), number, MANY), 0)
     moved = tl.load(shift + head) + main_tiles
-    for piece in range(TAIL):
+    for piece in range(pieces):
         at = (piece * BLOCK + tl.arange(0, BLOCK))[None]
         real = inside & (at < tail_tiles)
         some = real & (most >= tl.load(tail_low + own * tail_tiles + at, mask=at < tail_tiles, other=1 << 30))
@@ -89,7 +89,8 @@ def _kernel(
     some: str, every: str, names: tuple[tuple[str, str, bool], ...], tables: tuple[tuple[str, int], ...]
 ) -> Any:
     """The kernel of a classifier. names: (name, "row" | "key" | "one", boolean); tables: (name, dimensions)."""
-    arguments, varied = [_HEADER, _NUMBERS], ["rows", "main_tiles", "tail_tiles", "chunks", "width", "row_b", "row_h"]
+    arguments, varied = [_HEADER, _NUMBERS], ["rows", "main_tiles", "tail_tiles", "chunks", "pieces", "width"]
+    varied += ["row_b", "row_h"]
     scalars, vectors, coarse = [], [], []
     for name, side, boolean in names:
         arguments.append(f"{name}_p, {name}_b, {name}_h")
@@ -153,14 +154,13 @@ def list_blocks(
     assert triton is not None
     batch, heads, _ = ends.low.shape
     rows = table.shape[3]
-    block = min(_CHUNK, triton.next_power_of_2(max(main, 16)))
-    chunks = triton.cdiv(main, block)
+    chunks = triton.cdiv(main, _CHUNK)
     names, values = [], []
     for i, (name, t) in enumerate(test.bounds.items()):
         # A side of a single tile looks like a constant, and is one.
         side = "row" if t.shape[2] > 1 else "key" if t.shape[3] > 1 else "one"
         names.append((name, side, t.dtype == torch.bool))
-        for value in (t, _coarse_bounds(t, block, low=i % 2 == 0)) if side == "key" else (t,):
+        for value in (t, _coarse_bounds(t, _CHUNK, low=i % 2 == 0)) if side == "key" else (t,):
             step = value.shape[2] * value.shape[3]
             batch_step = step * value.shape[1] if value.shape[0] > 1 else 0
             values += [value.contiguous(), batch_step, step if value.shape[1] > 1 else 0]
@@ -181,9 +181,9 @@ def list_blocks(
     row_b = row_low.shape[1] * rows if row_low.shape[0] > 1 else 0
     kernel = _kernel(test.some, test.every, tuple(names), tuple(tables))
     kernel[(triton.cdiv(rows, _ROWS), batch * heads)](
-        table, counts, fits, place, shift, row_low, row_high, low, high, _coarse(low, block, True), tail_low, tail_high,
-        heads, table.shape[2], rows, main, tail, chunks, width, row_b, row_h, *values,
-        BLOCK=block, MANY=triton.next_power_of_2(chunks), TAIL=triton.cdiv(tail, block), ROWS=_ROWS, num_warps=1,
+        table, counts, fits, place, shift, row_low, row_high, low, high, _coarse(low, _CHUNK, True), tail_low,
+        tail_high, heads, table.shape[2], rows, main, tail, chunks, triton.cdiv(tail, _CHUNK), width, row_b, row_h,
+        *values, BLOCK=_CHUNK, MANY=steps(chunks, 64, 256), ROWS=_ROWS, num_warps=1,
     )  # fmt: skip
 
 

@@ -112,7 +112,7 @@ if triton is not None:
         tl.store(total + at, sums)
 
     @triton.jit(do_not_specialize=["tiles", "chunks"])
-    def _join(top, total, limit, lse, diagonals, tiles, chunks, heads, L: tl.constexpr, MANY: tl.constexpr):
+    def _join(top, total, limit, lse, diagonals, tiles, chunks, heads, L: tl.constexpr):
         """log2 of the sums of exponentials of one head's rows over all chunks; +inf for rows that see nothing. Sets the
         head's block diagonals to 0, to which the second sweep adds."""
         own = tl.program_id(0).to(tl.int64)
@@ -124,7 +124,7 @@ if triton is not None:
         row = tl.arange(0, L)
         high = tl.full([L], float("-inf"), tl.float32)
         sums = tl.zeros([L], tl.float32)
-        for some in range(MANY):
+        for some in range(tl.cdiv(chunks, 64)):
             chunk = some * 64 + tl.arange(0, 64)
             at = ((own * chunks + chunk) * L)[:, None] + row[None]
             other = tl.load(top + at, mask=(chunk < chunks)[:, None], other=float("-inf"))
@@ -293,8 +293,7 @@ def last_mass(
     _sum[(batch * heads, chunks)](
         q, rows, k, limit, position, top, total, *numbers, heads, group, chunks, **shape, **_SUM
     )  # fmt: skip
-    many = triton.next_power_of_2(triton.cdiv(chunks, 64))
-    _join[(batch * heads,)](top, total, limit, lse, diagonals, tiles, chunks, heads, L=count, MANY=many)
+    _join[(batch * heads,)](top, total, limit, lse, diagonals, tiles, chunks, heads, L=count)
     _mass[(batch * heads, triton.cdiv(size, _KEYS * _BLOCKS))](
         q, rows, k, limit, position, lse, stand, position if index is None else index, vertical,
         vertical if diagonal is None else diagonal, diagonals, tiles, *numbers, size, heads, group,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import use_triton
+from . import steps, use_triton
 
 try:
     import triton
@@ -13,17 +13,19 @@ try:
 except ImportError:
     triton = None
 
-_BLOCK = 4096
-"""Entries that one program goes through."""
+_SHORT, _BLOCK = 1024, 4096
+"""Entries that one program goes through, of short rows and of others."""
+_MANY = 256
+"""Stretches of a row that one tile holds: of a million tokens."""
 
 if triton is not None:
 
     @triton.jit
-    def _threshold(histograms, row, budget, PASSES: tl.constexpr):
+    def _threshold(histograms, row, budget, passes):
         """(high bits of the least kept entry, how many to keep among equals) after some 8-bit passes."""
         bins = tl.arange(0, 256)
         prefix, left = 0, budget
-        for digit in tl.static_range(PASSES):
+        for digit in range(passes):
             histogram = tl.load(histograms + (row * 4 + digit) * 256 + bins)
             above = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)  # entries with a greater digit
             chosen = tl.max(tl.where(above + histogram >= left, bins, 0), 0)
@@ -31,18 +33,18 @@ if triton is not None:
             prefix = prefix * 256 + chosen
         return prefix, left
 
-    @triton.jit(do_not_specialize=["n", "budget"])
-    def _count(mass, always, histograms, n, budget, DIGIT: tl.constexpr, BLOCK: tl.constexpr, FORCED: tl.constexpr):
+    @triton.jit(do_not_specialize=["n", "budget", "digit"])
+    def _count(mass, always, histograms, n, budget, digit, BLOCK: tl.constexpr, FORCED: tl.constexpr):
         """One pass of radix selection: a histogram of the next 8 bits of those that share the bits so far."""
         row = tl.program_id(0).to(tl.int64)
-        prefix, _ = _threshold(histograms, row, budget, DIGIT)
+        prefix, _ = _threshold(histograms, row, budget, digit)
         at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         key = _key(mass, always, row, at, n, FORCED)
-        shift: tl.constexpr = 24 - 8 * DIGIT
+        shift = 24 - 8 * digit
         same = (at < n) & ((key >> shift >> 8) == prefix)
         if tl.max(same.to(tl.int32), 0) > 0:
             histogram = tl.histogram((key >> shift) & 255, 256, mask=same)
-            tl.atomic_add(histograms + (row * 4 + DIGIT) * 256 + tl.arange(0, 256), histogram, mask=histogram > 0)
+            tl.atomic_add(histograms + (row * 4 + digit) * 256 + tl.arange(0, 256), histogram, mask=histogram > 0)
 
     @triton.jit(do_not_specialize=["n", "budget"])
     def _equals(mass, always, histograms, equals, n, budget, BLOCK: tl.constexpr, FORCED: tl.constexpr):
@@ -78,9 +80,10 @@ if triton is not None:
         at = tl.arange(0, BLOCK)
         key = _key(mass, always, row, at, n, FORCED)
         prefix, left = 0, budget
-        for digit in tl.static_range(4):
-            same = (at < n) & ((key >> (24 - 8 * digit) >> 8) == prefix)
-            histogram = tl.histogram((key >> (24 - 8 * digit)) & 255, 256, mask=same)
+        for digit in range(4):
+            shift = 24 - 8 * digit
+            same = (at < n) & ((key >> shift >> 8) == prefix)
+            histogram = tl.histogram((key >> shift) & 255, 256, mask=same)
             above = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)
             chosen = tl.max(tl.where(above + histogram >= left, bins, 0), 0)
             left -= tl.sum(tl.where(bins == chosen, above, 0), 0)
@@ -108,11 +111,10 @@ if triton is not None:
         true = tl.load(chosen + row * n + at, mask=at < n, other=0) != 0
         tl.store(counts + row * tl.num_programs(1) + tl.program_id(1), tl.sum(true.to(tl.int32), 0))
 
-    @triton.jit(do_not_specialize=["n", "capacity", "most"])
+    @triton.jit(do_not_specialize=["n", "capacity", "most", "pieces"])
     def _indices(
-        chosen, counts, index, count, fits, n, capacity, most,
-        BLOCK: tl.constexpr, MANY: tl.constexpr, REST: tl.constexpr,
-    ):  # fmt: skip
+        chosen, counts, index, count, fits, n, capacity, most, pieces, BLOCK: tl.constexpr, MANY: tl.constexpr
+    ):
         """One stretch of a row: indices of its true entries; the rest of the row repeats the last of all."""
         chunk, row = tl.program_id(1), tl.program_id(0).to(tl.int64)
         other = tl.arange(0, MANY)
@@ -124,7 +126,7 @@ if triton is not None:
         tl.store(index + row * capacity + slot, at.to(tl.int64), mask=true & (slot < capacity))
         if chunk == tl.max(tl.where(found > 0, other, 0), 0):  # where the last one is; the first, if there is none
             last = tl.max(tl.where(true, at, 0), 0)
-            for piece in range(REST):
+            for piece in range(pieces):
                 slot = piece * BLOCK + tl.arange(0, BLOCK)
                 rest = (slot >= total) & (slot < capacity)
                 tl.store(index + row * capacity + slot, tl.zeros([BLOCK], tl.int64) + last, mask=rest)
@@ -166,19 +168,21 @@ def heaviest(mass: Tensor, budget: int, always: Tensor | None = None) -> Tensor:
         rows = mass.numel() // n
         keep = torch.empty(mass.shape, dtype=torch.bool, device=mass.device)
         forced = keep if always is None else always.contiguous()
-        block = min(_BLOCK, max(256, triton.next_power_of_2(n)))
+        block = _SHORT if n <= _SHORT else _BLOCK
         if n <= block:
-            _heaviest[(rows,)](mass, forced, keep, n, budget, BLOCK=block, FORCED=always is not None)
+            _heaviest[(rows,)](
+                mass, forced, keep, n, budget, BLOCK=block, FORCED=always is not None, num_warps=block // 256
+            )  # fmt: skip
             return keep
         grid = (rows, triton.cdiv(n, block))
         histograms = torch.zeros((rows, 4, 256), dtype=torch.int32, device=mass.device)
         shape = {"BLOCK": block, "FORCED": always is not None}
         for digit in range(4):
-            _count[grid](mass, forced, histograms, n, budget, DIGIT=digit, **shape)
+            _count[grid](mass, forced, histograms, n, budget, digit, **shape)
         equals = torch.empty(grid, dtype=torch.int32, device=mass.device)
         _equals[grid](mass, forced, histograms, equals, n, budget, **shape)
         _keep[grid](
-            mass, forced, histograms, equals, keep, n, budget, MANY=triton.next_power_of_2(grid[1]), **shape
+            mass, forced, histograms, equals, keep, n, budget, MANY=steps(grid[1], _MANY), **shape
         )  # fmt: skip
         return keep
     key = _key_twin(mass)
@@ -200,7 +204,7 @@ def gathered(chosen: Tensor, capacity: int, fits: Tensor | None = None) -> tuple
     if use_triton(chosen):
         assert triton is not None
         chosen = chosen.contiguous()
-        block = min(_BLOCK, max(256, triton.next_power_of_2(n)))
+        block = _SHORT if n <= _SHORT else _BLOCK
         counts = count_true(chosen, block)
         index = torch.empty((*chosen.shape[:-1], capacity), dtype=torch.int64, device=chosen.device)
         count = torch.empty(chosen.shape[:-1], dtype=torch.int64, device=chosen.device)
@@ -208,7 +212,7 @@ def gathered(chosen: Tensor, capacity: int, fits: Tensor | None = None) -> tuple
         unchecked = fits is None
         _indices[grid](
             chosen, counts, index, count, count if unchecked else fits, n, capacity, n if unchecked else capacity,
-            BLOCK=block, MANY=triton.next_power_of_2(grid[1]), REST=triton.cdiv(capacity, block),
+            triton.cdiv(capacity, block), BLOCK=block, MANY=steps(grid[1], _MANY),
         )  # fmt: skip
         return index, count
     place = chosen.cumsum(-1) - 1
