@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ...integrations.predictions import Hidden, portions
-from ...integrations.trial import default_backend, sparse
+from ...integrations.trial import default_backend, planning_backend, sparse
 from ...tuning.config import Config, Spec
 from .. import methods as table
 from ..evaluate import versions
@@ -105,7 +105,8 @@ def evaluate(
         tasks: needle tasks, of `TASKS`; asked in every text at every length.
         depths, prompts: depths of the needle, and prompts (spread over the depths) of each task, text and length.
         seed: of the needles.
-        backend: as in `mmflex.attention`; "auto" is the one that never runs a spec dense.
+        backend: as in `mmflex.attention`; "auto" is one that never runs a spec dense; "masked": SDPA under the token
+            mask of each plan, which compiles nothing (`integrations.trial.MASKED`).
         extend: allow prompts longer than the model was trained for.
         resume: a folder in which what is measured is kept, and from which an evaluation that was cut off goes on.
         progress: is told in a few words what comes next.
@@ -170,7 +171,8 @@ class _Run:
         windows = text.windows(tokens, s.windows)
 
         def trace() -> Trace:
-            return capture(self.model.model, {"input_ids": windows[:1].to(self.model.device)}, self.backend(tokens))
+            backend = planning_backend(self.backend(tokens))
+            return capture(self.model.model, {"input_ids": windows[:1].to(self.model.device)}, backend)
 
         entries = sizing.entries(trace, text.name, *self.key(text, tokens, None))
         gc.collect()  # queries, keys and values of all layers
