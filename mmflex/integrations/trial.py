@@ -38,7 +38,7 @@ MASKED = "masked"
 kernel is compiled, and it takes a fraction of the eager backend's time: for models so small, and prompts so short, that
 compiling kernels is what would take the time. Densities are those of the plan, whoever attends."""
 
-PAIRS_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 29}
+PAIRS_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 28}
 """Pairs of query and key that a token mask holds at a time."""
 
 
