@@ -186,8 +186,9 @@ def run(arguments: argparse.Namespace, console: Console) -> Report:
         if arguments.json is not None:
             report.save(arguments.json)
 
+    methods = [name for name in arguments.methods.split(",") if name]
     report = evaluate(
-        model, texts, specs, methods=[m for m in arguments.methods.split(",") if m], lengths=lengths, densities=densities,
+        model, texts, specs, methods=methods, lengths=lengths, densities=densities,
         windows=arguments.windows, tasks=[t for t in arguments.tasks.split(",") if t], prompts=arguments.prompts,
         backend=arguments.backend, resume=arguments.files / "progress", measured=keep,
         progress=lambda text: console.print(text, style="dim", highlight=False),
@@ -211,9 +212,7 @@ def main() -> None:
     parser.add_argument("--given", nargs="*", help="specs to run as they are: default, default:high, a file, JSON")
     parser.add_argument("--search", nargs="*", metavar="OBJECTIVE=DENSITY", help="also configs searched on prose")
     parser.add_argument("--sample", type=int, default=4096, help="tokens of what is searched on")
-    parser.add_argument(
-        "--last-rows", action="store_true", help="searched configs also with the last tile's rows dense"
-    )
+    parser.add_argument("--last-rows", action="store_true", help="those also with the last tile's rows dense")
     parser.add_argument("--tasks", default="", help="needle tasks, separated by commas")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--device", default="auto")

@@ -6,10 +6,10 @@
 
 Evaluations of small models wait for the host (planning, compiling kernels) more than for the GPU, so some run at once.
 *real*: what SmolLM2-135M loses on texts and needles (`benchmarks.real`), first a search's last step, then a process for
-each text and length. *v-niah*, *mm-niah*: the methods of ``mmflex eval`` on 32k tokens, a process for each. Stages start
-in the order of the lists below, which is that of their worth; what is running when the time is over is ended. Reports are
-written a cell at a time and put together in OUT/NAME.json as they come; the end of every stage's output is in
-OUT/NAME.log. A stage that is cut off leaves what it has measured in FILES/progress.
+each text and length. *v-niah*, *mm-niah*: the methods of ``mmflex eval`` on 32k tokens, a process for each. Stages
+start in the order of the lists below, which is that of their worth; what runs when the time is over is ended. Reports
+are written a cell at a time and put together in OUT/NAME.json as they come; the end of every stage's output is in
+OUT/NAME.log. A stage of *real* that is cut off leaves what it has measured in FILES/progress.
 """
 
 from __future__ import annotations
@@ -108,23 +108,22 @@ METHODS = (
     "minference", "xattention", "flexprefill", "tri-shape", "a-shape", "mminference-intra", "prism", "proxyattn",
     "flashprefill", "stem", "block-topk", "sf-fixed", "sf-strided",
 )  # fmt: skip
-FLOPS = (0.12, 0.16, 0.24, 0.33)
 
 
 def niah_stages(a: argparse.Namespace, part: Path) -> list[Stage]:
-    """The searched config at 12% and the methods at all shares; the config at other shares last."""
+    """The searched config at the least share and the methods at all of them; the config at the others last."""
     common = ["-m", "mmflex", "eval", "--task", a.what, "--lengths", str(a.tokens), "--questions", "16"]
-    common += ["--prompts", str(a.prompts), "--seeds", "2", "--config", str(RESULTS / "config-niah-15.json")]
+    common += ["--prompts", str(a.prompts), "--seeds", str(a.seeds), "--config", str(RESULTS / "config-niah-15.json")]
     common += ["--backend", a.niah_backend] if a.niah_backend else []
 
     def stage(name: str, methods: str, flops: tuple[float, ...]) -> Stage:
-        shares = ",".join(map(str, flops))
-        more = ["--methods", methods, "--flops", shares, "--json", str(part / f"{name}.json")]
+        more = ["--methods", methods, "--flops", ",".join(map(str, flops)), "--json", str(part / f"{name}.json")]
         return Stage(name, [*common, *more], a.seconds)
 
-    found = [stage("searched-0.12", "mminference", FLOPS[:1])]
-    found += [stage(name, name, FLOPS) for name in METHODS]
-    return found + [stage(f"searched-{share}", "mminference", (share,)) for share in FLOPS[1:]]
+    shares = tuple(float(share) for share in a.flops.split(","))
+    found = [stage(f"searched-{shares[0]}", "mminference", shares[:1])]
+    found += [stage(name, name, shares) for name in METHODS]
+    return found + [stage(f"searched-{share}", "mminference", (share,)) for share in shares[1:]]
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -185,7 +184,7 @@ def stand_in(files: Path) -> None:
 
 def gather(kind: Any, part: Path, stages: list[Stage], target: Path) -> Any:
     """One report of those that there are, in the order of the stages; dense rows, which every process has, once."""
-    report = kind()
+    report = kind(()) if kind is NeedleReport else kind()
     for stage in stages:
         path = part / f"{stage.name}.json"
         if path.exists():
@@ -207,7 +206,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where the report and the log go")
     parser.add_argument("--seconds", type=float, default=400)
     parser.add_argument("--workers", type=int, default=6)
-    parser.add_argument("--prompts", type=int, help="of a task, text and length (12), or of a seed (16)")
+    parser.add_argument("--prompts", type=int, default=16, help="of a task, text and length, or of a seed")
+    parser.add_argument("--seeds", type=int, default=2, help="of prompts of the small models")
+    parser.add_argument("--flops", default="0.12,0.16,0.24,0.33", help="of the small models, ascending")
     parser.add_argument("--tokens", type=int, default=32768, help="of a prompt of the small models")
     parser.add_argument("--lengths", default="2048,4096,6144,8192", help="of texts and needles, four")
     parser.add_argument("--sample", type=int, default=4096)
@@ -218,7 +219,6 @@ def main() -> None:
     a = parser.parse_args()
     end = time.monotonic() + a.seconds
     real = a.what == "real"
-    a.prompts = a.prompts or (12 if real else 16)
     a.lengths = [int(n) for n in a.lengths.split(",")]
     part = a.out / a.what
     part.mkdir(parents=True, exist_ok=True)
