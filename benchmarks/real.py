@@ -12,10 +12,10 @@ carried to a machine without network.
 
 *run* brings every method to the densities on each text's first window, reads all windows dense and by every method, and
 asks the needle tasks. What is measured is kept in FILES/progress, so a run that was cut off goes on where it stopped;
-remove that folder to measure anew. ``--search`` searches configs by a window of prose behind those evaluated: for the
-objective "outputs" that window itself, for "answers" a multikey prompt in it with its answer, of a seed that no
-evaluation has. Configs, and what a search has found so far, are kept in FILES too. At another length than the sample's
-they run resized.
+remove that folder to measure anew. ``--search``, of *search* too, searches configs by a window of prose behind those
+evaluated: for the objective "outputs" that window itself, for "answers" a multikey prompt in it with its answer, of a
+seed that no evaluation has. Configs, and what a search has found so far, are kept in FILES. At another length than the
+sample's they run resized.
 
 ``--backend masked`` compiles no kernels, which is what takes most of the time of so small a model on a GPU.
 """
@@ -159,28 +159,37 @@ def held_out(text: Text, tokens: int) -> Text:
     return Text(text.name, text.ids[:-tokens], text.prefix)
 
 
-def run(arguments: argparse.Namespace, console: Console) -> Report:
-    """Loads, evaluates and prints."""
+def configs(model: LanguageModel, arguments: argparse.Namespace) -> dict[str, Config]:
+    """What ``--search`` asks for, by its name in tables."""
+    found = {}
+    text = read(f"prose={arguments.files / 'prose.txt'}", model.tokenizer)
+    for asked in arguments.search or ():
+        objective, _, density = asked.partition("=")
+        config = searched(model, text, arguments.sample, objective, float(density), arguments.files)
+        found[f"searched by {objective} at {density}"] = config
+    return found
+
+
+def loaded(arguments: argparse.Namespace) -> LanguageModel:
+    """The model, where it is to run."""
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    gguf = arguments.gguf or arguments.files / GGUF
-    model = load(gguf, device=device, dtype=getattr(torch, arguments.dtype))
+    return load(arguments.gguf or arguments.files / GGUF, device=device, dtype=getattr(torch, arguments.dtype))
+
+
+def run(arguments: argparse.Namespace, console: Console) -> Report:
+    """Loads, evaluates and prints."""
+    model = loaded(arguments)
     lengths = [int(n) for n in arguments.lengths.split(",")]
     densities = [float(d) for d in arguments.densities.split(",")]
     texts = [read(f"{kind}={arguments.files / f'{kind}.txt'}", model.tokenizer) for kind in arguments.kinds.split(",")]
     texts = [held_out(text, max(*lengths, arguments.sample)) for text in texts]
     specs: dict[str, Any] = dict(map(spec_of, arguments.given or ()))
-    for asked in arguments.search or ():
-        objective, _, density = asked.partition("=")
-        whole = read(f"prose={arguments.files / 'prose.txt'}", model.tokenizer)
-        config = searched(model, whole, arguments.sample, objective, float(density), arguments.files)
-        if min(lengths) != arguments.sample:
-            config = config.resized(min(lengths))
-        name = f"searched by {objective} at {density}"
-        specs[name] = config
+    for name, config in configs(model, arguments).items():
+        specs[name] = config if min(lengths) == arguments.sample else config.resized(min(lengths))
         if arguments.last_rows:
-            specs[f"{name}, last rows dense"] = with_last_rows(config)
+            specs[f"{name}, last rows dense"] = with_last_rows(specs[name])
 
     def keep(report: Report) -> None:
         if arguments.json is not None:
@@ -201,7 +210,7 @@ def run(arguments: argparse.Namespace, console: Console) -> Report:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("fetch", "run"))
+    parser.add_argument("what", choices=("fetch", "search", "run"))
     parser.add_argument("--files", type=Path, default=Path("build/real"), help="the folder of the model and the texts")
     parser.add_argument("--gguf", type=Path, help="the model, where it is not in that folder")
     parser.add_argument("--kinds", default=",".join(KINDS), help="texts, separated by commas")
@@ -222,6 +231,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "fetch":
         fetch(arguments.files)
+    elif arguments.what == "search":
+        for name, config in configs(loaded(arguments), arguments).items():
+            print(
+                name, {k: v for k, v in config.provenance.items() if k in ("density", "compared", "taken")}, flush=True
+            )
     else:
         run(arguments, Console(width=None if sys.stdout.isatty() else 240))
 

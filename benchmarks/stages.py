@@ -28,7 +28,6 @@ from typing import Any
 
 from mmflex.evaluation import Report as NeedleReport
 from mmflex.evaluation.real import Report as RealReport
-from mmflex.evaluation.report import Row
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -60,8 +59,8 @@ TEXTS = ("prose", "code", "docs")
 
 def real_stages(a: argparse.Namespace, part: Path) -> list[Stage]:
     """The search's last step; 4k tokens of each text at 0.3, with needles; 6k and 2k with needles; 4k at 0.5; 8k."""
-    common = ["-m", "benchmarks.real", "run", "--files", str(a.files), "--backend", a.backend]
-    common += ["--sample", str(a.sample), *(["--gguf", str(a.gguf)] if a.gguf else [])]
+    of_all = ["--files", str(a.files), "--sample", str(a.sample), *(["--gguf", str(a.gguf)] if a.gguf else [])]
+    common = ["-m", "benchmarks.real", "run", *of_all, "--backend", a.backend]
     tasks, prompts = "passkey,multikey", str(a.prompts)
     specs = ["--given", "default", *a.given, "--last-rows", "--search"]
     rivals = ["--methods", "xattention", "--densities", "0.3"]
@@ -183,17 +182,19 @@ def stand_in(files: Path) -> None:
 
 
 def gather(kind: Any, part: Path, stages: list[Stage], target: Path) -> Any:
-    """One report of those that there are, in the order of the stages; dense rows, which every process has, once."""
+    """One report of those that there are. What several processes have measured is there once: of the most windows."""
     report = kind(()) if kind is NeedleReport else kind()
     for stage in stages:
         path = part / f"{stage.name}.json"
         if path.exists():
             report = report + kind.load(path)
     if kind is NeedleReport:
-        seen: dict[Any, Row] = {}
-        for row in report.rows:
-            seen.setdefault((row.task, row.tokens, row.label, row.target, tuple(row.settings)), row)
-        report = NeedleReport(tuple(seen.values()), report.skipped, report.runs)
+        rows = {(r.task, r.tokens, r.label, r.target, r.settings): r for r in reversed(report.rows)}
+        report = NeedleReport(tuple(reversed(rows.values())), report.skipped, report.runs)
+    else:
+        most = sorted(report.texts, key=lambda r: r.windows)
+        texts = {(r.text, r.tokens, r.method.label, r.method.target): r for r in most}
+        report = RealReport(tuple(texts.values()), report.needles, report.skipped, report.runs)
     report.save(target)
     return report
 

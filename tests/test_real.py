@@ -316,6 +316,13 @@ def report(model: LanguageModel) -> Report:
     return small(model)
 
 
+def test_an_evaluation_tells_what_it_has_measured_so_far(model: LanguageModel, report: Report) -> None:
+    parts: list[Report] = []
+    whole = small(model, tasks=("passkey", "tracking"), measured=parts.append)
+    assert [(len(part.texts), len(part.needles)) for part in parts] == [(3, 0), (3, 3), (3, 6)]
+    assert parts[1].needles == report.needles == whole.needles[:3]
+
+
 def test_an_evaluation_under_token_masks_is_the_same(model: LanguageModel, report: Report) -> None:
     masked = small(model, backend=trial.MASKED)
     for found, want in zip(masked.texts, report.texts, strict=True):
