@@ -131,27 +131,29 @@ def niah_stages(a: argparse.Namespace, part: Path) -> list[Stage]:
 def run(stages: list[Stage], workers: int, end: float, part: Path, ended: Callable[[Stage], None]) -> None:
     """Stages in their order, so many at once, until the time ``end`` (monotonic seconds)."""
     waiting, running = list(stages), list[Stage]()
-    while (waiting or running) and time.monotonic() < end:
-        alone = any(stage.first for stage in running)
-        while waiting and len(running) < workers and not alone:
-            stage = waiting.pop(0)
-            begin(stage, part)
-            running.append(stage)
-            alone = stage.first
-        time.sleep(0.5)
-        for stage in list(running):
-            stage.seconds = time.monotonic() - stage.started
-            code = stage.process.poll()
-            if code is None and stage.seconds < stage.limit:
-                continue
-            stage.state = "cut off" if code is None else "done" if code == 0 else f"failed ({code})"
+    try:
+        while (waiting or running) and time.monotonic() < end:
+            alone = any(stage.first for stage in running)
+            while waiting and len(running) < workers and not alone:
+                stage = waiting.pop(0)
+                begin(stage, part)
+                running.append(stage)
+                alone = stage.first
+            time.sleep(0.5)
+            for stage in list(running):
+                stage.seconds = time.monotonic() - stage.started
+                code = stage.process.poll()
+                if code is None and stage.seconds < stage.limit:
+                    continue
+                stage.state = "cut off" if code is None else "done" if code == 0 else f"failed ({code})"
+                finish(stage)
+                running.remove(stage)
+                print(f"{stage.name}: {stage.state}, {stage.seconds:.0f} s", flush=True)
+                ended(stage)
+    finally:  # an error here or there leaves nothing running
+        for stage in running:
+            stage.state = "cut off"
             finish(stage)
-            running.remove(stage)
-            print(f"{stage.name}: {stage.state}, {stage.seconds:.0f} s", flush=True)
-            ended(stage)
-    for stage in running:
-        stage.state = "cut off"
-        finish(stage)
 
 
 def begin(stage: Stage, part: Path) -> None:
