@@ -87,19 +87,9 @@ def real_stages(a: argparse.Namespace, part: Path) -> list[Stage]:
         windows = ["--windows", "3" if tokens == middle else "2"]
         found.append(stage(f"third-{kind}-{tokens}", 200, kind, tokens, *windows, *at_third))
     found += [stage(f"half-{kind}-{middle}", 150, kind, middle, "--windows", "3", *at_half) for kind in TEXTS]
-    dense = [
-        "--windows",
-        "1",
-        "--tasks",
-        "tracking",
-        "--prompts",
-        prompts,
-        "--methods",
-        "a-shape",
-        "--densities",
-        "0.3",
-    ]
-    found.append(stage("tracking", 60, "prose", short, *dense))
+    tracking = ["--tasks", "tracking", "--prompts", prompts]  # by the dense model, and a method that costs little
+    tracking += ["--windows", "1", "--methods", "a-shape", "--densities", "0.3"]
+    found.append(stage("tracking", 60, "prose", short, *tracking))
     return found
 
 
@@ -112,11 +102,14 @@ METHODS = (
 def niah_stages(a: argparse.Namespace, part: Path) -> list[Stage]:
     """The searched config at the least share and the methods at all of them; the config at the others last."""
     common = ["-m", "mmflex", "eval", "--task", a.what, "--lengths", str(a.tokens), "--questions", "16"]
-    common += ["--prompts", str(a.prompts), "--seeds", str(a.seeds), "--config", str(RESULTS / "config-niah-15.json")]
+    common += ["--prompts", str(a.prompts), "--seeds", str(a.seeds)]
     common += ["--backend", a.niah_backend] if a.niah_backend else []
 
     def stage(name: str, methods: str, flops: tuple[float, ...]) -> Stage:
-        more = ["--methods", methods, "--flops", ",".join(map(str, flops)), "--json", str(part / f"{name}.json")]
+        config = ["--config", str(RESULTS / "config-niah-15.json")]  # which also runs as it is
+        searched = config if methods.startswith("mminference") else []
+        shares = ",".join(map(str, flops))
+        more = ["--methods", methods, "--flops", shares, "--json", str(part / f"{name}.json"), *searched]
         return Stage(name, [*common, *more], a.seconds)
 
     shares = tuple(float(share) for share in a.flops.split(","))
@@ -185,7 +178,7 @@ def stand_in(files: Path) -> None:
 
 def gather(kind: Any, part: Path, stages: list[Stage], target: Path) -> Any:
     """One report of those that there are. What several processes have measured is there once: of the most windows."""
-    report = kind(()) if kind is NeedleReport else kind()
+    report: Any = kind(()) if kind is NeedleReport else kind()
     for stage in stages:
         path = part / f"{stage.name}.json"
         if path.exists():
