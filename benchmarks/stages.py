@@ -70,12 +70,8 @@ def real_stages(a: argparse.Namespace, part: Path) -> list[Stage]:
         return Stage(name, [*common, *where, *more], limit)
 
     short, middle, longer, longest = a.lengths
-    found = [
-        stage(
-            "search", 150, "prose", a.sample, "--search", *SEARCHES, "outputs=0.5", "--methods", "", "--windows", "1"
-        ),
-    ]
-    found[0].first = True
+    searches = ["-m", "benchmarks.real", "search", *of_all, "--search", *SEARCHES, "outputs=0.5"]
+    found = [Stage("search", searches, 150, first=True)]
     for tokens, limit in ((middle, 240), (longer, 280), (short, 120)):
         asked = ["--windows", "1", "--tasks", tasks, "--prompts", prompts, *specs, *SEARCHES, *rivals]
         found += [stage(f"needles-{kind}-{tokens}", limit, kind, tokens, *asked) for kind in TEXTS]
