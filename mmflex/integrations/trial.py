@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from mmflex.compiler.prices import estimates
 from mmflex.runtime.attention import plan
+from mmflex.runtime.calls import TILE
 from mmflex.runtime.kernels.lists import listed_eagerly
 from mmflex.runtime.plan import Plan
 from mmflex.tuning.config import Config, Spec
@@ -29,6 +31,37 @@ from .transformers import DenseFallback, patched
 EAGER_SCORES = {"cpu": 1 << 27, "cuda": 1 << 31}
 """Up to this many scores of one prompt and layer, backend "auto" runs the plans eagerly ("reference"): it needs no
 kernel compiled, and every setting at every length is one or more kernels of 5 to 15 seconds."""
+
+
+MASKED = "masked"
+"""In place of a backend: plans as the eager backend makes them, and attention is SDPA under a plan's token mask. No
+kernel is compiled, and it takes a fraction of the eager backend's time: for models so small, and prompts so short, that
+compiling kernels is what would take the time. Densities are those of the plan, whoever attends."""
+
+PAIRS_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 28}
+"""Pairs of query and key that a token mask holds at a time."""
+
+
+def planning_backend(backend: str) -> str:
+    """The backend that plans are made for."""
+    return "reference" if backend == MASKED else backend
+
+
+def attend_masked(made: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, Hq, N, Dv] like q: what ``made.attend(q, k, v)`` computes, for a plan of all N tokens of a prompt, by SDPA
+    under the token mask (`Plan.dense_mask`), a strip of queries at a time."""
+    batch, heads, tokens, _ = q.shape
+    k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (k, v))
+    step = max(1, PAIRS_AT_ONCE[q.device.type] // (batch * heads * tokens * TILE)) * TILE
+    out = q.new_empty((batch, heads, tokens, v.shape[3]))
+    for first in range(0, tokens, step):
+        last = min(first + step, tokens)
+        mask = made.dense_mask(range(first, last), keys=last)
+        rows = slice(first, last)
+        given = q[:, :, rows], k[:, :, :last], v[:, :, :last]
+        strip = scaled_dot_product_attention(*given, attn_mask=mask, scale=made.scale)
+        out[:, :, rows] = strip.where(mask.any(-1, keepdim=True), 0.0)  # a row without a key is 0, not NaN
+    return out
 
 
 @dataclass
@@ -60,6 +93,7 @@ def sparse(model: Any, spec: Spec | Config, backend: str, layouts: dict[str, Any
     """A model whose prefill runs under a spec, for the length of a ``with`` block; on a cache it decodes as before.
 
     Args:
+        backend: as in `mmflex.attention`, or `MASKED`.
         layouts: shared by the blocks of one prompt length, so that programs compiled for it are found again.
 
     Raises:
@@ -67,7 +101,7 @@ def sparse(model: Any, spec: Spec | Config, backend: str, layouts: dict[str, Any
     """
     from transformers.modeling_utils import AttentionInterface
 
-    ran = Ran()
+    ran, planned = Ran(), planning_backend(backend)
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         slot = vars(module).get("_mmflex")
@@ -85,14 +119,15 @@ def sparse(model: Any, spec: Spec | Config, backend: str, layouts: dict[str, Any
         _refuse(module, float(options.get("dropout") or 0.0), options)
         layout = patch.prompt.layout(query.shape[0], getattr(mask, "padding", None), 0, 0, query.shape[2])
         scale = options.get("scaling")
-        made = plan(query, key, patterns, layout=layout, scale=scale, backend=backend, v=value)
+        made = plan(query, key, patterns, layout=layout, scale=scale, backend=planned, v=value)
         ran.density.append(made.density.total)
         ran.estimates.append(estimated(made))
-        return made.attend(query, key, value).transpose(1, 2).contiguous(), None
+        out = attend_masked(made, query, key, value) if backend == MASKED else made.attend(query, key, value)
+        return out.transpose(1, 2).contiguous(), None
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", DenseFallback)
-        with patched(model, spec, backend=backend), listed_eagerly() if backend == "reference" else nullcontext():
+        with patched(model, spec, backend=planned), listed_eagerly() if planned == "reference" else nullcontext():
             vars(model)["_mmflex_patch"].prompt.recent = layouts
             AttentionInterface.register(NAME, attention)
             try:

@@ -155,11 +155,16 @@ class Plan:
 
     # ---- what it is ------------------------------------------------------------------------------------------------
 
-    def dense_mask(self, rows: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> Tensor:
-        """bool [B, Hq, M, N]: the token-level mask, from the expressions alone; of some ``rows`` (query numbers) and
-        query ``heads`` only, if given. For small N, or few rows: it is as large as it says."""
+    def dense_mask(
+        self, rows: Sequence[int] | None = None, heads: Sequence[int] | None = None, keys: int | None = None
+    ) -> Tensor:
+        """bool [B, Hq, M, N]: the token-level mask, from the expressions alone; of some ``rows`` (query numbers), query
+        ``heads`` and the first ``keys`` tokens only, if given. For small N, or few rows: it is as large as it says."""
         program, state = self.program, self.state
-        layout, queries, n = program.layout, program.queries, program.layout.length
+        layout, queries = program.layout, program.queries
+        n = layout.length if keys is None else keys
+        if not 0 <= n <= layout.length:
+            raise ValueError(f"keys is {n}: use a number of tokens from 0 to {layout.length}")
         chosen = np.arange(queries.count) if rows is None else check_numbers(rows, "rows", "queries", queries.count)
         asked = list(range(program.heads))
         if heads is not None:
@@ -168,14 +173,15 @@ class Plan:
         if not len(chosen) or not n:
             return out
         order = given_order(chosen, queries.count, layout.batch_size, queries)
-        keys = given_order(np.arange(n), n, layout.batch_size)
+        seen = given_order(np.arange(n), layout.length, layout.batch_size)
         position = torch.tensor(layout.position, device=state.device)
         row = position[:, torch.tensor(queries.numbers[chosen], dtype=torch.int64, device=state.device)]
+        position = position[:, :n]
         causal = (row[:, None, :, None] >= position[:, None, None]) & (position >= 0)[:, None, None]
         for group in program.groups:
             own = tuple(h for h in asked if h in group.heads)
             if own:
-                mask = state.values([group.expr], own, order, keys).of(group.expr)
+                mask = state.values([group.expr], own, order, seen).of(group.expr)
                 out[:, [asked.index(h) for h in own]] = mask & causal
         return out
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ...integrations.predictions import Hidden, portions
-from ...integrations.trial import default_backend, sparse
+from ...integrations.trial import default_backend, planning_backend, sparse
 from ...tuning.config import Config, Spec
 from .. import methods as table
 from ..evaluate import versions
@@ -105,11 +105,12 @@ def evaluate(
         tasks: needle tasks, of `TASKS`; asked in every text at every length.
         depths, prompts: depths of the needle, and prompts (spread over the depths) of each task, text and length.
         seed: of the needles.
-        backend: as in `mmflex.attention`; "auto" is the one that never runs a spec dense.
+        backend: as in `mmflex.attention`; "auto" is one that never runs a spec dense; "masked": SDPA under the token
+            mask of each plan, which compiles nothing (`integrations.trial.MASKED`).
         extend: allow prompts longer than the model was trained for.
         resume: a folder in which what is measured is kept, and from which an evaluation that was cut off goes on.
         progress: is told in a few words what comes next.
-        measured: is given the report so far after every text and length.
+        measured: is given the report so far after every text and length, and each of its tasks.
 
     Raises:
         ValueError: arguments that cannot be; a length beyond the model's; a text too short; a spec of another number of
@@ -129,12 +130,13 @@ def evaluate(
     for tokens in settings.lengths:
         sizing = Sizing(wanted, given, config, settings.densities, kept)
         for text in texts:
-            cell = run.cell(text, tokens, sizing)
-            skipped = tuple(dict.fromkeys(report.skipped + tuple(sizing.skipped)))
-            rows = report.texts + cell.texts, report.needles + cell.needles
-            report = Report(*rows, skipped, (run.about(texts, wanted, given),))
-            if measured is not None:
-                measured(report)
+            before = report
+            for cell in run.cell(text, tokens, sizing):
+                skipped = tuple(dict.fromkeys(before.skipped + tuple(sizing.skipped)))
+                rows = before.texts + cell.texts, before.needles + cell.needles
+                report = Report(*rows, skipped, (run.about(texts, wanted, given),))
+                if measured is not None:
+                    measured(report)
     return report
 
 
@@ -163,14 +165,15 @@ class _Run:
         self.started = time.perf_counter()
         self.sources = source_digest()
 
-    def cell(self, text: Text, tokens: int, sizing: Sizing) -> Report:
-        """One text at one length: all entries on all windows, and the needle tasks."""
+    def cell(self, text: Text, tokens: int, sizing: Sizing) -> Iterator[Report]:
+        """One text at one length, as far as it is known: all entries on all windows, then each needle task besides."""
         s, where = self.settings, f"{text.name}, {tokens} tokens"
         self.progress(f"{where}: sizing")
         windows = text.windows(tokens, s.windows)
 
         def trace() -> Trace:
-            return capture(self.model.model, {"input_ids": windows[:1].to(self.model.device)}, self.backend(tokens))
+            backend = planning_backend(self.backend(tokens))
+            return capture(self.model.model, {"input_ids": windows[:1].to(self.model.device)}, backend)
 
         entries = sizing.entries(trace, text.name, *self.key(text, tokens, None))
         gc.collect()  # queries, keys and values of all layers
@@ -184,8 +187,11 @@ class _Run:
             summary = summarise(scores, s.last)
             method = self.method(entry, ran, self.backend(tokens))
             found.append(TextRow(text.name, tokens, s.windows, method, summary, perplexities))
-        needles = [row for task in s.tasks for row in self.needles(task, text, tokens, entries, layouts)]
-        return Report(tuple(found), tuple(needles))
+        yield Report(tuple(found))
+        needles: list[NeedleRow] = []
+        for task in s.tasks:
+            needles += self.needles(task, text, tokens, entries, layouts)
+            yield Report(tuple(found), tuple(needles))
 
     def key(self, text: Text, tokens: int, entry: Entry | None, *more: Any) -> tuple[Any, ...]:
         """What a measurement depends on."""

@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...ir.pattern import Pattern
 from ...runtime.plan import Plan
-from ...runtime.reference import softmax_attention
 from ...tuning.config import Config, Spec
 from .. import methods as table
 from ..methods import Method
 from ..report import Skipped
-from ..trace import Trace, relative
+from ..trace import Trace, drawn, errors_at
 from .progress import Progress
 
 ERROR_ROWS = 256
@@ -58,14 +56,7 @@ class SampledTrace(Trace):
     def errors(self, layer: int, made: Plan) -> Tensor:
         """float32 [Hq]: relative error of a plan's output at some queries, per head."""
         seen = self.layers[layer]
-        queries = seen.q.shape[2]
-        generator = torch.Generator().manual_seed(queries)
-        rows = torch.randperm(queries, generator=generator)[:ERROR_ROWS].sort().values
-        on_device = rows.to(seen.q.device)
-        mask = made.dense_mask(rows.tolist())
-        out, _ = softmax_attention(seen.q[:, :, on_device], seen.k, seen.v, mask, seen.scale)
-        dense = seen.out[:, :, on_device]
-        return torch.stack([relative(out[:, h], dense[:, h]) for h in range(out.shape[1])])
+        return errors_at(seen, made, drawn(seen.q.shape[2], ERROR_ROWS))
 
 
 @dataclass(frozen=True)
