@@ -69,7 +69,9 @@ def _one_compilation() -> Iterator[None]:
     The first run of a graph is watched for operators that return their inputs. What it calls, attention kernels and the
     compiled MLP, is then dispatched otherwise than in later runs, and compiled for both.
     """
-    checks = {"check_custom_op_aliasing": False} if hasattr(functorch_config, "check_custom_op_aliasing") else {}
+    checks: dict[str, Any] = (
+        {"check_custom_op_aliasing": False} if hasattr(functorch_config, "check_custom_op_aliasing") else {}
+    )
     with torch._dynamo.config.patch(specialize_float=True), functorch_config.patch(**checks):
         yield
 
