@@ -98,8 +98,8 @@ VISION = {"hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "dept
 """The tower of Qwen2.5-VL's checkpoints of 3B and 7B; the defaults of transformers are 3584 channels wide."""
 
 
-def build(device: torch.device, tiny: bool, whole: bool = False) -> Any:
-    """Qwen2.5-VL with random weights, made where it runs."""
+def build(device: torch.device, tiny: bool, whole: bool = False, layers: int | None = None) -> Any:
+    """Qwen2.5-VL with random weights, made where it runs; with ``layers`` of another number than the checkpoint's."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text: dict[str, Any] = {
@@ -117,6 +117,8 @@ def build(device: torch.device, tiny: bool, whole: bool = False) -> Any:
     if tiny:
         text.update(hidden_size=HEADS * 16, intermediate_size=128, num_hidden_layers=6, vocab_size=1024)
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    if layers is not None:
+        text["num_hidden_layers"] = layers
     vision: dict[str, Any] = {
         "depth": 1,
         "hidden_size": 32,

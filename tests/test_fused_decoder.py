@@ -130,10 +130,16 @@ def test_compiled_by_inductor() -> None:
     model, ids = llama(2), torch.randint(128, (1, 150))
     with mmflex.patched(model, SPEC, backend="reference", fuse=False):
         expected = model(ids).logits
+    torch._dynamo.utils.clear_compilation_metrics()
     with mmflex.patched(model, SPEC, backend="reference", fuse=True):
         for n in (150, 97):
             torch.testing.assert_close(model(ids[:, :n]).logits, expected[:, :n])
         assert not model.__dict__["_mmflex_patch"].layers.broken
+    # A layer and its MLP. A number that is no constant in a graph has it traced twice; the check for aliasing in the
+    # first run of a graph has what is compiled in that run compiled for it alone.
+    compiled = [(m.co_name, m.restart_reasons) for m in torch._dynamo.utils.get_compilation_metrics()]
+    assert [name for name, _ in compiled] == ["_layer_forward"] * 2
+    assert not any(reasons for _, reasons in compiled)
 
 
 def test_errors_of_attention_are_not_hidden(graphs: list[torch.fx.GraphModule]) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ import mmflex  # noqa: E402
 from mask_builders import AShape, VerticalSlash  # noqa: E402
 from mmflex.cli import app  # noqa: E402
 from mmflex.integrations import warmup as module  # noqa: E402
-from mmflex.runtime import backends  # noqa: E402
+from mmflex.runtime import backends, tracing  # noqa: E402
 from mmflex.tuning.config import Config, save_config  # noqa: E402
 
 NEAR, LINES = (AShape(16, 200),) * 4, (VerticalSlash(40, 128), *(AShape(16, 200),) * 3)
@@ -101,3 +105,42 @@ def test_flash_kernels_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.delenv(name, raising=False)
     backends._keep_flash_kernels()
     assert backends.FLASH_CACHE[0] not in backends.os.environ
+
+
+def test_places_of_operations_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same answers as `inspect` gives, from one look at the disk for each place; undone after an error."""
+    asked: list[int] = []
+
+    def getframeinfo(frame: Any) -> inspect.Traceback:
+        asked.append(frame.f_lasti)
+        return real(frame)
+
+    def operation() -> None:
+        frame = sys._getframe(1)
+        places.append((operations.inspect.getframeinfo(frame), real(frame)))  # type: ignore[attr-defined]
+
+    def kernel(depth: int) -> None:
+        for _ in range(3):
+            operation(), operation()
+        if depth:
+            kernel(depth - 1)
+
+    places: list[tuple[inspect.Traceback, inspect.Traceback]] = []
+    real, operations = inspect.getframeinfo, types.ModuleType(tracing._OPERATIONS)
+    vars(operations)["inspect"] = inspect
+    monkeypatch.setitem(sys.modules, tracing._OPERATIONS, operations)
+    monkeypatch.setattr(inspect, "getframeinfo", getframeinfo)
+
+    def trace() -> None:
+        with tracing.quick_tracing():
+            assert not gc.isenabled()
+            kernel(2)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        trace()
+    assert gc.isenabled()
+    assert vars(operations)["inspect"] is inspect
+    assert len(places) == 18
+    assert all(known == true and known.positions == true.positions for known, true in places)
+    assert len(asked) == len(set(asked)) == 2

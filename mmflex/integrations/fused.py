@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 
 from mmflex.runtime.caches import bounded
 
@@ -44,7 +46,34 @@ def compiled_for(layer: nn.Module) -> Callable[..., Any]:
 def _compile() -> Callable[..., Any]:
     # Code of its own for every kind: PyTorch counts compilations by code, and gives up at the eighth.
     function = types.FunctionType(_layer_forward.__code__.replace(), globals(), "layer_forward")
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    return _compiled_once(torch.compile(function, dynamic=True, fullgraph=True))
+
+
+def _compiled_once(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """``compiled``, which is compiled where PyTorch would compile it, and what is called in it, twice."""
+
+    def run(*args: Any) -> Any:
+        with _one_compilation():
+            return compiled(*args)
+
+    return run
+
+
+@contextmanager
+def _one_compilation() -> Iterator[None]:
+    """Two settings of PyTorch, for the length of a ``with`` block.
+
+    Layers have numbers (an epsilon, a scale). With ``dynamic`` they become symbols that no graph can compute with: the
+    whole graph is traced, thrown away and traced with constants. `specialize_float` makes them constants at once.
+
+    The first run of a graph is watched for operators that return their inputs. What it calls, attention kernels and the
+    compiled MLP, is then dispatched otherwise than in later runs, and compiled for both.
+    """
+    checks: dict[str, Any] = (
+        {"check_custom_op_aliasing": False} if hasattr(functorch_config, "check_custom_op_aliasing") else {}
+    )
+    with torch._dynamo.config.patch(specialize_float=True), functorch_config.patch(**checks):
+        yield
 
 
 def _plain(value: Any) -> Any:

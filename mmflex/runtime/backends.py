@@ -11,7 +11,7 @@ import os
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from ..ir.shown import shown
 from . import reference
 from .masks import MaskMod, in_strips, maker
+from .tracing import quick_tracing
 
 
 class BlockLists(NamedTuple):
@@ -335,7 +336,9 @@ def _kernel(source: str, backend: str, tile: int, scale: float, lse: bool, bucke
     def first(*args: Tensor) -> tuple[Tensor, Tensor | None]:
         """The call that compiles."""
         held[:] = [compiled()]
-        with _any_length(args, tile, strips=bucket[2] == "strips") if backend == "flash" else nullcontext():
+        if backend != "flash":
+            return held[0](*args)
+        with _any_length(args, tile, strips=bucket[2] == "strips"), quick_tracing():
             return held[0](*args)
 
     def attempt(*args: Tensor) -> tuple[Tensor, Tensor | None]:
