@@ -133,12 +133,11 @@ class Plan:
 
     def _dense_alone(self, q: Tensor, k: Tensor, v: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
         """All heads dense: nothing but the kernel, chosen once for each way that the tensors lie in memory."""
-        scale = self._kernel_scale
-        if need or not q.is_cuda or not q.shape[2]:
-            return dense.dense_attention(q, k, v, scale, need, self.backend)
-        strides = (q.stride(), k.stride(), v.stride())
-        kernel = self._kernels.get(strides)
+        scale, strides = self._kernel_scale, (q.stride(), k.stride(), v.stride())
+        kernel = None if need else self._kernels.get(strides)
         if kernel is None:
+            if need or not q.is_cuda or not q.shape[2]:
+                return dense.dense_attention(q, k, v, scale, need, self.backend)
             kernel = dense.dense_kernel(q, k, v, scale, self.backend)
             if len(self._kernels) < 8 and not torch.cuda.is_current_stream_capturing():  # where nothing is tried
                 self._kernels[strides] = kernel
