@@ -272,7 +272,7 @@ def runs(device: str) -> None:
             reach = torch.randint(-1, keys * per, (batch, rows * per), generator=generator, dtype=torch.int32)
             reach[0, per : 2 * per] = -1
             reach = reach.to(device)
-            assert fused(q, per)
+            assert fused(q, per) == (device == "cpu" or dtype != torch.float32)
             mass = run_mass(q, k[:, :, : keys * per], reach, per, 0.3)
             scores = q.double() @ k[:, :, : keys * per].double().repeat_interleave(group, 1).mT * 0.3
             column = torch.arange(keys * per, device=device)

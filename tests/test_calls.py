@@ -78,6 +78,39 @@ def test_what_a_call_does_not_share_with_an_earlier_one_is_checked() -> None:
     mmflex.attention(q, k, v, spec, layout=layout, return_lse=True, backend="reference")
     with pytest.raises(ValueError, match="does not give it"):
         mmflex.attention(q, k, v, spec, layout=layout, return_lse=True, backend="cpu")
+    mmflex.attention(q, k, v, spec, layout=layout, scale=1.0)
+    equal = [("return_lse", 1), ("return_lse", 0), ("scale", True), ("scale", [1.0]), ("backend", ["auto"])]
+    for name, value in equal:  # some are equal to what was given before, and hash alike
+        with pytest.raises((TypeError, ValueError), match=name):
+            mmflex.attention(q, k, v, spec, **{"layout": layout, "backend": "reference", name: value})
+
+
+def test_another_number_of_threads_decides_anew() -> None:
+    """What blocks cost on a CPU depends on how many threads share them."""
+    q, k, v = make(n=512)
+    layout, spec = TokenLayout.from_segments([("text", 512)]), AShape(16, 128)
+    real, devices = torch.get_num_threads(), []
+    for threads in (1, 2, 1):
+        with unittest.mock.patch.object(constants, "device_name", wraps=constants.device_name) as named:
+            torch.set_num_threads(threads)
+            try:
+                mmflex.attention(q, k, v, spec, layout=layout, backend="cpu")
+            finally:
+                torch.set_num_threads(real)
+        devices.append(named.call_count)
+    assert devices[0] > 0 < devices[1]
+    assert devices[2] == 0, "decided before"
+
+
+def test_autocast_and_gradients_are_seen_after_an_equal_call() -> None:
+    q, k, v = make()
+    wanted = mmflex.attention(q, k, v, Dense())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(mmflex.attention(q, k, v, Dense()), wanted)
+    with torch.no_grad():
+        assert not mmflex.attention(q.requires_grad_(), k, v, Dense()).requires_grad
+    for grad in ((q, k, v), (q.detach(), k, v.clone().requires_grad_())):
+        assert mmflex.attention(*grad, Dense()).requires_grad
 
 
 def test_new_constants_decide_anew() -> None:

@@ -627,6 +627,18 @@ def test_the_model_is_left_as_it_was() -> None:
     ]
 
 
+def test_a_short_prompt_is_told_once_however_many_blocks_there_are() -> None:
+    messages = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for model in (decoder(), decoder()):
+            for _ in range(3):
+                with intercept(model, AShape(0, 64)):
+                    model(embeddings(1, 150))
+            messages.append(len([w for w in caught if "predicts to be faster" in str(w.message)]))
+    assert messages == [1, 2]
+
+
 def test_nested_use_is_refused() -> None:
     model = decoder()
     with intercept(model, {0: Dense()}), intercept(model, {1: LINES}):

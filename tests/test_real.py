@@ -22,10 +22,10 @@ from mmflex.evaluation.outlook import text_work
 from mmflex.evaluation.real import LanguageModel, Report, evaluate, load, needles, read, tokenized
 from mmflex.evaluation.real.evaluate import Settings, source_digest
 from mmflex.evaluation.real.model import check_context, describe, hidden_states, logits
-from mmflex.evaluation.real.score import BLOCK, bootstrap, compare, log_probabilities, summarise
+from mmflex.evaluation.real.score import BLOCK, bootstrap, compare, summarise
 from mmflex.evaluation.trace import allowed, capture
 from mmflex.integrations import trial
-from mmflex.integrations.predictions import HEAD_ROWS
+from mmflex.integrations.predictions import HEAD_ROWS, log_probabilities
 from mmflex.integrations.trial import sparse
 from mmflex.tuning.config import Config, save_config
 

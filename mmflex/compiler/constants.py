@@ -26,13 +26,17 @@ VERSION = 1
 """Version of the JSON form."""
 
 
+PRICED_TILE = 128
+"""Tokens on a side of the blocks, and in the tiles, that prices are for."""
+
+
 def _ms(what: str) -> Any:
     return field(default=0.0, metadata={"what": what})
 
 
 @dataclass(frozen=True)
 class Constants:
-    """Costs on one device with one backend, in milliseconds; blocks are 128 x 128.
+    """Costs on one device with one backend, in milliseconds; blocks are `PRICED_TILE` x `PRICED_TILE`.
 
     Times of blocks, tiles and rows are amortised: what one more of them adds to a launch that fills the device.
 

@@ -12,8 +12,8 @@ import numpy as np
 from ..ir.atoms import Listed
 from ..ir.layout import TokenLayout
 from ..ir.pattern import View
-from .constants import Constants
-from .launches import DenseLaunch, Launch, ResidueLaunch, Work
+from .constants import PRICED_TILE, Constants
+from .launches import Launch, ResidueLaunch, Work
 
 if TYPE_CHECKING:
     from .program import Program
@@ -76,10 +76,10 @@ def total_ms(terms: Mapping[str, float], constants: Constants) -> float:
     return sum(getattr(constants, name) * count for name, count in terms.items())
 
 
-def attend_terms(work: Work, constants: Constants, tile: int = 128, overlaps: bool = False) -> Terms:
+def attend_terms(work: Work, constants: Constants, tile: int = PRICED_TILE, overlaps: bool = False) -> Terms:
     """Terms of a launch's kernel: all its tiles spread over the device, or its longest query tile where that
     takes longer and nothing overlaps with it."""
-    unit = (tile / 128) ** 2
+    unit = (tile / PRICED_TILE) ** 2
     if work.dense:
         return {"dense_call": 1.0, "dense": work.dense * unit}
     full, partial = ("looked_full", "lookup") if work.looked_up else ("full", "partial")
@@ -90,20 +90,21 @@ def attend_terms(work: Work, constants: Constants, tile: int = 128, overlaps: bo
     return (alone if longer else spread) | {"launch": 1.0}
 
 
-def moving_terms(work: Work, tile: int = 128) -> Terms:
+def moving_terms(work: Work, tile: int = PRICED_TILE) -> Terms:
     """Terms of the row copies before and after a launch."""
-    return {"moved": work.moved * tile / 128, "copy": float(work.copies)}
+    return {"moved": work.moved * tile / PRICED_TILE, "copy": float(work.copies)}
 
 
 def planning_terms(program: Program, batch: int) -> Terms:
     """Terms of planning: estimates with their tokens and products, launches, slots, table entries."""
     steps = dict.fromkeys(("plan", "estimate", "token", "product", "planned", "slot", "entry", "full"), 0.0)
-    for (heads, products), (estimator, *_) in zip(estimates(program), program.estimates, strict=True):
+    for heads, products, matrices in estimates(program):
         steps["estimate"] += 1
         steps["token"] += float(heads * program.layout.length * batch)
         taken = heads * (products or 0.0) * batch
-        if getattr(estimator, "matrices", False):
-            steps["full"] += taken / 128**2  # at the rate of attention's own products, with room for what follows them
+        if matrices:
+            # at the rate of attention's own products, with room for what follows them
+            steps["full"] += taken / PRICED_TILE**2
         else:
             steps["product"] += taken
     for launch in program.launches:
@@ -119,26 +120,27 @@ def planning_terms(program: Program, batch: int) -> Terms:
     return steps
 
 
-def estimates(program: Program) -> list[tuple[int, float | None]]:
-    """For each estimate, its heads and the query-key products that it takes for one head and prompt (None: not
-    declared)."""
+def estimates(program: Program) -> list[tuple[int, float | None, bool]]:
+    """For each estimate, its heads, the query-key products that it takes for one head and prompt (None: not declared),
+    and whether they are products of matrices."""
     out = []
     for estimator, scope, heads in program.estimates:
         scored = getattr(estimator, "scored", None)
         view = View(program.layout, scope, program.queries, program.tile, program.heads // program.kv_heads)
-        out.append((len(heads.real), None if scored is None else float(scored(view))))
+        products = None if scored is None else float(scored(view))
+        out.append((len(heads.real), products, bool(getattr(estimator, "matrices", False))))
     return out
 
 
 # ---- milliseconds ----------------------------------------------------------------------------------------------------
 
 
-def attend_ms(work: Work, constants: Constants, tile: int = 128, overlaps: bool = False) -> float:
+def attend_ms(work: Work, constants: Constants, tile: int = PRICED_TILE, overlaps: bool = False) -> float:
     """A launch's kernel (`attend_terms`)."""
     return total_ms(attend_terms(work, constants, tile, overlaps), constants)
 
 
-def moving_ms(work: Work, constants: Constants, tile: int = 128) -> float:
+def moving_ms(work: Work, constants: Constants, tile: int = PRICED_TILE) -> float:
     """Copies of rows before and after a launch (`moving_terms`)."""
     return total_ms(moving_terms(work, tile), constants)
 
@@ -202,7 +204,7 @@ def predict(
         aside = overlaps(launch, program.layout, constants)
         ms = attend_ms(work, constants, program.tile, aside)
         longest = max(longest, attend_ms(work, constants, program.tile) if aside else 0.0)
-        if isinstance(launch, DenseLaunch):
+        if work.dense:
             dense += ms
         else:
             attend += ms

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.kernels.splits import attend_splits, fits
+from ..runtime.merge import merge_splits
 from .ranks import Ranks
 
 _SCORES = 1 << 28
@@ -23,18 +24,11 @@ def attend_shares(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: f
         [B, Hq, M, Dv] like q; 0 where a query sees no key on any rank.
     """
     if fits(q, k):
-        out, lse = _merged(*attend_splits(q, k, v, seen, scale))
+        out, lse = merge_splits(*attend_splits(q, k, v, seen, scale))
     else:
         out, lse = _attend(q, k, v, seen, scale)
     everybody = ranks.all_gather(torch.cat([out, lse[..., None]], -1)).finish()
-    return _merged(everybody[..., :-1], everybody[..., -1])[0].to(q.dtype)
-
-
-def _merged(outs: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to several sets of keys [S, ..., D], with log-sum-exp [S, ...], as attention to all of them."""
-    total = sums.logsumexp(0)
-    base = torch.where(total == float("-inf"), 0.0, total)
-    return (outs * (sums - base).exp()[..., None]).sum(0), total
+    return merge_splits(everybody[..., :-1], everybody[..., -1])[0].to(q.dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,16 @@ def logits(model: nn.Module, output: Any, states: Tensor) -> Tensor:
         del inner.forward
 
 
+def log_probabilities(logits: Tensor) -> Tensor:
+    """float64 like logits [rows, vocabulary], in nats."""
+    return logits.double().log_softmax(-1)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of `log_probabilities` [rows, vocabulary], in nats: float64 [rows]."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def portions(count: int) -> Iterator[slice]:
     """So many rows, `HEAD_ROWS` at a time."""
     for first in range(0, count, HEAD_ROWS):
@@ -75,6 +85,6 @@ def divergence(model: nn.Module, dense: Hidden, other: Hidden, rows: Tensor) -> 
     """Mean KL of dense predictions to others, in nats, over some rows (int64, token numbers)."""
     total = 0.0
     for part in portions(len(rows)):
-        p, q = (logits(model, h.output, h.states[rows[part]]).double().log_softmax(-1) for h in (dense, other))
-        total += float((p.exp() * (p - q)).sum())
+        p, q = (log_probabilities(logits(model, h.output, h.states[rows[part]])) for h in (dense, other))
+        total += float(kl_divergence(p, q).sum())
     return total / max(1, len(rows))

@@ -83,7 +83,7 @@ def estimated(made: Plan) -> float:
     """Products that a plan's estimates take, over those of dense attention (two for each causal pair: one with a key,
     one with a value), mean over heads. NaN where an estimator does not say."""
     program = made.program
-    products = sum(heads * (math.nan if each is None else each) for heads, each in estimates(program))
+    products = sum(heads * (math.nan if each is None else each) for heads, each, _ in estimates(program))
     causal = float((program.queries.numbers + 1.0).sum())
     return products / (2 * causal * program.heads)
 

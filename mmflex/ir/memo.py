@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 
 class Memo(OrderedDict[Any, Any]):
-    """Keeps the ``size`` entries that were used last. Safe to share between threads: each step is one of
-    OrderedDict's."""
+    """Keeps the ``size`` entries that were used last; uses count once it is half full. Safe to share between threads:
+    each step is one of OrderedDict's."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -17,11 +18,10 @@ class Memo(OrderedDict[Any, Any]):
 
     def recall(self, key: Any, default: Any = None) -> Any:
         """The entry, marked as used; ``default`` where there is none."""
-        try:
-            value = self[key]
-            self.move_to_end(key)
-        except KeyError:  # never there, or dropped by another thread in between
-            return default
+        value = self.get(key, default)
+        if 2 * len(self) > self.size and value is not default:
+            with suppress(KeyError):  # dropped by another thread in between
+                self.move_to_end(key)
         return value
 
     def keep(self, key: Any, value: Any) -> Any:

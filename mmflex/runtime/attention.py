@@ -16,7 +16,7 @@ from ..ir.pattern import EstimateFrom, Pattern
 from ..ir.queries import Positions, QueryTokens
 from ..ir.shown import shown
 from .caches import bounded
-from .calls import PRICED, TILE, Request, planned
+from .calls import TILE, Request, planned
 from .inputs import Spec, check_block_size
 from .plan import NO_BACKWARD, ForwardOnly, HeadDensity, Plan, outside_graphs, wants_gradient
 
@@ -107,7 +107,6 @@ def plan(
         lowering: which of the exact ways to compute the spec to take, whatever the cost model prefers: for tests.
     """
     where = _positions(query_start, query_positions)
-    lowering = PRICED if lowering is None else lowering
     request = Request(scale, backend, False, where, check_block_size(block_size), lowering)
     return planned(q, k, v, spec, layout, request, _estimate_from(estimate_from, k), once=False)
 
@@ -116,6 +115,8 @@ def _positions(start: int | None, positions: Positions) -> int | QueryTokens | N
     """Where queries are, as something hashable. Their number is checked with the tensors."""
     if start is not None and positions is not None:
         raise ValueError(f"query_start is {shown(start)} and query_positions are given too: give one of the two")
+    if start is None and positions is None:
+        return None
     start, positions = _number(start), _number(positions)
     if start is not None and (not isinstance(start, int) or isinstance(start, bool)):
         raise TypeError(f"query_start is {shown(start)}: give the token number of the first query")

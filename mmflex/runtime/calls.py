@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +29,6 @@ from .backends import Backend
 from .inputs import Spec, check, check_estimate, check_hash, check_scale, without_autocast
 from .plan import Plan
 
-PRICED = Lowering()
-"""What the cost model prefers."""
-
 TILE = 128
 """Block size: what Hopper's kernels take, and FlexAttention's default."""
 
@@ -41,15 +40,14 @@ SENSIBLE = 512
 """Patterns kept for each layout that are known to make sense with it."""
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What a caller asks for beside tensors. Hashable: equal ones are decided alike.
 
     Attributes:
         scale: of the scores; None: ``1 / sqrt(D)``.
         backend: a name, or "auto". lse: whether the log-sum-exp is asked for.
         queries: where the queries are, as given (`QueryTokens.of`).
-        tile: block size in tokens. lowering: which exact way to compute the spec.
+        tile: block size in tokens. lowering: which exact way to compute the spec; None: what the cost model prefers.
     """
 
     scale: float | None = None
@@ -57,20 +55,18 @@ class Request:
     lse: bool = False
     queries: int | QueryTokens | None = None
     tile: int = TILE
-    lowering: Lowering = PRICED
+    lowering: Lowering | None = None
 
 
 @dataclass(eq=False)
 class _Call:
     """What was decided for a call, and its plan where that does not depend on the values of the input.
 
-    ``prices`` are those of ``generation``. ``kept``: the plan and the stream where it was made, as one tuple, so
-    that another thread never reads one without the other.
+    ``kept``: the plan and the stream where it was made, as one tuple, so that another thread never reads one without
+    the other.
     """
 
     runs: Backend
-    prices: Constants
-    generation: int
     program: Program
     note: str
     scale: float
@@ -111,7 +107,8 @@ def planned(
         observer(plan)
         return plan
     call = _call(q, k, v, spec, layout, request)
-    check_estimate(estimate_from, q)
+    if estimate_from is not None:
+        check_estimate(estimate_from, q)
     kept = call.kept
     if once and kept is not None and (kept[0].dense_alone or kept[1] == replay.stream(q.device)):
         return kept[0]
@@ -134,50 +131,42 @@ def decided(q: Tensor, k: Tensor, spec: Spec, layout: TokenLayout | None, reques
 
 def _call(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayout | None, request: Request) -> _Call:
     """What was decided for an equal call, or is decided now."""
-    usual = request.scale is None or type(request.scale) is float
-    key, calls = _key(q, k, v, spec, layout, request) if usual else (None, Memo(0))
-    try:
-        call = None if key is None else calls.recall(key)
-    except TypeError:  # what cannot be hashed is checked, and refused
-        key = call = None
-    if call is None or not _up_to_date(call, q):
-        equal = None  # the same of equal patterns, made anew
-        if key is not None:
-            equal = (spec if isinstance(spec, Pattern) else (type(spec), *spec), *key[1:])
-            for pattern in (spec,) if isinstance(spec, Pattern) else spec:
-                check_hash(pattern)
-        call = None if equal is None else calls.recall(equal)
-        if call is None or not _up_to_date(call, q):
-            call = _decided(q, k, v, spec, layout, request)
-        for name in (key, equal) if key is not None else ():
+    try:  # everything that `check` looks at, and what a program follows from
+        patterns = (spec,) if isinstance(spec, Pattern) else spec
+        rest = (
+            q.shape, q.dtype, q.device, q.layout, k.shape, k.dtype, k.device, k.layout,
+            None if v is None else (v.shape, v.dtype, v.device, v.layout), request,
+            type(request.scale), type(request.lse),  # 1 == 1.0 == True
+            constants.generation, 0 if q.is_cuda else torch.get_num_threads(),  # a CPU's constants are for its threads
+        )  # fmt: skip
+        key = (type(spec), rest, *map(_serial, patterns))
+        calls = _text_calls(k.shape[2]) if layout is None else _calls(layout)
+        call: _Call | None = calls.recall(key)
+    except (AttributeError, TypeError, IndexError, RuntimeError):  # `check` says what is wrong
+        return _decided(q, k, v, spec, layout, request)
+    if call is None:
+        for pattern in patterns:
+            check_hash(pattern)
+        equal = (type(spec), rest, *patterns)  # the same of equal patterns, made anew
+        call = calls.recall(equal) or _decided(q, k, v, spec, layout, request)
+        for name in (key, equal):
             calls.keep(name, call)
     return call
 
 
-def _key(
-    q: Tensor, k: Tensor, v: Tensor | None, spec: Any, layout: TokenLayout | None, request: Request
-) -> tuple[Any, Memo]:
-    """Everything that `check` looks at and a program follows from, as a key, and the layout's calls by such keys. None
-    for what is out of the ordinary."""
-    try:
-        if not (isinstance(q, Tensor) and isinstance(k, Tensor) and (v is None or isinstance(v, Tensor))):
-            return None, Memo(0)
-        serials = spec.serial if isinstance(spec, Pattern) else (type(spec), *[p.serial for p in spec])
-        of_k, of_v = ((t.shape, t.dtype, t.device, t.layout) if t is not None else None for t in (k, v))
-        if layout is None:
-            layout = TokenLayout.text(k.shape[2])
-        key = (serials, q.shape, q.dtype, q.device, q.layout, of_k, of_v, request)
-        calls = layout.memo.recall("calls")
-        return key, layout.once("calls", lambda: Memo(CALLS)) if calls is None else calls
-    except (AttributeError, TypeError, IndexError, RuntimeError):  # `check` says what is wrong
-        return None, Memo(0)
+_serial = attrgetter("serial")
 
 
-def _up_to_date(call: _Call, q: Tensor) -> bool:
-    """Whether the constants that a call was decided by are still those of the device."""
-    if q.is_cuda:
-        return call.generation == constants.generation
-    return call.prices is constants.constants_for(q.device, call.runs.name, q.dtype, q.shape[3])  # threads may change
+def _calls(layout: TokenLayout) -> Memo:
+    """What was decided for calls with a layout."""
+    calls: Memo | None = layout.memo.recall("calls")
+    return layout.once("calls", lambda: Memo(CALLS)) if calls is None else calls
+
+
+@lru_cache(maxsize=32)
+def _text_calls(n: int) -> Memo:
+    """Likewise without one."""
+    return _calls(TokenLayout.text(n))
 
 
 def _decided(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayout | None, request: Request) -> _Call:
@@ -196,19 +185,18 @@ def _decided(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLa
         raise ValueError(
             f"return_lse: backend {runs.name!r} does not give it; use backend='reference' or a CUDA device"
         )
-    generation = constants.generation
     prices = constants.constants_for(q.device, runs.name, q.dtype, q.shape[3])
     if not q.shape[0]:  # no prompts, and no kernel takes so few
         runs = backends.BACKENDS["dense"]
     program, note = _program(patterns, layout, queries, q.shape[0], k.shape[1], runs, prices, request)
-    return _Call(runs, prices, generation, program, note, scale)
+    return _Call(runs, program, note, scale)
 
 
 def _check_request(request: Request) -> None:
     """TypeError, ValueError for what no caller can ask for."""
     if not isinstance(request.lse, bool):
         raise TypeError(f"return_lse is {shown(request.lse)}: use True or False")
-    if not isinstance(request.lowering, Lowering):
+    if not isinstance(request.lowering, Lowering | None):
         raise TypeError(f"lowering is {shown(request.lowering)}: give a Lowering, or None for the cheapest")
     backends.check_name(request.backend)
 
@@ -225,13 +213,14 @@ def _program(
 ) -> tuple[Program, str]:
     """The program of a spec, kept with the layout, and why it is dense if it is."""
     # "auto" may run a spec dense, where that is predicted to be faster for so many prompts.
-    may_be_dense = max(1, batch) if request.backend == "auto" and request.lowering == PRICED else 0
-    key = (patterns, queries, kv_heads, request.tile, runs.name, prices, may_be_dense, request.lowering)
+    lowering = request.lowering or Lowering()
+    may_be_dense = max(1, batch) if request.backend == "auto" and lowering == Lowering() else 0
+    key = (patterns, queries, kv_heads, request.tile, runs.name, prices, may_be_dense, lowering)
     programs: Memo = layout.once("programs", lambda: Memo(PROGRAMS))
 
     def lowered(spec: tuple[Pattern, ...]) -> Program:
         can = {"lse": runs.lse, "full_width": runs.full_width}
-        how: Any = {"constants": prices, "lowering": request.lowering, **can}
+        how: Any = {"constants": prices, "lowering": lowering, **can}
         return lower(spec, layout, queries, kv_heads, request.tile, **how)
 
     def build() -> tuple[Program, str]:

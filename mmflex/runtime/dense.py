@@ -58,9 +58,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """For M = N: what `scaled_dot_product_attention` calls for cuDNN, without its backend selection, which takes
-    the host as long as the device takes for a short prompt."""
-    attend = torch.ops.aten._scaled_dot_product_cudnn_attention.default
-    return attend(q, k, v, None, False, 0.0, True, False, scale=scale)[0]
+    the host as long as the device takes for a short prompt (so does much of a call through `torch.ops`)."""
+    return torch._scaled_dot_product_cudnn_attention(q, k, v, None, False, 0.0, True, False, scale=scale)[0]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

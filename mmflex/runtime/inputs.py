@@ -116,10 +116,8 @@ def check_block_size(tile: Any) -> int:
     return tile
 
 
-def check_estimate(given: EstimateFrom | None, q: Tensor) -> None:
+def check_estimate(given: EstimateFrom, q: Tensor) -> None:
     """ValueError, TypeError for queries to estimate with that do not go with q."""
-    if given is None:
-        return
     for what, own, other in (
         ("dtype", given.q.dtype, q.dtype),
         ("device", given.q.device, q.device),

@@ -1,4 +1,4 @@
-"""Two results of attention over disjoint sets of keys as one."""
+"""Results of attention over disjoint sets of keys as one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,18 @@ def merge_attention(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) 
     Returns:
         (like ``out``, float32 [..., M]); accumulated in float32.
     """
-    total = torch.logaddexp(lse, other_lse)
+    (share, other_share), total = _shares(torch.stack([lse, other_lse]))
+    return (out * share + other * other_share).to(out.dtype), total
+
+
+def merge_splits(outs: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """As `merge_attention`, over S sets: outputs [S, ..., D] in the type to accumulate in, log-sum-exps [S, ...]."""
+    shares, total = _shares(sums)
+    return (outs * shares).sum(0), total
+
+
+def _shares(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Of log-sum-exps [S, ...]: each set's share of the denominator [S, ..., 1], and the log-sum-exp of all [...]."""
+    total = sums.logsumexp(0)
     base = torch.where(total == float("-inf"), 0.0, total)
-    mixed = out * (lse - base).exp()[..., None] + other * (other_lse - base).exp()[..., None]
-    return mixed.to(out.dtype), total
+    return (sums - base).exp()[..., None], total

@@ -53,9 +53,9 @@ outside_graphs = torch.compiler.disable(
 NO_BACKWARD = "mmflex.attention has no backward: it is for prefill; train with the model's own attention"
 
 
-def wants_gradient(*tensors: Tensor) -> bool:
+def wants_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether autograd records what is made of them."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 class ForwardOnly(torch.autograd.Function):
@@ -98,6 +98,7 @@ class Plan:
         self._kernel_scale = abs(scale) if scale else 1.0
         self.layout, self.backend = program.layout, backend.name
         self.shape = (tuple(q.shape), tuple(k.shape))
+        self._device_type = q.device.type
         self.state = PlanState(program, q.device, q.shape[0])
         launch = program.launches[0] if len(program.launches) == 1 else None
         ends = program.queries.consecutive and program.queries.end == program.layout.length
@@ -119,11 +120,10 @@ class Plan:
             return self._attend(q, k, v, False)[0]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-        with without_autocast(q.device):
-            return self._attended(q, k, v, need_lse)
-
-    def _attended(self, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-        if q.device.type == "cpu" and not all(map(_finite, (q, k, v))):
+        if torch.is_autocast_enabled(self._device_type):
+            with without_autocast(q.device):
+                return self._attend(q, k, v, need_lse)
+        if self._device_type == "cpu" and not all(map(_finite, (q, k, v))):
             return self._eagerly(q, k, v, need_lse)
         if self.scale <= 0:
             q = q * (-1.0 if self.scale else 0.0)
@@ -133,12 +133,11 @@ class Plan:
 
     def _dense_alone(self, q: Tensor, k: Tensor, v: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
         """All heads dense: nothing but the kernel, chosen once for each way that the tensors lie in memory."""
-        scale = self._kernel_scale
-        if need or not q.is_cuda or not q.shape[2]:
-            return dense.dense_attention(q, k, v, scale, need, self.backend)
-        strides = (q.stride(), k.stride(), v.stride())
-        kernel = self._kernels.get(strides)
+        scale, strides = self._kernel_scale, (q.stride(), k.stride(), v.stride())
+        kernel = None if need else self._kernels.get(strides)
         if kernel is None:
+            if need or not q.is_cuda or not q.shape[2]:
+                return dense.dense_attention(q, k, v, scale, need, self.backend)
             kernel = dense.dense_kernel(q, k, v, scale, self.backend)
             if len(self._kernels) < 8 and not torch.cuda.is_current_stream_capturing():  # where nothing is tried
                 self._kernels[strides] = kernel

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...integrations.predictions import Hidden, portions
+from ...integrations.predictions import Hidden, log_probabilities, portions
 from ...integrations.trial import default_backend, planning_backend, sparse
 from ...tuning.config import Config, Spec
 from .. import methods as table
@@ -33,7 +33,7 @@ from .model import LanguageModel, Reader, check_context, hidden_states, logits
 from .needles import TASKS, answered, question
 from .progress import Progress
 from .report import Method, NeedleRow, Report, TextRow
-from .score import compare, log_probabilities, summarise
+from .score import compare, summarise
 from .sizing import Entry, Sizing
 from .text import Text
 

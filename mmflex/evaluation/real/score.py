@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...integrations.predictions import kl_divergence
+
 BLOCK = 128
 """Rows of a unit of the bootstrap: a tile of queries."""
 
@@ -21,11 +23,6 @@ FIRST = 16
 """The first rows of a tile, which are reported beside the others."""
 
 DRAWS = 2000
-
-
-def log_probabilities(logits: Tensor) -> Tensor:
-    """float64 like logits [rows, vocabulary], in nats."""
-    return logits.double().log_softmax(-1)
 
 
 @torch.no_grad()
@@ -36,10 +33,9 @@ def compare(log_p: Tensor, log_q: Tensor, targets: Tensor) -> Tensor:
     log_p, log_q: `log_probabilities` of the dense and of the sparse model; targets int64 [rows]. In nats.
     """
     index = targets[:, None]
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     same = log_p.argmax(-1) == log_q.argmax(-1)
     nll_sparse, nll_dense = (-x.gather(-1, index)[:, 0] for x in (log_q, log_p))
-    return torch.stack([nll_sparse, nll_dense, kl, same.double()])
+    return torch.stack([nll_sparse, nll_dense, kl_divergence(log_p, log_q), same.double()])
 
 
 @dataclass(frozen=True)

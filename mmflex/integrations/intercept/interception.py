@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ from .reasons import Unfit
 
 _MARK = "_mmflex_intercept"
 _RECENT = 4
+_notices: WeakKeyDictionary[nn.Module, dict[frozenset[int], MostlyDense]] = WeakKeyDictionary()
+"""For a model and its layers with a spec: it is said once, not in every `with` block."""
 
 
 @runtime_checkable
@@ -78,7 +81,9 @@ class Interception:
         self.modules = attention_modules(self.model, layers)
         first = self.modules[0][1]
         self.spec = _Spec(spec, [n for n, _ in self.modules], query_heads(first, config_of(self.model, first)))
-        self.mostly_dense = MostlyDense(type(self.model).__name__, self.spec.patterns)
+        numbers = frozenset(self.spec.patterns)
+        notice = MostlyDense(type(self.model).__name__, numbers)
+        self.mostly_dense = _notices.setdefault(self.model, {}).setdefault(numbers, notice)
         self.taken: Counter[int] = Counter()
         self.left: Counter[tuple[int, str]] = Counter()
         self.details: dict[str, str] = {}

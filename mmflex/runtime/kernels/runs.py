@@ -7,7 +7,6 @@ every row and key block, the logarithm of its sum of exponentials. What the bloc
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +22,6 @@ except ImportError:
 _ROWS, _COLUMNS, _HOPPER = 128, 128, 256
 """Runs of queries and of keys that one program takes; of keys on Hopper, which has room for them (of seven sizes the
 best on H200: 505 TFLOP/s)."""
-_HALF: dict[str, Any] = {"num_warps": 8, "num_stages": 3}
-_FLOAT: dict[str, Any] = {"num_warps": 8, "num_stages": 1}
 _BLOCKS = 64
 """Key blocks that a row's sums are taken of at a time."""
 
@@ -47,7 +44,7 @@ if triton is not None:
             key += tl.minimum(column, columns - 1).to(tl.int64)[None] * WIDTH + part[:, None]
             score = tl.zeros([ROWS, COLUMNS], tl.float32)
             for _ in range(WIDTH // PART):
-                score = tl.dot(tl.load(query), tl.load(key), score, input_precision="ieee")
+                score = tl.dot(tl.load(query), tl.load(key), score)
                 query += PART
                 key += PART
             score = tl.where(column[None] <= last[:, None], score * factor, float("-inf"))
@@ -91,8 +88,10 @@ if triton is not None:
 
 
 def fused(q: Tensor, per: int) -> bool:
-    """Whether kernels run on runs [..., W] of which ``per`` are a block, so that scores are not in memory."""
-    return use_triton(q) and per in (1, 2, 4, 8, 16, 32, 64, 128) and _part(q.shape[-1]) >= 16
+    """Whether kernels run on runs [..., W] of which ``per`` are a block, so that scores are not in memory. On a GPU not
+    for float32: Triton unrolls exact products of such tiles, and compiles them for 40 s."""
+    half = q.dtype != torch.float32 or not q.is_cuda
+    return use_triton(q) and half and per in (1, 2, 4, 8, 16, 32, 64, 128) and _part(q.shape[-1]) >= 16
 
 
 def _part(width: int) -> int:
@@ -122,10 +121,9 @@ def run_mass(q: Tensor, k: Tensor, reach: Tensor, per: int, scale: float) -> Ten
     wide = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
     taken = _HOPPER if wide else _COLUMNS
     grid = triton.cdiv(rows, _ROWS), triton.cdiv(columns, taken), batch * heads
-    how = _FLOAT if q.dtype == torch.float32 else _HALF
     _scores[grid](
         q, k, reach, sums, *k.stride()[:2], scale * math.log2(math.e), rows, columns, blocks, heads, heads // kv_heads,
-        ROWS=_ROWS, COLUMNS=taken, WIDTH=width, PART=_part(width), PER=per, **how,
+        ROWS=_ROWS, COLUMNS=taken, WIDTH=width, PART=_part(width), PER=per, num_warps=8, num_stages=3,
     )  # fmt: skip
     _shares[(rows // per, batch * heads)](sums, reach, mass, rows, blocks, heads, PER=per, BLOCKS=_BLOCKS)
     return mass
