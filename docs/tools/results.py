@@ -301,11 +301,11 @@ def real() -> str:
         run = (data.get("runs") or [{}])[-1]
         parts.append(f"`{name}`: {run.get('model', '-')}, {where(run.get('versions', {}))}.")
         texts = data.get("texts", [])
-        for text, length in dict.fromkeys((row["text"], row["tokens"]) for row in texts):
-            rows = [row for row in texts if (row["text"], row["tokens"]) == (text, length)]
+        for text, length, windows in dict.fromkeys((row["text"], row["tokens"], row["windows"]) for row in texts):
+            rows = [row for row in texts if (row["text"], row["tokens"], row["windows"]) == (text, length, windows)]
             dense = rows[0]["scores"]["dense"]
             lines = [["dense", "-", "100%", "-", f"{dense:.2f}", *["-"] * 6], *map(_predictions, rows)]
-            about = f"*{text}*, {tokens(length)} tokens, {rows[0]['windows']} window{'s' * (rows[0]['windows'] != 1)}:"
+            about = f"*{text}*, {tokens(length)} tokens, {windows} window{'s' * (windows != 1)}:"
             parts.append(f"{about}\n\n{markdown(columns, lines)}")
         if data.get("needles"):
             head = ("task", "tokens", "method", "setting", "ran", "right", "dense", "of dense's right")

@@ -16,7 +16,8 @@ _OPERATIONS = "cutlass.base_dsl._mlir_helpers.op"
 
 @contextmanager
 def quick_tracing() -> Iterator[None]:
-    """In the block kernels of nvidia-cutlass-dsl are traced in about two thirds of the time; they stay the same.
+    """For the length of a ``with`` block, kernels of nvidia-cutlass-dsl are traced in about two thirds of the time. They
+    stay the same.
 
     An operation is named after the line that it stands in. The module `inspect` looks for that line on disk, three
     times for each of 32,000 operations of a kernel, which stand in 600 places. And the objects of a trace all live to
