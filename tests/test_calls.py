@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
+import sys
+import threading
 import unittest.mock
 from collections.abc import Iterator
 from typing import Any
@@ -11,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmflex
 from mask_builders import AShape, Dense, VerticalSlash
 from mmflex import TokenLayout
 from mmflex.compiler import constants
+from mmflex.ir.memo import Memo
 from mmflex.plot.recorded import recorded
 from mmflex.runtime import backends, calls
 from mmflex.runtime.launches import BlockExecution
@@ -111,6 +116,57 @@ def test_autocast_and_gradients_are_seen_after_an_equal_call() -> None:
         assert not mmflex.attention(q.requires_grad_(), k, v, Dense()).requires_grad
     for grad in ((q, k, v), (q.detach(), k, v.clone().requires_grad_())):
         assert mmflex.attention(*grad, Dense()).requires_grad
+
+
+def test_what_is_no_tensor_of_values_is_refused_after_an_equal_call() -> None:
+    """And leaves nothing behind: a plan made of fake tensors would be kept for real ones."""
+
+    class Duck:
+        def __init__(self, t: Tensor) -> None:
+            self.shape, self.dtype, self.device, self.layout, self.is_cuda = t.shape, t.dtype, t.device, t.layout, False
+
+    q, k, v = make()
+    spec = AShape(8, 32)
+    wanted = mmflex.attention(q, k, v, spec, backend="reference")
+    with pytest.raises(TypeError, match="q is Duck"):
+        mmflex.attention(Duck(q), k, v, spec, backend="reference")  # type: ignore[arg-type]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = [torch.empty_like(t) for t in (q, k, v)]
+        for pattern in (spec, AShape(8, 48)):
+            with pytest.raises(TypeError, match="q is a FakeTensor"):
+                mmflex.attention(*fakes, pattern, backend="reference")
+    assert torch.equal(mmflex.attention(q, k, v, spec, backend="reference"), wanted)
+    assert mmflex.attention(q, k, v, AShape(8, 48), backend="reference").isfinite().all()
+
+
+def test_what_is_kept_is_shared_by_threads() -> None:
+    """Keys whose comparison lets other threads in, more of them than are kept."""
+    kept, errors = Memo(64), []
+    numbers = sys.getswitchinterval()
+
+    def use(seed: int) -> None:
+        rng = random.Random(seed)
+        try:
+            for _ in range(4000):
+                width = rng.randrange(1, 100)
+                key = (tuple, *[AShape(1, width)] * 4)
+                found = kept.recall(key)
+                assert found in (None, width)
+                kept.keep(key, width)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=use, args=(seed,)) for seed in range(4)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(numbers)
+    assert not errors
+    assert len(kept) == 64
 
 
 def test_new_constants_decide_anew() -> None:

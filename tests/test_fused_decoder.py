@@ -143,6 +143,24 @@ def test_compiled_by_inductor() -> None:
     assert not any(reasons for _, reasons in compiled)
 
 
+def test_layers_whose_numbers_differ_are_compiled_twice_at_most(graphs: list[torch.fx.GraphModule]) -> None:
+    class Layer(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.linear, self.factor = nn.Linear(16, 16), factor
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden + self.linear(hidden) * self.factor
+
+    layers = nn.ModuleList([Layer(0.1 * i + 0.05) for i in range(12)])
+    stack, hidden = fused.FusedLayers(list(layers), True), torch.randn(1, 9, 16)
+    with torch.no_grad():
+        for layer in layers:
+            torch.testing.assert_close(layer(hidden), type(layer).forward(layer, hidden))
+    assert not stack.broken
+    assert 1 <= len(graphs) <= 2
+
+
 def test_errors_of_attention_are_not_hidden(graphs: list[torch.fx.GraphModule]) -> None:
     """Once keys are in the cache a layer is not run again."""
     model, ids = llama(2), torch.randint(128, (1, 150))

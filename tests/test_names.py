@@ -137,3 +137,9 @@ def test_one_name_from_two_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(names, "_offers", lambda: {"Twice": points})
     with pytest.raises(ValueError, match="'Twice' is offered by several packages: one:Twice, other:Twice; uninstall"):
         find("Twice")
+
+
+@pytest.mark.parametrize("name", ["pattern", "version", "serial"])
+def test_fields_that_patterns_need_for_themselves_are_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=f"Mine has a field '{name}'.*rename it"):
+        type("Mine", (mmflex.Pattern,), {"__annotations__": {name: int}})

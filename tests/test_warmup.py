@@ -111,9 +111,9 @@ def test_places_of_operations_are_read_once(monkeypatch: pytest.MonkeyPatch) -> 
     """The same answers as `inspect` gives, from one look at the disk for each place; undone after an error."""
     asked: list[int] = []
 
-    def getframeinfo(frame: Any) -> inspect.Traceback:
+    def getframeinfo(frame: Any, context: int = 1) -> inspect.Traceback:
         asked.append(frame.f_lasti)
-        return real(frame)
+        return real(frame, context)
 
     def operation() -> None:
         frame = sys._getframe(1)

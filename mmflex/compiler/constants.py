@@ -279,6 +279,6 @@ generation = 0
 def forget() -> None:
     """Reads the files again when constants are next asked for."""
     global generation
-    generation += 1
     _cached.cache_clear()
     _find.cache_clear()
+    generation += 1  # last: what another thread decides meanwhile is not kept as of these

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -49,31 +49,32 @@ def _compile() -> Callable[..., Any]:
     return _compiled_once(torch.compile(function, dynamic=True, fullgraph=True))
 
 
+_UNCHECKED: dict[str, Any] = (
+    {"check_custom_op_aliasing": False} if hasattr(functorch_config, "check_custom_op_aliasing") else {}
+)
+
+
 def _compiled_once(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """``compiled``, which is compiled where PyTorch would compile it, and what is called in it, twice."""
-
-    def run(*args: Any) -> Any:
-        with _one_compilation():
-            return compiled(*args)
-
-    return run
-
-
-@contextmanager
-def _one_compilation() -> Iterator[None]:
-    """Two settings of PyTorch, for the length of a ``with`` block.
+    """``compiled``, which is compiled where PyTorch would compile it, and what is called in it, twice.
 
     Layers have numbers (an epsilon, a scale). With ``dynamic`` they become symbols that no graph can compute with: the
-    whole graph is traced, thrown away and traced with constants. `specialize_float` makes them constants at once.
+    whole graph is traced, thrown away and traced with constants. In the first call they are constants at once; layers
+    whose numbers differ are compiled again, with symbols.
 
     The first run of a graph is watched for operators that return their inputs. What it calls, attention kernels and the
-    compiled MLP, is then dispatched otherwise than in later runs, and compiled for both.
+    compiled MLP, is then dispatched otherwise than in later runs, and compiled for both. So nothing is watched.
     """
-    checks: dict[str, Any] = (
-        {"check_custom_op_aliasing": False} if hasattr(functorch_config, "check_custom_op_aliasing") else {}
-    )
-    with torch._dynamo.config.patch(specialize_float=True), functorch_config.patch(**checks):
-        yield
+    begun = False
+
+    def run(*args: Any) -> Any:
+        nonlocal begun
+        constants = nullcontext() if begun else torch._dynamo.config.patch(specialize_float=True)
+        with functorch_config.patch(**_UNCHECKED), constants:
+            result = compiled(*args)
+        begun = True
+        return result
+
+    return run
 
 
 def _plain(value: Any) -> Any:

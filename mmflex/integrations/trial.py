@@ -51,6 +51,8 @@ def attend_masked(made: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B, Hq, N, Dv] like q: what ``made.attend(q, k, v)`` computes, for a plan of all N tokens of a prompt, by SDPA
     under the token mask (`Plan.dense_mask`), a strip of queries at a time."""
     batch, heads, tokens, _ = q.shape
+    if k.shape[2] != tokens:
+        raise ValueError(f"{tokens} queries and {k.shape[2]} keys: a token mask is used for whole prompts")
     k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (k, v))
     step = max(1, PAIRS_AT_ONCE[q.device.type] // (batch * heads * tokens * TILE)) * TILE
     out = q.new_empty((batch, heads, tokens, v.shape[3]))

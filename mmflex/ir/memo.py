@@ -4,34 +4,32 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import suppress
+from threading import RLock
 from typing import Any
 
 
 class Memo(OrderedDict[Any, Any]):
     """Keeps the ``size`` entries that were used last; uses count once it is half full. Safe to share between threads:
-    each step is one of OrderedDict's."""
+    comparing keys may run Python code, in which another thread may come by, and OrderedDict does not survive that."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.lock = size, RLock()
 
     def recall(self, key: Any, default: Any = None) -> Any:
         """The entry, marked as used; ``default`` where there is none."""
-        value = self.get(key, default)
-        if 2 * len(self) > self.size and value is not default:
-            with suppress(KeyError):  # dropped by another thread in between
+        with self.lock:
+            value = self.get(key, default)
+            if value is not default and 2 * len(self) > self.size:
                 self.move_to_end(key)
         return value
 
     def keep(self, key: Any, value: Any) -> Any:
         """Adds an entry, drops what was used longest ago beyond the bound; the value."""
-        self[key] = value
-        while len(self) > self.size:
-            try:
+        with self.lock:
+            self[key] = value
+            while len(self) > self.size:
                 self.popitem(last=False)
-            except KeyError:  # another thread was at it
-                break
         return value
 
     def once(self, key: Any, build: Callable[[], Any]) -> Any:

@@ -101,6 +101,8 @@ class Pattern:
         taken = sorted({"pattern", "version"} & set(inspect.get_annotations(cls)))
         if taken:
             raise TypeError(f"{cls.__name__} has a field {taken[0]!r}, which its JSON form needs for itself: rename it")
+        if "serial" in inspect.get_annotations(cls):
+            raise TypeError(f"{cls.__name__} has a field 'serial', by which mmflex tells patterns apart: rename it")
         names.register(cls)
 
     def estimator(self) -> Estimator | None:

@@ -134,13 +134,13 @@ def _call(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayou
     try:  # everything that `check` looks at, and what a program follows from
         patterns = (spec,) if isinstance(spec, Pattern) else spec
         rest = (
-            q.shape, q.dtype, q.device, q.layout, k.shape, k.dtype, k.device, k.layout,
-            None if v is None else (v.shape, v.dtype, v.device, v.layout), request,
+            type(q), q.shape, q.dtype, q.device, q.layout, type(k), k.shape, k.dtype, k.device, k.layout,
+            None if v is None else (type(v), v.shape, v.dtype, v.device, v.layout), request,
             type(request.scale), type(request.lse),  # 1 == 1.0 == True
             constants.generation, 0 if q.is_cuda else torch.get_num_threads(),  # a CPU's constants are for its threads
         )  # fmt: skip
         key = (type(spec), rest, *map(_serial, patterns))
-        calls = _text_calls(k.shape[2]) if layout is None else _calls(layout)
+        calls = _calls(_text(k.shape[2]) if layout is None else layout)
         call: _Call | None = calls.recall(key)
     except (AttributeError, TypeError, IndexError, RuntimeError):  # `check` says what is wrong
         return _decided(q, k, v, spec, layout, request)
@@ -164,9 +164,9 @@ def _calls(layout: TokenLayout) -> Memo:
 
 
 @lru_cache(maxsize=32)
-def _text_calls(n: int) -> Memo:
-    """Likewise without one."""
-    return _calls(TokenLayout.text(n))
+def _text(n: int) -> TokenLayout:
+    """The layout of a call without one."""
+    return TokenLayout.text(n)
 
 
 def _decided(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayout | None, request: Request) -> _Call:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ir.layout import TokenLayout
 from ..ir.pattern import EstimateFrom, Pattern
@@ -47,6 +48,8 @@ def check(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayou
                 raise TypeError(f"{name} has {what} {here} but q {other}: move one with .to()")
         if t.is_meta:
             raise ValueError(f"{name} is on the meta device, where tensors hold no values: move it to a CPU or a GPU")
+        if isinstance(t, FakeTensor):
+            raise TypeError(f"{name} is a FakeTensor, which holds no values to plan by: call outside of FakeTensorMode")
         if t.shape[0] != q.shape[0]:
             raise ValueError(f"{name} has batch size {t.shape[0]} but q {q.shape[0]}: they must agree")
     heads, kv_heads, n = q.shape[1], k.shape[1], k.shape[2]

@@ -16,20 +16,20 @@ _OPERATIONS = "cutlass.base_dsl._mlir_helpers.op"
 
 @contextmanager
 def quick_tracing() -> Iterator[None]:
-    """For the length of a ``with`` block, kernels of nvidia-cutlass-dsl are traced in about two thirds of the time. They
-    stay the same.
+    """For the length of a ``with`` block, kernels of nvidia-cutlass-dsl are traced in about two thirds of the time.
+    They stay the same.
 
     An operation is named after the line that it stands in. The module `inspect` looks for that line on disk, three
     times for each of 32,000 operations of a kernel, which stand in 600 places. And the objects of a trace all live to
     its end, so that collecting garbage finds nothing, each time among more of them.
     """
     collecting = gc.isenabled()
-    gc.disable()
     module: Any = sys.modules.get(_OPERATIONS)
     replaced = module is not None and getattr(module, "inspect", None) is inspect
-    if replaced:
-        module.inspect = _with_known_places()
     try:
+        gc.disable()
+        if replaced:
+            module.inspect = _with_known_places()
         yield
     finally:
         if replaced:
@@ -47,14 +47,15 @@ def _with_known_places() -> types.ModuleType:
 
 
 def known_places() -> Callable[..., inspect.Traceback]:
-    """``getframeinfo`` for frames that stand in few places; one line of context."""
-    known: dict[tuple[int, int], tuple[inspect.Traceback, types.CodeType]] = {}
+    """``getframeinfo`` for frames that stand in few places."""
+    known: dict[tuple[int, int, int], tuple[inspect.Traceback, types.CodeType]] = {}
 
-    def getframeinfo(frame: types.FrameType) -> inspect.Traceback:
+    def getframeinfo(frame: types.FrameType, context: int = 1) -> inspect.Traceback:
         code = frame.f_code
-        place = known.get((id(code), frame.f_lasti))
+        key = id(code), frame.f_lasti, context
+        place = known.get(key)
         if place is None:  # the code is remembered with it, so that no other gets its number
-            place = known[id(code), frame.f_lasti] = inspect.getframeinfo(frame), code
+            place = known[key] = inspect.getframeinfo(frame, context), code
         return place[0]
 
     return getframeinfo

@@ -58,7 +58,7 @@ class Buffer:
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["tokens"])
+    @triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["table"])
     def _gather(
         keys, values, table, out_k, out_v, k_page, k_token, k_head, v_page, v_token, v_head, out_head, tokens, page,
         dim, BLOCK: tl.constexpr, DIM: tl.constexpr,
