@@ -8,7 +8,6 @@ import json
 import struct
 import time
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -341,7 +340,8 @@ def test_archives_that_contradict_themselves(arrays: dict[str, np.ndarray], tmp_
     for size in (4, 30, 200, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         refused(path, plot.load_plan, "cut short")
-    assert zlib.crc32(whole) == zlib.crc32(archive(path, files).read_bytes())
+    path.write_bytes(whole)
+    plot.load_plan(path)
 
 
 def test_bytes_that_have_changed(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
