@@ -34,6 +34,17 @@ def text_folder(**shape: Any) -> str:
     return str(folder)
 
 
+def save_weights(folder: str, device: str) -> None:
+    """Random weights for `text_folder`, as large as trained ones: with vLLM's own dummy weights every logit is 0."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+
+
 def byte_tokens() -> dict[str, int]:
     """The vocabulary of `save_processor`: 256 bytes, then `SPECIAL`."""
     from tokenizers import pre_tokenizers

@@ -302,14 +302,17 @@ class Child:
         """A spec that sees everything, whole, in chunks and among others."""
         from vllm import SamplingParams
 
+        from benchmarks import served
         from mask_builders import AShape
 
         backend = {"backend": "reference"} if self.tiny else {"backend": "flash"}
         config = self.config(AShape(1 << 20, 128), threshold=600, **backend)
         sampling = SamplingParams(max_tokens=4, temperature=0.0, logprobs=1, detokenize=False, ignore_eos=True)
         lines: list[Any] = []
-        folder = self.model(num_hidden_layers=2 if self.tiny else 4)
-        given = {"max_model_len": 16384, "max_num_batched_tokens": 2048, "enable_prefix_caching": True}
+        folder = self.model(num_hidden_layers=2, vocab_size=512)
+        served.save_weights(folder, "cpu" if self.tiny else "cuda")
+        given = {"max_model_len": 16384, "max_num_batched_tokens": 2048, "enable_prefix_caching": True,
+                 "load_format": "auto"}  # fmt: skip
         with self.engine(folder, config, **given) as llm:
             for prompts in ([9001], [37, 3000, 700, 3], [9001]):  # the last one is cached but for its end
                 batch = [{"prompt_token_ids": ids(n, n) + ids(700, 5 + len(lines))} for n in prompts]
