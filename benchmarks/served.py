@@ -35,7 +35,8 @@ def text_folder(**shape: Any) -> str:
 
 
 def save_weights(folder: str, device: str) -> None:
-    """Random weights for `text_folder`, as large as trained ones: with vLLM's own dummy weights every logit is 0."""
+    """Random weights for `text_folder`, as transformers draws them: vLLM's own dummy weights are so small that logits
+    are nearly equal."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -19,7 +19,8 @@ engine is a *stage*:
     server    the OpenAI-style server and a client at 127.0.0.1, with the sizes of the stage "whole"
     soak      requests of mixed lengths, half of them aborted at some point: none may be lost, memory must not grow
 
-Models have the shape of Qwen2.5-7B and random weights. The first request of an engine counts apart.
+Models have the shape of Qwen2.5-7B (for "exact" two layers of it) and random weights. The first request of an engine
+counts apart.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python -m benchmarks.stages real --files build/real --out build/out --seconds 400
 
 Evaluations of small models wait for the host (planning, compiling kernels) more than for the GPU, so some run at once.
-*real*: what SmolLM2-135M loses on texts and needles (`benchmarks.real`), first a search's last step, then a process for
-each text and length. *v-niah*, *mm-niah*: the methods of ``mmflex eval`` on 32k tokens, a process for each. Stages
+*real*: what SmolLM2-135M loses on texts and needles (`benchmarks.real`), first the searches, then a process for each
+text and length. *v-niah*, *mm-niah*: the methods of ``mmflex eval`` on 32k tokens, a process for each. Stages
 start in the order of the lists below, which is that of their worth; what runs when the time is over is ended. Reports
 are written a cell at a time and put together in OUT/NAME.json as they come; the end of every stage's output is in
 OUT/NAME.log. A stage of *real* that is cut off leaves what it has measured in FILES/progress.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -38,7 +37,7 @@ class Stage:
 
     Attributes:
         name: of the stage. command: arguments of Python. limit: seconds that it may take.
-        first: nothing else runs beside it.
+        first: nothing else runs beside it, and nothing after it unless it is done.
     """
 
     name: str
@@ -58,7 +57,7 @@ TEXTS = ("prose", "code", "docs")
 
 
 def real_stages(a: argparse.Namespace, part: Path) -> list[Stage]:
-    """The search's last step; 4k tokens of each text at 0.3, with needles; 6k and 2k with needles; 4k at 0.5; 8k."""
+    """The searches; 4k tokens of each text at 0.3, with needles; 6k and 2k with needles; 4k at 0.5; 8k."""
     of_all = ["--files", str(a.files), "--sample", str(a.sample), *(["--gguf", str(a.gguf)] if a.gguf else [])]
     common = ["-m", "benchmarks.real", "run", *of_all, "--backend", a.backend]
     tasks, prompts = "passkey,multikey", str(a.prompts)
@@ -139,6 +138,8 @@ def run(stages: list[Stage], workers: int, end: float, part: Path, ended: Callab
                 running.remove(stage)
                 print(f"{stage.name}: {stage.state}, {stage.seconds:.0f} s", flush=True)
                 ended(stage)
+                if stage.first and stage.state != "done":
+                    waiting.clear()  # they would each do its work
     finally:  # an error here or there leaves nothing running
         for stage in running:
             stage.state = "cut off"
@@ -160,16 +161,6 @@ def finish(stage: Stage) -> None:
     if stage.process.poll() is None:
         os.killpg(stage.process.pid, signal.SIGKILL)
         stage.process.wait()
-
-
-def stand_in(files: Path) -> None:
-    """Configs that a search has left in FILES as uncompared-NAME.json stand in where its last step, which compares it
-    with single patterns on the sample, failed or was cut off."""
-    for path in files.glob("uncompared-*.json"):
-        target = path.with_name(path.name.removeprefix("uncompared-"))
-        if not target.exists():
-            print(f"{target.name}: as the search left it, not compared", flush=True)
-            shutil.copy(path, target)
 
 
 def gather(kind: Any, part: Path, stages: list[Stage], target: Path) -> Any:
@@ -218,12 +209,7 @@ def main() -> None:
     stages = [stage for stage in stages if stage.name.startswith(tuple(a.only.split(",")))]
     kind, target = (RealReport if real else NeedleReport), a.out / f"{a.what}.json"
 
-    def ended(stage: Stage) -> None:
-        if stage.first:
-            stand_in(a.files)
-        gather(kind, part, stages, target)
-
-    run(stages, a.workers, end, part, ended)
+    run(stages, a.workers, end, part, lambda stage: gather(kind, part, stages, target))
     with (a.out / f"{a.what}.log").open("w") as log:
         for stage in stages:
             path = part / f"{stage.name}.log"

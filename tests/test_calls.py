@@ -142,7 +142,7 @@ def test_what_is_no_tensor_of_values_is_refused_after_an_equal_call() -> None:
 def test_what_is_kept_is_shared_by_threads() -> None:
     """Keys whose comparison lets other threads in, more of them than are kept."""
     kept, errors = Memo(64), []
-    numbers = sys.getswitchinterval()
+    interval = sys.getswitchinterval()
 
     def use(seed: int) -> None:
         rng = random.Random(seed)
@@ -164,7 +164,7 @@ def test_what_is_kept_is_shared_by_threads() -> None:
         for thread in threads:
             thread.join()
     finally:
-        sys.setswitchinterval(numbers)
+        sys.setswitchinterval(interval)
     assert not errors
     assert len(kept) == 64
 
