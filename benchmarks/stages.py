@@ -57,7 +57,7 @@ TEXTS = ("prose", "code", "docs")
 
 
 def real_stages(a: argparse.Namespace, part: Path) -> list[Stage]:
-    """The searches; 4k tokens of each text at 0.3, with needles; 6k and 2k with needles; 4k at 0.5; 8k."""
+    """The searches; needles at 4k; 4k at the default's density and at 0.5; needles at 6k and 2k; 4k and 8k at 0.3."""
     of_all = ["--files", str(a.files), "--sample", str(a.sample), *(["--gguf", str(a.gguf)] if a.gguf else [])]
     common = ["-m", "benchmarks.real", "run", *of_all, "--backend", a.backend]
     tasks, prompts = "passkey,multikey", str(a.prompts)
@@ -71,17 +71,22 @@ def real_stages(a: argparse.Namespace, part: Path) -> list[Stage]:
     short, middle, longer, longest = a.lengths
     searches = ["-m", "benchmarks.real", "search", *of_all, "--search", *SEARCHES, "outputs=0.5"]
     found = [Stage("search", searches, 150, first=True)]
+    at_default = ["--given", "default", "--methods", "xattention,prism,minference", "--densities", "0.4"]
+    at_half = ["--search", "outputs=0.5", "--methods", "xattention,prism", "--densities", "0.5"]
     for tokens, limit in ((middle, 240), (longer, 280), (short, 120)):
         asked = ["--windows", "1", "--tasks", tasks, "--prompts", prompts, *specs, *SEARCHES, *rivals]
         found += [stage(f"needles-{kind}-{tokens}", limit, kind, tokens, *asked) for kind in TEXTS]
-    at_half = ["--search", "outputs=0.5", "--methods", "xattention,prism", "--densities", "0.5"]
+        if tokens == middle:
+            found += [
+                stage(f"default-{kind}-{tokens}", 150, kind, tokens, "--windows", "3", *at_default) for kind in TEXTS
+            ]
+            found += [stage(f"half-{kind}-{tokens}", 150, kind, tokens, "--windows", "3", *at_half) for kind in TEXTS]
     at_third = ["--given", "default", "--search", "outputs=0.3", "--methods", "xattention,prism,flexprefill,minference"]
     at_third += ["--densities", "0.3"]
     text = [(kind, tokens) for tokens in (middle, longest) for kind in TEXTS]
     for kind, tokens in text:
         windows = ["--windows", "3" if tokens == middle else "2"]
         found.append(stage(f"third-{kind}-{tokens}", 200, kind, tokens, *windows, *at_third))
-    found += [stage(f"half-{kind}-{middle}", 150, kind, middle, "--windows", "3", *at_half) for kind in TEXTS]
     tracking = ["--tasks", "tracking", "--prompts", prompts]  # by the dense model, and a method that costs little
     tracking += ["--windows", "1", "--methods", "a-shape", "--densities", "0.3"]
     found.append(stage("tracking", 60, "prose", short, *tracking))
