@@ -52,7 +52,7 @@ class Stage:
 
 # ---- what is run -----------------------------------------------------------------------------------------------------
 
-SEARCHES = ("outputs=0.3", "answers=0.36")
+SEARCHES = ("outputs=0.3", "answers=0.36", "outputs=0.5")
 TEXTS = ("prose", "code", "docs")
 
 
@@ -61,20 +61,19 @@ def real_stages(a: argparse.Namespace, part: Path) -> list[Stage]:
     of_all = ["--files", str(a.files), "--sample", str(a.sample), *(["--gguf", str(a.gguf)] if a.gguf else [])]
     common = ["-m", "benchmarks.real", "run", *of_all, "--backend", a.backend]
     tasks, prompts = "passkey,multikey", str(a.prompts)
-    specs = ["--given", "default", *a.given, "--last-rows", "--search"]
-    rivals = ["--methods", "xattention", "--densities", "0.3"]
+    asked = ["--windows", "1", "--tasks", tasks, "--prompts", prompts, "--given", "default", *a.given]
+    asked += ["--search", "answers=0.36", "--methods", "xattention", "--densities", "0.36"]
 
     def stage(name: str, limit: float, kinds: str, tokens: int, *more: str) -> Stage:
         where = ["--kinds", kinds, "--lengths", str(tokens), "--json", str(part / f"{name}.json")]
         return Stage(name, [*common, *where, *more], limit)
 
     short, middle, longer, longest = a.lengths
-    searches = ["-m", "benchmarks.real", "search", *of_all, "--search", *SEARCHES, "outputs=0.5"]
+    searches = ["-m", "benchmarks.real", "search", *of_all, "--search", *SEARCHES]
     found = [Stage("search", searches, 150, first=True)]
     at_default = ["--given", "default", "--methods", "xattention,prism,minference", "--densities", "0.4"]
     at_half = ["--search", "outputs=0.5", "--methods", "xattention,prism", "--densities", "0.5"]
-    for tokens, limit in ((middle, 240), (longer, 280), (short, 120)):
-        asked = ["--windows", "1", "--tasks", tasks, "--prompts", prompts, *specs, *SEARCHES, *rivals]
+    for tokens, limit in ((middle, 400), (longer, 400), (short, 200)):
         found += [stage(f"needles-{kind}-{tokens}", limit, kind, tokens, *asked) for kind in TEXTS]
         if tokens == middle:
             found += [

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmflex.ir.pattern import View
+from mmflex.runtime.kernels.rows import take_rows
 
 from .shares import Shortlist
 
@@ -87,7 +88,7 @@ def arranged(view: View, stride: int, size: int) -> Arranged:
     return layout.once(("arranged", scope, view.queries, stride, size), build)
 
 
-def finite(t: Tensor) -> Tensor:
-    """In place: numbers that are not finite count as none. In float32 where a product of halves cannot give it."""
-    t = t.nan_to_num_(0.0, 0.0, 0.0)
-    return t if t.is_cuda else t.float()
+def finite_rows(t: Tensor, index: Tensor) -> Tensor:
+    """As `take_rows`, what is not finite as zero; in float32 where a product of halves cannot give it."""
+    rows = take_rows(t, index, finite=True)
+    return rows if t.is_cuda else rows.float()

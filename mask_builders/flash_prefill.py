@@ -16,9 +16,8 @@ from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
 from mmflex.ir.shown import shown
 from mmflex.runtime.device import array_constant
 from mmflex.runtime.kernels.blocks import block_sums, fused
-from mmflex.runtime.kernels.rows import take_rows
 
-from .block_mass import BlockMass, arranged, finite
+from .block_mass import BlockMass, arranged, finite_rows
 from .estimate import block_means, blocks_of
 from .near import NearBlocks, with_room
 from .shares import Shortlist, check_share, check_weight
@@ -91,7 +90,7 @@ class KeyBlocks:
             part = slice(first, min(rows, first + step))
             some = 1 + max(0, int(cells.block_reach[:, part].max()))  # later blocks are after all these queries
             slots = slice(part.start * size, part.stop * size)
-            query = finite(take_rows(q, queries[:, slots, None].mT.expand(-1, heads, -1)))
+            query = finite_rows(q, queries[:, slots, None].mT.expand(-1, heads, -1))
             shares = block_sums(
                 query, means[:, :, :some].contiguous(), weighed[:, slots], scale, size,
                 None if bound is None else bound[:, :, :some],

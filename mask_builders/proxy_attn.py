@@ -15,9 +15,8 @@ from torch.nn.functional import pad
 from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
 from mmflex.runtime.device import array_constant
 from mmflex.runtime.kernels.blocks import block_peaks, fused
-from mmflex.runtime.kernels.rows import take_rows
 
-from .block_mass import BlockMass, arranged, finite
+from .block_mass import BlockMass, arranged, finite_rows
 from .estimate import LastQueries
 from .near import NEAR, NearBlocks, with_room
 from .shares import Shortlist, check_share
@@ -83,8 +82,7 @@ class Proxies:
         sampled = sample[0].shape[1] // cells.block_reach.shape[1]  # queries of a block
         queries, limit, reach = (array_constant(a, device).expand(batch, -1) for a in (*sample, cells.block_reach))
         order = array_constant(cells.keys, device).expand(batch, -1)
-        key = take_rows(k, order[:, None].expand(-1, k.shape[1], -1))
-        key = _means(finite(key), kv_heads)
+        key = _means(finite_rows(k, order[:, None].expand(-1, k.shape[1], -1)), kv_heads)
         group = heads // k.shape[1] * kv_heads  # query heads of a proxy
         rows, keys = cells.block_reach.shape[1], key.shape[2] // size
         near, room = NearBlocks.of(view, size, self.near, device), with_room(view, self.blocks, size, self.near)
@@ -94,8 +92,7 @@ class Proxies:
         for first in range(0, rows, step):
             part = slice(first, min(rows, first + step))
             slots = slice(part.start * sampled, part.stop * sampled)
-            query = take_rows(q, queries[:, slots, None].mT.expand(-1, heads, -1))
-            query = _means(finite(query), group)
+            query = _means(finite_rows(q, queries[:, slots, None].mT.expand(-1, heads, -1)), group)
             some = 1 + max(0, int(cells.block_reach[:, part].max()))  # later blocks are after all these queries
             peaks, lse = block_peaks(query, key[:, :, : some * size].contiguous(), limit[:, slots], scale, size)
             weight = torch.where(peaks > float("-inf"), peaks - lse[..., None], float("-inf"))

@@ -13,10 +13,9 @@ from torch import Tensor
 from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
 from mmflex.ir.shown import shown
 from mmflex.runtime.device import array_constant
-from mmflex.runtime.kernels.rows import take_rows
 from mmflex.runtime.kernels.runs import fused, run_mass
 
-from .block_mass import BlockMass, arranged, finite
+from .block_mass import BlockMass, arranged, finite_rows
 from .near import NEAR, NearBlocks, with_room
 from .shares import Shortlist, check_share, fewest
 
@@ -61,8 +60,8 @@ class Antidiagonals:
         queries, reach, block_reach = (
             array_constant(a, q.device).expand(batch, -1) for a in (cells.queries, cells.reach, cells.block_reach)
         )
-        key = take_rows(k, array_constant(cells.keys, q.device).expand(batch, -1)[:, None].expand(-1, kv_heads, -1))
-        key = finite(key).view(batch, kv_heads, -1, stride * dim)
+        order = array_constant(cells.keys, q.device).expand(batch, -1)
+        key = finite_rows(k, order[:, None].expand(-1, kv_heads, -1)).view(batch, kv_heads, -1, stride * dim)
         rows, keys = cells.block_reach.shape[1], key.shape[2] // per
         held = keys if fused(key, per) else keys * per
         step = max(1, _SCORES // max(1, batch * heads * per * held))
@@ -71,7 +70,7 @@ class Antidiagonals:
         for first in range(0, rows, step):
             part = slice(first, min(rows, first + step))
             taken = queries[:, part.start * size : part.stop * size, None].mT
-            query = finite(take_rows(q, taken.expand(-1, heads, -1))).view(batch, heads, -1, stride * dim)
+            query = finite_rows(q, taken.expand(-1, heads, -1)).view(batch, heads, -1, stride * dim)
             some = per * (1 + max(0, int(cells.block_reach[:, part].max())))  # later keys are after all these queries
             sees = reach[:, part.start * per : part.stop * per]
             mass = run_mass(query, key[:, :, :some], sees, per, scale / stride)

@@ -131,6 +131,9 @@ def rows(device: str) -> None:
         assert torch.equal(back, again)
         shared = index[:, :1].expand(-1, heads, -1)
         assert torch.equal(take_rows(src, shared)[:, 0], take_rows(src, shared.contiguous())[:, 0])
+        src[:, :, ::3, ::2], src[:, :, 1::3, 1::5], src[:, :, 2::4, 2::3] = float("nan"), float("inf"), float("-inf")
+        whole = take_rows(src, index)
+        assert torch.equal(take_rows(src, index, finite=True), torch.where(whole.isfinite(), whole, 0.0))
 
 
 def filled(k: torch.Tensor, table: torch.Tensor, generator: torch.Generator) -> None:

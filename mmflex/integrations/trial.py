@@ -38,8 +38,9 @@ MASKED = "masked"
 kernel is compiled, and it takes a fraction of the eager backend's time: for models so small, and prompts so short, that
 compiling kernels is what would take the time. Densities are those of the plan, whoever attends."""
 
-PAIRS_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 28}
-"""Pairs of query and key that a token mask holds at a time."""
+PAIRS_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 26}
+"""Pairs of query and key that a token mask holds at a time. Its evaluation takes some 40 bytes for each, and several
+processes share a GPU."""
 
 
 def planning_backend(backend: str) -> str:

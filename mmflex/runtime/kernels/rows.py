@@ -19,7 +19,7 @@ if triton is not None:
     @triton.jit(do_not_specialize=["index_b", "index_h", "slots"])
     def _take(
         src, index, heads_at, out, src_b, src_h, src_n, out_b, out_h, out_n, index_b, index_h, group, heads, slots, dim,
-        BLOCK: tl.constexpr, DIM: tl.constexpr, CHOSEN: tl.constexpr,
+        BLOCK: tl.constexpr, DIM: tl.constexpr, CHOSEN: tl.constexpr, FINITE: tl.constexpr,
     ):  # fmt: skip
         """A block of slots of one head."""
         slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -34,15 +34,19 @@ if triton is not None:
             own = tl.load(heads_at + head)
         source = src + batch * src_b + own * src_h + row[:, None] * src_n + d[None]
         value = tl.load(source, mask=keep & (row >= 0)[:, None], other=0.0)
+        if FINITE:
+            value = tl.where(tl.abs(value) < float("inf"), value, 0.0)
         target = out + batch * out_b + head.to(tl.int64) * out_h + slot.to(tl.int64)[:, None] * out_n + d[None]
         tl.store(target, value, mask=keep)
 
 
-def take_rows(src: Tensor, index: Tensor, out: Tensor | None = None, heads_at: Tensor | None = None) -> Tensor:
+def take_rows(
+    src: Tensor, index: Tensor, out: Tensor | None = None, heads_at: Tensor | None = None, finite: bool = False
+) -> Tensor:
     """``out[b, h, s] = src[b, heads_at[h], index[b, h, s]]``, zero where the index is negative.
 
     src [B, Hs, N, D], index int [B, H, S] (any strides but the last), out [B, H, S, D] (last dimension contiguous),
-    heads_at int64 [H] (None: ``h * Hs // H``).
+    heads_at int64 [H] (None: ``h * Hs // H``). ``finite``: zero also for numbers that are not finite.
     """
     batch, heads, slots = index.shape
     dim = src.shape[-1]
@@ -55,7 +59,7 @@ def take_rows(src: Tensor, index: Tensor, out: Tensor | None = None, heads_at: T
         _take[grid](
             src, index, index if heads_at is None else heads_at, out, *src.stride()[:3], *out.stride()[:3],
             index.stride(0), index.stride(1), group, heads, slots, dim, BLOCK=64, DIM=triton.next_power_of_2(dim),
-            CHOSEN=heads_at is not None,
+            CHOSEN=heads_at is not None, FINITE=finite,
         )  # fmt: skip
         return out
     if heads_at is not None:
@@ -64,7 +68,7 @@ def take_rows(src: Tensor, index: Tensor, out: Tensor | None = None, heads_at: T
         src = src[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2)
     at = index.long().clamp(min=0)[..., None].expand(-1, -1, -1, dim)
     out.copy_(src.gather(2, at).masked_fill((index < 0)[..., None], 0))
-    return out
+    return out.nan_to_num_(0.0, 0.0, 0.0) if finite else out
 
 
 if triton is not None:
