@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..compiler import constants
 from ..compiler.constants import Constants
-from ..compiler.launches import DenseLaunch
 from ..compiler.lower import Lowering, lower
 from ..compiler.prices import MARGIN, least_ms, predict
 from ..compiler.program import Program
@@ -235,7 +234,7 @@ def _program(
             _check_sense(patterns, layout, request.tile)
             return dense, f"dense: predicted {dense_ms:.3g} ms, any spec takes {least_ms(prices):.3g} ms"
         program = lowered(patterns)
-        if any(not isinstance(launch, DenseLaunch) for launch in program.launches):
+        if not program.is_dense:
             sparse_ms = predict(program, batch=may_be_dense).total_ms
             if sparse_ms * (1 + MARGIN) >= dense_ms:
                 return dense, f"dense: predicted {dense_ms:.3g} ms, the spec {sparse_ms:.3g} ms with planning"
@@ -251,7 +250,7 @@ def settled_backend(q: Tensor, k: Tensor, spec: Spec, layout: TokenLayout, queri
     runs = backends.resolve("auto", q.device, q.shape[3], q.dtype)
     prices = constants.constants_for(q.device, runs.name, q.dtype, q.shape[3])
     program, _ = _program(patterns, layout, queries, q.shape[0], k.shape[1], runs, prices, Request())
-    return "dense" if all(isinstance(launch, DenseLaunch) for launch in program.launches) else runs.name
+    return "dense" if program.is_dense else runs.name
 
 
 def programs_of(layout: TokenLayout) -> list[tuple[Program, str]]:
