@@ -35,12 +35,13 @@ from mmflex.distributed.attention import (
     own_heads,
     tokens_for_heads,
 )
-from mmflex.distributed.dealing import TILE, Dealing
+from mmflex.distributed.dealing import Dealing
 from mmflex.distributed.decode import attend_shares
 from mmflex.distributed.ranks import Pending, Ranks
 from mmflex.ir.layout import TokenLayout
 from mmflex.ir.pattern import Dense
 from mmflex.ir.queries import QueryTokens
+from mmflex.runtime.calls import TILE
 
 from .latent import widened
 from .layouts import call_arguments
