@@ -139,7 +139,8 @@ def _call(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayou
             constants.generation, 0 if q.is_cuda else torch.get_num_threads(),  # a CPU's constants are for its threads
         )  # fmt: skip
         key = (type(spec), rest, *map(_serial, patterns))
-        calls = _calls(_text(k.shape[2]) if layout is None else layout)
+        memo = (_text(k.shape[2]) if layout is None else layout).memo
+        calls: Memo = memo.recall("calls") or memo.once("calls", lambda: Memo(CALLS))
         call: _Call | None = calls.recall(key)
     except (AttributeError, TypeError, IndexError, RuntimeError):  # `check` says what is wrong
         return _decided(q, k, v, spec, layout, request)
@@ -154,12 +155,6 @@ def _call(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayou
 
 
 _serial = attrgetter("serial")
-
-
-def _calls(layout: TokenLayout) -> Memo:
-    """What was decided for calls with a layout."""
-    calls: Memo | None = layout.memo.recall("calls")
-    return layout.once("calls", lambda: Memo(CALLS)) if calls is None else calls
 
 
 @lru_cache(maxsize=32)
