@@ -21,12 +21,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .integrations.timeline import PREFILL, PROCESSOR, READING, TOKEN, TOWER, Timeline
+from .integrations.timeline import MODEL_STAGES, PROCESSOR, READING, Timeline
 
 VOCABULARY = 2048
 IMAGE, VIDEO, VISION_START, VISION_END = range(VOCABULARY - 4, VOCABULARY)
-MODEL_STAGES = (TOWER, PREFILL, TOKEN)
-"""Of the timeline, those that the model takes."""
 CUES = {"prompt": 24, "question": 40}
 """Text tokens before and after the video."""
 

@@ -39,7 +39,6 @@ from mask_builders import (
     XAttention,
 )
 from mmflex.compiler.constants import GENERIC, Constants, shipped
-from mmflex.compiler.launches import DenseLaunch
 from mmflex.compiler.lower import lower
 from mmflex.ir.queries import QueryTokens
 from mmflex.runtime.attention import Plan
@@ -158,7 +157,7 @@ def described(plan: mmflex.Plan) -> list[dict[str, Any]]:
             "slots": [launch.row_slots, launch.key_slots],
             "cost": float(f"{launch.cost:.4g}"),
         }
-        if not isinstance(launch, DenseLaunch):
+        if launch.lists_blocks:
             prepared = plan.state.prepared[number]
             facts["partial blocks"] = prepared.mask_mod.comparison or "looked up"
             facts["lists"] = _hash(prepared.lists)

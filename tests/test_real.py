@@ -689,7 +689,7 @@ def test_errors_of_long_prompts_are_those_of_drawn_queries(monkeypatch: pytest.M
     seen = capture(tiny(), {"input_ids": torch.arange(TOKENS)[None] % 256}, "reference")
     made = seen.plan(1, seen.per_layer(VerticalSlash(16, 128))[1])
     exact = seen.errors(1, made)
-    monkeypatch.setattr(trace, "RUN", TOKENS - 1)
+    monkeypatch.setattr(trace, "WHOLE_OUTPUT_QUERIES", TOKENS - 1)
     monkeypatch.setattr(trace, "ROWS", TOKENS)
     torch.testing.assert_close(seen.errors(1, made), exact, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(trace, "ROWS", 7)

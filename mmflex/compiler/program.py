@@ -16,7 +16,7 @@ from ..ir.queries import QueryTokens
 from ..ir.shown import shown
 from .constants import GENERIC, Constants
 from .graph import PlanGraph
-from .launches import HeadMap, Launch
+from .launches import DenseLaunch, HeadMap, Launch
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +125,11 @@ class Program:
     def cost(self) -> float:
         """Predicted cost in full blocks, over all heads."""
         return sum(launch.cost for launch in self.launches)
+
+    @cached_property
+    def is_dense(self) -> bool:
+        """Whether all heads are dense: every launch is PyTorch's own attention."""
+        return all(isinstance(launch, DenseLaunch) for launch in self.launches)
 
     def once(self, key: Any, build: Callable[[], Any]) -> Any:
         """What ``build`` returns, kept in `memo`."""

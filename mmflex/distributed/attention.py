@@ -19,9 +19,9 @@ from ..ir.queries import QueryTokens
 from ..runtime.attention import ForwardOnly, _asked, _named
 from ..runtime.backends import resolve
 from ..runtime.caches import bounded
-from ..runtime.calls import Request, planned, settled_backend
+from ..runtime.calls import TILE, Request, planned, settled_backend
 from ..runtime.inputs import Spec, check
-from .dealing import TILE, Dealing
+from .dealing import Dealing
 from .estimates import check_whole_layers, estimate_tokens, estimates_from_values, patterns_of
 from .ranks import Pending, Ranks
 

@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..ir.queries import QueryTokens
-
-TILE = 128
-"""Chunks begin at multiples of this many tokens, the block size of the kernels."""
+from ..runtime.calls import TILE
 
 Runs = tuple[tuple[int, int], ...]
 """``(first, end)`` of runs of consecutive tokens."""

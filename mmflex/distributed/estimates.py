@@ -9,8 +9,9 @@ import numpy as np
 from ..ir.layout import TokenLayout
 from ..ir.pattern import Pattern, Scope, Tokens, View
 from ..ir.queries import QueryTokens
+from ..runtime.calls import TILE
 from ..runtime.inputs import Spec
-from .dealing import TILE, Dealing
+from .dealing import Dealing
 
 LAST_QUERIES = 64
 """Queries for an estimator that does not say how many it looks at (``last_q``)."""

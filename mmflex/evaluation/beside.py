@@ -12,13 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mmflex.integrations.layouts import layout_for
-from mmflex.integrations.timeline import PREFILL, TOKEN, TOWER, Timeline
+from mmflex.integrations.timeline import MODEL_STAGES, Timeline
 from mmflex.integrations.transformers import patched
 from mmflex.runtime.calls import observed
 from mmflex.runtime.plan import Plan
-
-MODEL_STAGES = (TOWER, PREFILL, TOKEN)
-"""Stages of `Timeline` that the model takes; reading and the processor are the same for both sides."""
 
 
 @dataclass

@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..ir.pattern import Pattern, Restricted, _Pair, find
+from ..runtime.calls import TILE
 from ..tuning.config import Config, Spec
 from .trace import Measured, Trace
-
-TILE = 128
-"""Settings grow in steps of a tile: finer ones compute the same blocks."""
 
 SEARCHED = "MMInference as searched"
 """What a searched config is called where it runs as it is."""
@@ -76,6 +74,7 @@ def _of(name: str, count: int, **fields: Callable[[int], object]) -> Ladder:
 
 
 def _local(i: int) -> int:
+    """A window of whole tiles: in between, the same blocks are computed."""
     return max(1, TILE * i)
 
 

@@ -41,9 +41,10 @@ LOOKS = {
     "mminference": (FAMILIES["Boundary2D"][1], "*"),
     SEARCHED: (FAMILIES["Boundary2D"][1], "."),
 }
-"""Colour and marker of a method; specs of the user's have grey crosses."""
+"""Colour and marker of a method."""
 
-_OWN = ("#4a4f55", "x")
+GIVEN = ("#4a4f55", "x")
+"""Colour and marker of specs that ran as they were given."""
 
 
 @styled
@@ -195,7 +196,7 @@ def _swept(rows: Sequence[Row]) -> int:
 
 
 def _curve(line: Sequence[Any], rows: list[Row]) -> Any:
-    colour, marker = LOOKS.get(rows[0].method, _OWN)
+    colour, marker = LOOKS.get(rows[0].method, GIVEN)
     x = 100 * np.array([r.ran for r in rows])
     y = 100 * np.array([r.score.accuracy for r in rows])
     reach = 100 * np.array([r.score.interval for r in rows]).T

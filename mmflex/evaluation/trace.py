@@ -28,8 +28,9 @@ from ..tuning.config import Config, Spec, per_layer
 ROWS = 256
 """Queries at which allowed pairs are counted, where a prompt has more."""
 
-RUN = 16384
-"""Queries up to which a setting's output error is that of the output. On longer prompts it is measured at `ROWS` drawn
+WHOLE_OUTPUT_QUERIES = 16384
+"""Queries up to which a setting's output error is that of the whole output. On longer prompts it is measured at `ROWS`
+drawn
 queries: to run every setting that is tried would take a kernel compiled for each."""
 
 
@@ -160,9 +161,10 @@ class Trace:
         return Measured(mean[0], mean[1], mean[2], estimates)
 
     def errors(self, layer: int, made: Plan) -> Tensor:
-        """float32 [Hq]: relative error of a plan's output, per head; of prompts longer than `RUN` at drawn queries."""
+        """float32 [Hq]: relative error of a plan's output, per head; of more than `WHOLE_OUTPUT_QUERIES` queries at
+        some of them, drawn."""
         seen = self.layers[layer]
-        if seen.q.shape[2] > RUN:
+        if seen.q.shape[2] > WHOLE_OUTPUT_QUERIES:
             return errors_at(seen, made, drawn(seen.q.shape[2], ROWS))
         out = made.attend(seen.q, seen.k, seen.v)
         return torch.stack([relative(out[:, h], seen.out[:, h]) for h in range(out.shape[1])])

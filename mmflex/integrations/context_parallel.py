@@ -35,13 +35,15 @@ from mmflex.distributed.attention import (
     own_heads,
     tokens_for_heads,
 )
-from mmflex.distributed.dealing import TILE, Dealing
+from mmflex.distributed.dealing import Dealing
 from mmflex.distributed.decode import attend_shares
 from mmflex.distributed.ranks import Pending, Ranks
 from mmflex.ir.layout import TokenLayout
 from mmflex.ir.pattern import Dense
 from mmflex.ir.queries import QueryTokens
+from mmflex.runtime.calls import TILE
 
+from .latent import widened
 from .layouts import call_arguments
 from .masks import DECODE_QUERIES, MaskDescription
 from .prefill import PatchedModel, own_kv_heads, own_patterns
@@ -444,11 +446,11 @@ class ContextParallel:
         if by_heads and not store.needs_all_keys:
             store.put_share(key, value)
             own_keys, own_values = (own_kv_heads(self.patch, query.shape[1], t) for t in (key, value))
-            q, k, v = (_widened(t, max(query.shape[-1], width)) for t in (query, own_keys, own_values))
+            q, k, v = (widened(t, max(query.shape[-1], width)) for t in (query, own_keys, own_values))
             out, _ = attend_by_heads(q, k, v, spec, layout, ranks, forward.dealing, scale=scaling, backend=backend)
             return out[..., :width]
         first = forward.past - store.first
-        query = _widened(query, max(query.shape[-1], width))
+        query = widened(query, max(query.shape[-1], width))
         if by_heads:
             exchanged, estimate = tokens_for_heads(query, ranks, forward.dealing), None
         else:
@@ -463,7 +465,7 @@ class ContextParallel:
             queries = QueryTokens.last(forward.dealing.total, layout.length)
         else:
             queries = forward.dealing.queries(ranks.rank, first)
-        keys, values = _widened(keys, query.shape[-1]), values.then(lambda t: _widened(t, query.shape[-1]))
+        keys, values = widened(keys, query.shape[-1]), values.then(lambda t: widened(t, query.shape[-1]))
         given = None if estimate is None else estimate.finish()
         out, _ = attend(query, keys, values, spec, layout, queries, given, scale=scaling, backend=backend)
         if by_heads:
@@ -602,8 +604,3 @@ def _rope_types(config: Any) -> set[str]:
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
     return {str(one.get("rope_type", one.get("type", "default"))) for one in nested}
-
-
-def _widened(x: Tensor, width: int) -> Tensor:
-    """Latent attention has narrower values than keys; zeros change neither scores nor sums."""
-    return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))

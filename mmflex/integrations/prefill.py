@@ -16,6 +16,7 @@ from mmflex.ir.pattern import Pattern
 from mmflex.tuning.config import head_slice
 
 from .closed import INSIDE, layer_attention
+from .latent import widened
 from .masks import DECODE_QUERIES, MaskDescription, causal_description, dense_function, previous_implementation
 from .notice import MostlyDense
 from .prompts import LayoutUnknown
@@ -225,9 +226,8 @@ def _run(
     except LayoutUnknown as error:
         patch.notice(f"{error}", kind="layout")
         return None
-    # Latent attention has narrower values than keys; zeros change neither scores nor sums.
-    wide = max(width, value.shape[-1])
-    query, key, padded = (_widened(x, wide) for x in (query, key, value))
+    wide = max(width, value.shape[-1])  # latent attention has narrower values
+    query, key, padded = (widened(x, wide) for x in (query, key, value))
     out = attention(query, key, padded, spec, layout=layout, scale=scaling, backend=backend)
     if backend == "auto":
         patch.mostly_dense.ran(layer, tuple(spec), layout)
@@ -274,10 +274,6 @@ def prefill_op(
 @prefill_op.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
     return query.new_empty(*query.shape[:-1], value.shape[-1])
-
-
-def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
-    return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
 def tensor_parallel_rank(patch: PatchedModel, heads: int) -> int | None:

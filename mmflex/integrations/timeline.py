@@ -20,6 +20,9 @@ READING, PROCESSOR, TOWER, PREFILL, TOKEN = STAGES = (
 """In the order in which they happen. The last one is everything else of the call that gives the first token: positions,
 embeddings, logits and their choice."""
 
+MODEL_STAGES = (TOWER, PREFILL, TOKEN)
+"""Those that the model takes: reading and the processor are the same, sparse or dense."""
+
 
 class Timeline:
     """Seconds of every stage::
@@ -73,7 +76,7 @@ class Timeline:
                 handle.remove()
         self._wait()
         whole = time.perf_counter() - start
-        for stage in (TOWER, PREFILL, TOKEN):
+        for stage in MODEL_STAGES:
             self.seconds.pop(stage, None)
         for stage in (TOWER, PREFILL):
             spans = [(first, last) for first, last in self._spans.get(stage, []) if last is not None]

@@ -282,10 +282,6 @@ class _OfBlocks(x.SetTest):
     def constant(self, tiles: Any) -> bool:
         return all(tiles.constant(e) for e in self.coordinates)
 
-    def _query_bounds(self, tiles: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Least and greatest query coordinate of every query tile."""
-        raise NotImplementedError
-
     def _reads_selection(self) -> bool:
         return any(x.selected(e) for e in self.coordinates)
 
@@ -408,9 +404,6 @@ def _of_selected_blocks(atom: _OfBlocks, tiles: Any, share: Any = 1.0, most: Any
     end = tiles.key_tiles - 1
     first, last = (0, end) if atom.constant(tiles) else (1, 0)
     return Expectation(0, end, first, last, share=share, most=most, selected=True)
-
-
-Atom = Comparison | Member | Touches | Listed
 
 
 def atom_of(expr: Boolean) -> Any:

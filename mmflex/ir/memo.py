@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from threading import RLock
 from typing import Any
 
 
 class Memo(OrderedDict[Any, Any]):
     """Keeps the ``size`` entries that were used last; uses count once it is half full. Safe to share between threads:
-    comparing keys may run Python code, in which another thread may come by, and OrderedDict does not survive that."""
+    comparing keys may run Python code, in which another thread may come by, and OrderedDict does not survive that.
+    Look-ups are those of dict, which does, and take no lock: every call of attention makes two."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -18,9 +20,9 @@ class Memo(OrderedDict[Any, Any]):
 
     def recall(self, key: Any, default: Any = None) -> Any:
         """The entry, marked as used; ``default`` where there is none."""
-        with self.lock:
-            value = self.get(key, default)
-            if value is not default and 2 * len(self) > self.size:
+        value = self.get(key, default)
+        if value is not default and 2 * len(self) > self.size:
+            with self.lock, suppress(KeyError):  # dropped by another thread
                 self.move_to_end(key)
         return value
 

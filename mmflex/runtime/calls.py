@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..compiler import constants
 from ..compiler.constants import Constants
-from ..compiler.launches import DenseLaunch
 from ..compiler.lower import Lowering, lower
 from ..compiler.prices import MARGIN, least_ms, predict
 from ..compiler.program import Program
@@ -140,7 +139,8 @@ def _call(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayou
             constants.generation, 0 if q.is_cuda else torch.get_num_threads(),  # a CPU's constants are for its threads
         )  # fmt: skip
         key = (type(spec), rest, *map(_serial, patterns))
-        calls = _calls(_text(k.shape[2]) if layout is None else layout)
+        memo = (_text(k.shape[2]) if layout is None else layout).memo
+        calls: Memo = memo.recall("calls") or memo.once("calls", lambda: Memo(CALLS))
         call: _Call | None = calls.recall(key)
     except (AttributeError, TypeError, IndexError, RuntimeError):  # `check` says what is wrong
         return _decided(q, k, v, spec, layout, request)
@@ -155,12 +155,6 @@ def _call(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayou
 
 
 _serial = attrgetter("serial")
-
-
-def _calls(layout: TokenLayout) -> Memo:
-    """What was decided for calls with a layout."""
-    calls: Memo | None = layout.memo.recall("calls")
-    return layout.once("calls", lambda: Memo(CALLS)) if calls is None else calls
 
 
 @lru_cache(maxsize=32)
@@ -235,7 +229,7 @@ def _program(
             _check_sense(patterns, layout, request.tile)
             return dense, f"dense: predicted {dense_ms:.3g} ms, any spec takes {least_ms(prices):.3g} ms"
         program = lowered(patterns)
-        if any(not isinstance(launch, DenseLaunch) for launch in program.launches):
+        if not program.is_dense:
             sparse_ms = predict(program, batch=may_be_dense).total_ms
             if sparse_ms * (1 + MARGIN) >= dense_ms:
                 return dense, f"dense: predicted {dense_ms:.3g} ms, the spec {sparse_ms:.3g} ms with planning"
@@ -251,7 +245,7 @@ def settled_backend(q: Tensor, k: Tensor, spec: Spec, layout: TokenLayout, queri
     runs = backends.resolve("auto", q.device, q.shape[3], q.dtype)
     prices = constants.constants_for(q.device, runs.name, q.dtype, q.shape[3])
     program, _ = _program(patterns, layout, queries, q.shape[0], k.shape[1], runs, prices, Request())
-    return "dense" if all(isinstance(launch, DenseLaunch) for launch in program.launches) else runs.name
+    return "dense" if program.is_dense else runs.name
 
 
 def programs_of(layout: TokenLayout) -> list[tuple[Program, str]]:

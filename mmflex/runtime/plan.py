@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from ..compiler.launches import DenseLaunch
 from ..compiler.orders import given_order
 from ..compiler.program import Program
 from ..ir.pattern import EstimateFrom
@@ -100,9 +99,8 @@ class Plan:
         self.shape = (tuple(q.shape), tuple(k.shape))
         self._device_type = q.device.type
         self.state = PlanState(program, q.device, q.shape[0])
-        launch = program.launches[0] if len(program.launches) == 1 else None
         ends = program.queries.consecutive and program.queries.end == program.layout.length
-        whole = isinstance(launch, DenseLaunch) and launch.heads.all(program.heads)
+        whole = program.is_dense and any(launch.heads.all(program.heads) for launch in program.launches)
         self.dense_alone = whole and ends and not self.layout.padded
         self._kernels: dict[Any, dense.Dense] = {}
         with writing_to(replay.inputs(self.state) if once else ()):

@@ -28,12 +28,9 @@ def required(
 
 
 def covering(
-    dimensions: Mapping[str, Sequence[str]],
-    wanted: Iterable[Combination],
-    possible: Callable[[Settings], bool],
-    covered: Iterable[Settings] = (),
+    dimensions: Mapping[str, Sequence[str]], wanted: Iterable[Combination], possible: Callable[[Settings], bool]
 ) -> list[Settings]:
-    """Settings of all dimensions in which every wanted combination occurs that does not occur among ``covered``.
+    """Settings of all dimensions in which every wanted combination occurs.
 
     Each is built around a combination that is still missing. Its other dimensions get the setting that completes most
     missing ones, the first of equals: what comes first in a dimension is the usual setting. The same result every time.
@@ -50,9 +47,6 @@ def covering(
         pairs = sorted(settings.items(), key=lambda pair: order.index(pair[0]))
         return [c for size in sizes for c in combinations(pairs, size) if c in missing]
 
-    for settings in covered:
-        for combination in inside(settings):
-            del missing[combination]
     out = []
     while missing:
         settings = dict(next(iter(missing)))

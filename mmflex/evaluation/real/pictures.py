@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...plot.style import styled
-from ..pictures import LOOKS, drawable
+from ..pictures import GIVEN, LOOKS, drawable
 from ..report import replaced
 from .report import Method, NeedleRow, Report, TextRow
 from .score import FIRST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-GIVEN = ("#4a4f55", "x")
-"""Colour and marker of specs that ran as they were given."""
 
 
 @styled

@@ -22,6 +22,7 @@ from mmflex.runtime.backends import BACKENDS
 from mmflex.tuning.config import Config, Spec, per_layer
 
 from ..fallback import DenseFallback
+from ..latent import widened
 from ..notice import MostlyDense
 from ..prompts import LayoutUnknown, checked_layout
 from .calls import Attention, long_call
@@ -280,9 +281,9 @@ class _Layer:
         if group > 1:
             # contiguous: kernels count elements in 32 bits, and a view's last one is far away
             k, v = k[:, ::group].contiguous(), v[:, ::group].contiguous()
-        width = max(q.shape[3], v.shape[3])  # latent attention has narrower values; zeros change no score and no sum
+        width = max(q.shape[3], v.shape[3])  # latent attention has narrower values
         scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
-        q, k, padded = (_widened(x, width) for x in (q, k, v))
+        q, k, padded = (widened(x, width) for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
             out = attention(q, k, padded, spec, layout=layout, scale=scale, backend=backend)
         if backend == "auto":
@@ -344,7 +345,3 @@ def _right_padding(layout: TokenLayout) -> np.ndarray | None:
     it."""
     valid = layout.valid
     return valid if not (valid[:, 1:] & ~valid[:, :-1]).any() else None
-
-
-def _widened(x: Tensor, width: int) -> Tensor:
-    return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmflex.compiler.launches import DenseLaunch
 from mmflex.compiler.program import Program
 from mmflex.ir.pattern import Pattern
 from mmflex.runtime.attention import plan
@@ -199,8 +198,8 @@ def _program(rules: LayerRules, spec: tuple[Pattern, ...], run: Run, query: Tens
             program, _ = decided(q, k, spec, run.layout, request)
         except ValueError as error:
             engine.notice(f"{run.layout.summary()}: standard attention: {error}")
-        if program is not None and engine.settings.backend == "auto":
-            program = None if all(isinstance(launch, DenseLaunch) for launch in program.launches) else program
+        if program is not None and program.is_dense and engine.settings.backend == "auto":
+            program = None
         run.programs[key] = program
     if run.programs[key] is None:
         rules.engine.counters.add("standard")

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from mmflex.compiler.launches import DenseLaunch
 from mmflex.ir.layout import TokenLayout
 from mmflex.ir.pattern import Pattern
 from mmflex.runtime.calls import Request, decided
@@ -50,7 +49,7 @@ def default_threshold(
                     program, _ = decided(q, k, spec, sample_layout(until, images), request)
                 except ValueError:  # frames, but no video
                     continue
-                if any(not isinstance(launch, DenseLaunch) for launch in program.launches):
+                if not program.is_dense:
                     return True
         return False
 

@@ -12,7 +12,6 @@ import time
 import torch
 from torch import Tensor
 
-from mmflex.compiler.launches import DenseLaunch
 from mmflex.ir.pattern import Pattern
 from mmflex.runtime.attention import plan
 from mmflex.runtime.backends import LONG_QUERIES, STRIP
@@ -50,7 +49,7 @@ def warm_up(engine: Engine, spec: tuple[Pattern, ...], query: Tensor, key: Tenso
                 planned = plan(*sides, spec, layout=layout, scale=float(scale), backend=engine.settings.backend)
             except ValueError:  # frames, but no video
                 continue
-            if not all(isinstance(launch, DenseLaunch) for launch in planned.program.launches):  # those vLLM runs
+            if not planned.program.is_dense:  # else vLLM runs it
                 planned.attend(*sides, v[:, :, :keys])
             layout.forget()
     if query.is_cuda:

@@ -11,6 +11,10 @@ import os
 
 import torch
 
+STRETCHES_OF_A_MILLION = 256
+"""Stretches of 4096 entries in a row of a million tokens. Tiles with one number for every stretch have at least that
+size, so that all shorter rows share a kernel."""
+
 
 def use_triton(t: torch.Tensor) -> bool:
     """Whether Triton kernels run on this tensor: CUDA, or the CPU under ``TRITON_INTERPRET=1`` (tests)."""

@@ -22,6 +22,12 @@ try:
 except ImportError:  # CPU builds of torch come without Triton; the twin runs there
     triton = None
 
+_CHUNK = 64
+"""Key tiles that are tested together first."""
+_ROWS = 2
+"""Query tiles that one program lists: neighbours have blocks in the same chunks. One warp needs no barriers; measured
+best on H200 (one to eight tiles, one or four warps)."""
+
 _HEADER = "table, counts, fits, place, shift, row_low, row_high, low, high, chunk_low, tail_low, tail_high"
 _NUMBERS = "heads, heads_out, rows, main_tiles, tail_tiles, chunks, pieces, width, row_b, row_h"
 
@@ -160,7 +166,7 @@ def list_blocks(
         # A side of a single tile looks like a constant, and is one.
         side = "row" if t.shape[2] > 1 else "key" if t.shape[3] > 1 else "one"
         names.append((name, side, t.dtype == torch.bool))
-        for value in (t, _coarse_bounds(t, _CHUNK, low=i % 2 == 0)) if side == "key" else (t,):
+        for value in (t, _coarse_bounds(t, low=i % 2 == 0)) if side == "key" else (t,):
             step = value.shape[2] * value.shape[3]
             batch_step = step * value.shape[1] if value.shape[0] > 1 else 0
             values += [value.contiguous(), batch_step, step if value.shape[1] > 1 else 0]
@@ -181,34 +187,27 @@ def list_blocks(
     row_b = row_low.shape[1] * rows if row_low.shape[0] > 1 else 0
     kernel = _kernel(test.some, test.every, tuple(names), tuple(tables))
     kernel[(triton.cdiv(rows, _ROWS), batch * heads)](
-        table, counts, fits, place, shift, row_low, row_high, low, high, _coarse(low, _CHUNK, True), tail_low,
+        table, counts, fits, place, shift, row_low, row_high, low, high, _coarse(low, low=True), tail_low,
         tail_high, heads, table.shape[2], rows, main, tail, chunks, triton.cdiv(tail, _CHUNK), width, row_b, row_h,
         *values, BLOCK=_CHUNK, MANY=steps(chunks, 64, 256), ROWS=_ROWS, num_warps=1,
     )  # fmt: skip
 
 
-_CHUNK = 64
-"""Key tiles that are tested together first."""
-_ROWS = 2
-"""Query tiles that one program lists: neighbours have blocks in the same chunks. One warp needs no barriers; measured
-best on H200 (one to eight tiles, one or four warps)."""
-
-
-def _coarse(t: Tensor, chunk: int, low: bool) -> Tensor:
-    """Least or greatest entry of each chunk of the last dimension."""
-    short = -t.shape[-1] % chunk
+def _coarse(t: Tensor, low: bool) -> Tensor:
+    """Least or greatest entry of each `_CHUNK` entries of the last dimension."""
+    short = -t.shape[-1] % _CHUNK
     if short:
         t = torch.cat([t, t[..., -1:].expand(*t.shape[:-1], short)], -1)
-    t = t.unflatten(-1, (-1, chunk))
+    t = t.unflatten(-1, (-1, _CHUNK))
     return (t.amin(-1) if low else t.amax(-1)).contiguous()
 
 
-def _coarse_bounds(t: Tensor, chunk: int, low: bool) -> Tensor:
+def _coarse_bounds(t: Tensor, low: bool) -> Tensor:
     """`_coarse` of bounds [B, H, 1, tiles], kept with them: those of the layout serve many plans."""
     held = t.__dict__.setdefault("_mmflex_coarse", {})
-    if (chunk, low) not in held:
-        held[chunk, low] = _coarse(t[:, :, 0], chunk, low)[:, :, None]
-    return held[chunk, low]
+    if low not in held:
+        held[low] = _coarse(t[:, :, 0], low)[:, :, None]
+    return held[low]
 
 
 _eager: ContextVar[bool] = ContextVar("mmflex eager lists", default=False)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...compiler.orders import NEVER
-from . import steps, use_triton
+from . import STRETCHES_OF_A_MILLION, steps, use_triton
 from .select import count_true, gathered
 
 try:
@@ -17,8 +17,6 @@ except ImportError:
 
 _BLOCK = 4096
 """Key slots that one program goes through."""
-_MANY = 256
-"""Stretches of a row that one tile holds: of a million tokens."""
 
 if triton is not None:
 
@@ -120,7 +118,7 @@ def fill_sections(
             0 if end is None else end.stride(0), position if token is None else token,
             0 if token is None else token.stride(0), at_head, at_table, limit, table, low, high, fits, heads,
             limit.shape[1], table.shape[1], n, limit.shape[-1], capacity, BLOCK=block,
-            MANY=steps(grid[0], _MANY), TILE=tile, HOLES=end is None, TOKENS=token is not None,
+            MANY=steps(grid[0], STRETCHES_OF_A_MILLION), TILE=tile, HOLES=end is None, TOKENS=token is not None,
         )  # fmt: skip
         _ends[(capacity // tile, batch * heads)](
             at_head, at_table, limit, tail_low, tail_high, heads, limit.shape[1], n, limit.shape[-1], capacity,

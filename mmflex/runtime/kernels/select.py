@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import steps, use_triton
+from . import STRETCHES_OF_A_MILLION, steps, use_triton
 
 try:
     import triton
@@ -15,8 +15,6 @@ except ImportError:
 
 _SHORT, _BLOCK = 1024, 4096
 """Entries that one program goes through, of short rows and of others."""
-_MANY = 256
-"""Stretches of a row that one tile holds: of a million tokens."""
 
 if triton is not None:
 
@@ -182,7 +180,7 @@ def heaviest(mass: Tensor, budget: int, always: Tensor | None = None) -> Tensor:
         equals = torch.empty(grid, dtype=torch.int32, device=mass.device)
         _equals[grid](mass, forced, histograms, equals, n, budget, **shape)
         _keep[grid](
-            mass, forced, histograms, equals, keep, n, budget, MANY=steps(grid[1], _MANY), **shape
+            mass, forced, histograms, equals, keep, n, budget, MANY=steps(grid[1], STRETCHES_OF_A_MILLION), **shape
         )  # fmt: skip
         return keep
     key = _key_twin(mass)
@@ -212,7 +210,7 @@ def gathered(chosen: Tensor, capacity: int, fits: Tensor | None = None) -> tuple
         unchecked = fits is None
         _indices[grid](
             chosen, counts, index, count, count if unchecked else fits, n, capacity, n if unchecked else capacity,
-            triton.cdiv(capacity, block), BLOCK=block, MANY=steps(grid[1], _MANY),
+            triton.cdiv(capacity, block), BLOCK=block, MANY=steps(grid[1], STRETCHES_OF_A_MILLION),
         )  # fmt: skip
         return index, count
     place = chosen.cumsum(-1) - 1
