@@ -40,6 +40,10 @@ from .text import Text
 PROMPTS_AT_ONCE = 16
 """Needle prompts of a forward on a GPU: planning takes the host as long for one."""
 
+DENSE_SCORES = 1 << 29
+"""Scores of a layer that the dense model may hold in a forward with needles: SDPA keeps all of them in float32 where
+heads share keys, and a few times."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -164,6 +168,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.started = time.perf_counter()
         self.sources = source_digest()
+        self.heads = int(self.model.model.config.get_text_config(decoder=True).num_attention_heads)
 
     def cell(self, text: Text, tokens: int, sizing: Sizing) -> Iterator[Report]:
         """One text at one length, as far as it is known: all entries on all windows, then each needle task besides."""
@@ -207,10 +212,9 @@ class _Run:
 
     def backend(self, tokens: int, many: bool = False) -> str:
         """The backend of a length."""
-        heads = int(self.model.model.config.get_text_config(decoder=True).num_attention_heads)
         if self.settings.backend != "auto":
             return self.settings.backend
-        return default_backend(self.model.device, heads, tokens, many)
+        return default_backend(self.model.device, self.heads, tokens, many)
 
     # ---- text ------------------------------------------------------------------------------------------------------
 
@@ -281,7 +285,7 @@ class _Run:
         """Whether each question is answered, by the dense model (``entry`` None) or an entry; its [density,
         estimates]."""
         s, name = self.settings, "dense" if entry is None else f"{entry.label} {entry.setting}"
-        batch = PROMPTS_AT_ONCE if self.model.device.type == "cuda" else 1
+        batch = self.at_once(tokens, entry)
         found: list[bool] = []
         shares = []
         for first in range(0, len(asked), batch):
@@ -300,6 +304,12 @@ class _Run:
             found += known[2:].astype(bool).tolist()
             shares.append(known[:2])
         return found, np.mean(shares, axis=0)
+
+    def at_once(self, tokens: int, entry: Entry | None) -> int:
+        """Prompts of a forward."""
+        if self.model.device.type != "cuda":
+            return 1
+        return PROMPTS_AT_ONCE if entry else max(1, min(PROMPTS_AT_ONCE, DENSE_SCORES // (self.heads * tokens**2)))
 
     # ---- about the run ---------------------------------------------------------------------------------------------
 
