@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmflex.ir.pattern import View
+from mmflex.runtime.kernels.listing import device_of
 
 from .shares import Shortlist
 
@@ -90,4 +91,4 @@ def arranged(view: View, stride: int, size: int) -> Arranged:
 def finite(t: Tensor) -> Tensor:
     """In place: numbers that are not finite count as none. In float32 where a product of halves cannot give it."""
     t = t.nan_to_num_(0.0, 0.0, 0.0)
-    return t if t.is_cuda else t.float()
+    return t if device_of(t).type == "cuda" else t.float()

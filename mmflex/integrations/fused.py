@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch._functorch import config as functorch_config
 
+from mmflex.runtime import recorded
 from mmflex.runtime.caches import bounded
 
 FUSED_ROWS = 16_384
@@ -122,6 +123,8 @@ class FusedLayers:
     def wanted(self, hidden: torch.Tensor) -> bool:
         """Whether a call on these rows goes through compiled code."""
         if self.broken or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return False
+        if recorded.current() is not None:  # nothing will be computed
             return False
         if torch._C._len_torch_dispatch_stack():  # a counter or tracer of operators, which compiled code would pass by
             return False

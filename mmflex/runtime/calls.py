@@ -27,6 +27,7 @@ from ..ir.shown import shown
 from . import backends, replay
 from .backends import Backend
 from .inputs import Spec, check, check_estimate, check_hash, check_scale, without_autocast
+from .kernels.listing import ListedKernel, listing
 from .plan import Plan
 
 TILE = 128
@@ -127,6 +128,34 @@ def decided(q: Tensor, k: Tensor, spec: Spec, layout: TokenLayout | None, reques
     """
     call = _call(q, k, None, spec, layout, request)
     return call.program, call.note
+
+
+def listed(
+    q: Tensor, k: Tensor, v: Tensor, device: torch.device, spec: Spec, layout: TokenLayout | None, request: Request
+) -> list[ListedKernel]:
+    """The kernels that a call of `attention` runs on a device, beside PyTorch's own: those that plan, then those that
+    attend, in their order. Nothing is computed.
+
+    Args:
+        q, k, v: as in `attention`, on "meta". device: where they would be.
+
+    Raises:
+        What `attention` raises. NotImplementedError: a pattern of other authors selects; its code may launch kernels on
+            whatever tensors it is given.
+    """
+    alike = [torch.empty(1, dtype=t.dtype, device=device).expand(t.shape) for t in (q, k, v)]
+    call = _call(alike[0], alike[1], alike[2], spec, layout, request)
+    if call.runs.name == "reference" or not any(launch.lists_blocks for launch in call.program.launches):
+        return []
+    for selecting in (part for leaf in call.program.leaves.values() for part in (leaf.pattern, leaf.estimator)):
+        if selecting is not None and type(selecting).__module__.partition(".")[0] not in ("mmflex", "mask_builders"):
+            raise NotImplementedError(
+                f"{type(selecting).__name__} selects by code that may not run on tensors without memory"
+            )
+    with torch.no_grad(), listing(device) as kernels:
+        plan = Plan(call.program, call.runs, call.scale, q, k, call.note, v=v)
+        plan.list_kernels(q, k, v, request.lse)
+    return list(kernels.by_key.values())
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayout | None, request: Request) -> _Call:

@@ -11,10 +11,12 @@ import os
 
 import torch
 
+from .listing import device_of
+
 
 def use_triton(t: torch.Tensor) -> bool:
     """Whether Triton kernels run on this tensor: CUDA, or the CPU under ``TRITON_INTERPRET=1`` (tests)."""
-    return t.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return device_of(t).type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def steps(n: int, *sizes: int) -> int:
