@@ -22,7 +22,7 @@ import mmflex  # noqa: E402
 from mask_builders import AShape, FlexPrefill, Grid, VerticalSlash, XAttention  # noqa: E402
 from mmflex.ir.pattern import Pattern  # noqa: E402
 from mmflex.ir.queries import QueryTokens  # noqa: E402
-from mmflex.runtime import backends, workers  # noqa: E402
+from mmflex.runtime import backends, calls, replay, workers  # noqa: E402
 from mmflex.runtime.calls import Request, decided, listed  # noqa: E402
 from mmflex.runtime.kernels.listing import listing  # noqa: E402
 from mmflex.runtime.plan import Plan  # noqa: E402
@@ -134,6 +134,41 @@ def test_compiled_for_what_is_launched(tmp_path: Path, monkeypatch: pytest.Monke
         assert {path.name for path in tmp_path.iterdir()} == made
     finally:
         rows._take.device_caches.clear()
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """What is asked of a tensor whose kernels are listed."""
+
+    like: torch.Tensor
+    device: torch.device = torch.device("cuda", 0)  # noqa: RUF009
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.like, name)
+
+
+def test_launchers_before_the_first_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for every kernel that Triton compiles, once for a spec; what fails is left to the plan."""
+    triton = pytest.importorskip("triton")
+    driver = Hopper()
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(replay, "stream", lambda device: 0)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    mmflex.clear_caches()
+    q, k = torch.empty(1, 4, 200, 32), torch.empty(1, 2, 200, 32)
+    call = calls._call(q, k, k, AShape(16, 70), None, Request(backend="cpu"))
+    try:
+        for _ in range(2):
+            calls._compile_first(call, OnGpu(q), OnGpu(k), None)  # type: ignore[arg-type]
+        binaries = [path.stem for path in tmp_path.rglob("*.cubin")]
+        assert "kernel" in driver.made
+        assert sorted(driver.made) == sorted(binaries)
+        monkeypatch.setattr(driver, "launcher_cls", None)
+        mmflex.clear_caches()
+        calls._compile_first(call, OnGpu(q), OnGpu(k), None)  # type: ignore[arg-type]
+    finally:
+        mmflex.clear_caches()  # kernels that were compiled for no GPU
 
 
 def test_kernels_that_attend() -> None:

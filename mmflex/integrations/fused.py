@@ -10,6 +10,7 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,12 +42,13 @@ def _kind(layer: nn.Module) -> Any:
 
 def compiled_for(layer: nn.Module) -> Callable[..., Any]:
     """``(module, hidden, kwargs) -> output``, compiled once for all modules of this kind."""
-    return _compiled.once(_kind(layer), _compile)
+    return _compiled.once(_kind(layer), partial(_compile, f"mmflex_{type(layer).__name__}"))
 
 
-def _compile() -> Callable[..., Any]:
-    # Code of its own for every kind: PyTorch counts compilations by code, and gives up at the eighth.
-    function = types.FunctionType(_layer_forward.__code__.replace(), globals(), "layer_forward")
+def _compile(name: str) -> Callable[..., Any]:
+    # Code of its own for every kind: PyTorch counts compilations by code, and gives up at the eighth. By the name logs
+    # and traces tell layers from MLPs.
+    function = types.FunctionType(_layer_forward.__code__.replace(co_name=name), globals(), name)
     return _compiled_once(torch.compile(function, dynamic=True, fullgraph=True))
 
 

@@ -8,7 +8,8 @@ arguments, from which it can be compiled, here or in another process.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -95,10 +96,35 @@ class TritonKernel:
     plans: bool = True
 
     def compile(self, device: torch.device) -> None:
+        _make_launcher(self.binary(device))
+
+    def binary(self, device: torch.device) -> Any:
+        """Compiled for the GPU; Triton also remembers it for this process."""
         with torch.cuda.device(device):
-            compiled = self.kernel.compiled(*self.args, **self.options)
-            # Up to version 3.6 Triton has the C compiler make a launcher for every signature, also kept on disk.
-            triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
+            return self.kernel.compiled(*self.args, **self.options)
+
+
+def _make_launcher(binary: Any) -> None:
+    """Has a kernel's launcher on disk, too: up to version 3.6 Triton gives one per signature to the C compiler."""
+    triton.runtime.driver.active.launcher_cls(binary.src, binary.metadata)
+
+
+def makes_launchers() -> bool:
+    """Whether this Triton's launchers are compiled."""
+    return triton is not None and tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7)
+
+
+def compile_with_launchers(kernels: Sequence[ListedKernel], device: torch.device) -> None:
+    """Compiles the kernels among these that Triton compiles, one by one (it holds Python's lock: threads would wait for
+    each other), and their launchers meanwhile: the C compiler is a process of its own."""
+    with ThreadPoolExecutor(thread_name_prefix="mmflex launchers") as threads:
+        made = [
+            threads.submit(_make_launcher, kernel.binary(device))
+            for kernel in kernels
+            if isinstance(kernel, TritonKernel)
+        ]
+    for launcher in made:
+        launcher.result()
 
 
 if triton is not None:
