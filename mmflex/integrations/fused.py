@@ -18,6 +18,7 @@ from torch import nn
 from torch._functorch import config as functorch_config
 
 from mmflex.runtime import recorded
+from mmflex.runtime.backends import UNCHECKED
 from mmflex.runtime.caches import bounded
 
 FUSED_ROWS = 16_384
@@ -52,11 +53,6 @@ def _compile(name: str) -> Callable[..., Any]:
     return _compiled_once(torch.compile(function, dynamic=True, fullgraph=True))
 
 
-_UNCHECKED: dict[str, Any] = (
-    {"check_custom_op_aliasing": False} if hasattr(functorch_config, "check_custom_op_aliasing") else {}
-)
-
-
 def _compiled_once(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """``compiled``, which is compiled where PyTorch would compile it, and what is called in it, twice.
 
@@ -72,7 +68,7 @@ def _compiled_once(compiled: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         nonlocal begun
         constants = nullcontext() if begun else torch._dynamo.config.patch(specialize_float=True)
-        with functorch_config.patch(**_UNCHECKED), constants:
+        with functorch_config.patch(**UNCHECKED), constants:
             result = compiled(*args)
         begun = True
         return result

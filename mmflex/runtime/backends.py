@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._functorch import config as functorch_config
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from ..ir.shown import shown
@@ -335,6 +336,12 @@ def _flash_lse_factor() -> float:
     return 1.0 if corrected else 1 / math.log(2)
 
 
+UNCHECKED: dict[str, Any] = (
+    {"check_custom_op_aliasing": False} if hasattr(functorch_config, "check_custom_op_aliasing") else {}
+)
+"""Settings of PyTorch under which layers and attention are compiled. What is kept on disk is found under the same ones
+alone: attention is also compiled outside of layers, by other processes."""
+
 compiles = 0
 """Kernels compiled so far in this process: one per mask_mod source, backend and length bucket."""
 
@@ -388,10 +395,11 @@ def _kernel(source: str, backend: str, tile: int, scale: float, lse: bool, bucke
     def first(*args: Tensor) -> tuple[Tensor, Tensor | None]:
         """The call that compiles."""
         held[:] = [compiled()]
-        if backend != "flash":
-            return held[0](*args)
-        with _any_length(args, tile, strips=bucket[2] == "strips"), quick_tracing():
-            return held[0](*args)
+        with functorch_config.patch(**UNCHECKED):
+            if backend != "flash":
+                return held[0](*args)
+            with _any_length(args, tile, strips=bucket[2] == "strips"), quick_tracing():
+                return held[0](*args)
 
     def attempt(*args: Tensor) -> tuple[Tensor, Tensor | None]:
         """Runs the kernel. What a mask looks up is pipelined through shared memory too and may not fit: then it is
