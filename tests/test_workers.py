@@ -263,9 +263,17 @@ def test_processes_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_prompts_find_kernels_of_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """With ``jobs`` the kernels that attend are on disk when this process first attends."""
+    """With ``jobs`` the kernels that attend are on disk when this process first attends; it waits for them last."""
     from torch._dynamo.utils import counters
 
+    waited_after: list[int] = []
+    wait = Workers.wait
+
+    def noted(self: Workers) -> list[str]:
+        waited_after.append(counters["inductor"]["fxgraph_cache_miss"])
+        return wait(self)
+
+    monkeypatch.setattr(Workers, "wait", noted)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     sizes = {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
@@ -284,6 +292,7 @@ def test_prompts_find_kernels_of_processes(
     assert counters["inductor"]["fxgraph_cache_hit"] == compiled
     assert counters["aot_autograd"]["autograd_cache_hit"] == compiled
     assert counters["inductor"]["fxgraph_cache_miss"] == 2, "a layer and its MLP"
+    assert waited_after == [2, 2], "before attention of each layer"
     assert not [w for w in recwarn if "mmflex.warmup" in str(w.message)]
 
 

@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from mmflex.runtime.recorded import recording
 from mmflex.runtime.workers import Workers
 from mmflex.tuning.config import Config, Spec, per_layer
 
+from .closed import running_layer
 from .prompts import token_layout
 
 
@@ -95,9 +96,17 @@ def _compile_beside(jobs: int, patch: Any, layouts: Sequence[TokenLayout], batch
     def notice(reason: str) -> None:
         warnings.warn(f"mmflex.warmup: this process compiles what others could not: {reason}", stacklevel=2)
 
-    def wait(*_: Any) -> None:
+    def wait(module: nn.Module, query: torch.Tensor, *_: Any) -> None:
+        layer = running_layer()
+        if layer is not None and not waited:  # its MLP is compiled meanwhile
+            width = patch.text_model.get_input_embeddings().weight.shape[1]
+            with suppress(Exception):  # then it is compiled after attention, or not at all
+                layer.mlp(query.new_zeros(query.shape[0], query.shape[2], width))
+        waited.append(True)
         for failure in workers.wait():
             notice(failure)
+
+    waited: list[bool] = []
 
     try:
         workers = stack.enter_context(Workers(jobs))
