@@ -1,11 +1,13 @@
-"""What the first prefill of a process waits for: with empty folders of compiled code, and with those of another one.
+"""What the first prefill of a process waits for: with empty folders of compiled code, with those of another process,
+and with empty folders after `mmflex.warmup` with several processes.
 
     python -m benchmarks.cold_start --json benchmarks/results/cold-start.json     # one GPU, about two minutes
     python -m benchmarks.cold_start --tiny                                        # a small model on the CPU
 
 The model is that of `benchmarks.prefill` with fewer layers, which share all compiled code. Processes run one after the
-other, each a Python of its own: the first with empty folders (Inductor, Triton, flash-attn-4), the others with what it
-has left there.
+other, each a Python of its own: the first with empty folders (Inductor, Triton, flash-attn-4), the second with what it
+has left there, the third with empty ones again. The third warms up first, with ``--jobs`` processes beside it, for a
+prompt of other tokens in the same places; its kinds of work are those of the warm-up and the first prefill together.
 
 Every second of the main thread belongs to one kind of work, the innermost that is under way, so kinds add up to the
 whole. PyTorch tells when its own stages begin and end; imports, Triton, the C compiler and flash-attn-4 are watched by
@@ -63,6 +65,10 @@ WRAPPED: dict[str, list[tuple[str, str]]] = {
     "flash_attn.cute.cache_utils": [
         ("JITPersistentCache._try_load_from_storage", "flash-attn-4: loading"),
         ("JITPersistentCache._try_export_to_storage", "flash-attn-4: saving"),
+    ],
+    "mmflex.runtime.workers": [
+        ("Workers.submit", "mmflex: which kernels there are"),
+        ("Workers.wait", "mmflex: waiting for other processes"),
     ],
     "mmflex.integrations.decoder": [("attention_forward", "mmflex: planning and launching")],
 }
@@ -226,7 +232,11 @@ def process(args: argparse.Namespace) -> dict[str, Any]:
     split.watch_imports()
     with split.during(IMPORTS["torch"]):
         split.watch_stages()
-    seconds = []
+    seconds, warmup = [], 0.0
+    if args.jobs:
+        start = time.perf_counter()
+        mmflex.warmup(model, [layout(args.tokens)], jobs=args.jobs)
+        warmup = time.perf_counter() - start
     for inputs in prompts:
         start = time.perf_counter()
         int(mmflex.last_token_logits(model, inputs).argmax(-1))
@@ -238,6 +248,7 @@ def process(args: argparse.Namespace) -> dict[str, Any]:
     names = ("fxgraph_cache", "autograd_cache")
     return {
         "before_s": before,
+        "warmup_s": warmup,
         "first_s": seconds[0],
         "second_s": seconds[1],
         "kinds_s": kinds,
@@ -253,16 +264,28 @@ def process(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def layout(tokens: int) -> Any:
+    """Which token is what in the prompts of `benchmarks.prefill`."""
+    import mmflex
+    from benchmarks.prefill import AFTER, BEFORE, SIDE
+
+    frames = (tokens - BEFORE - AFTER) // SIDE**2
+    rest = tokens - BEFORE - frames * SIDE**2
+    return mmflex.TokenLayout.from_segments([("text", BEFORE), ("video", (frames, SIDE, SIDE)), ("text", rest)])
+
+
 # ---- processes one after the other -----------------------------------------------------------------------------------
 
 
-def start(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One process with compiled code in this folder."""
+def start(args: argparse.Namespace, folder: Path, jobs: int) -> dict[str, Any]:
+    """One process with compiled code in this folder, which warms up with so many ``jobs`` (0: it does not)."""
+    folder.mkdir(exist_ok=True)
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     places = {name: str(folder / place) for name, place in FOLDERS.items()}
     command = [sys.executable, "-m", "benchmarks.cold_start", "--process", str(result), "--tokens", str(args.tokens),
-               "--layers", str(args.layers), "--backend", args.backend, *(["--tiny"] if args.tiny else [])]  # fmt: skip
+               "--layers", str(args.layers), "--backend", args.backend, "--jobs", str(jobs),
+               *(["--tiny"] if args.tiny else [])]  # fmt: skip
     kept = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1", "MMFLEX_STARTED": str(time.time())}
     subprocess.run(command, env={**os.environ, **places, **kept}, check=True, timeout=args.limit)
     return json.loads(result.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
@@ -278,6 +301,7 @@ def table(processes: dict[str, dict[str, Any]]) -> list[str]:
     found = list(processes.values())
     for name in found[0]["before_s"]:
         row(f"before: {name}", [f"{one['before_s'].get(name, 0):.2f}" for one in found])
+    row("mmflex.warmup", [f"{one['warmup_s']:.2f}" if one.get("warmup_s") else "-" for one in found])
     row("**first prefill**", [f"**{one['first_s']:.2f}**" for one in found])
     kinds = {kind for one in found for kind in one["kinds_s"]}
     for kind in sorted(kinds, key=lambda kind: -found[0]["kinds_s"].get(kind, 0.0)):
@@ -298,7 +322,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, help="of the prompt (default: 32768, with --tiny 1200)")
     parser.add_argument("--layers", type=int, default=2, help="of the model; they share what is compiled")
-    parser.add_argument("--processes", type=int, default=2, help="the first with empty folders")
+    parser.add_argument("--processes", type=int, default=3, help="how many of the three")
+    parser.add_argument("--jobs", type=int, help="of the third's warm-up (default: as `mmflex warmup` has)")
     parser.add_argument("--backend", default="auto", help="mmflex's backend")
     parser.add_argument("--tiny", action="store_true", help="a small float32 model on the CPU")
     parser.add_argument("--limit", type=float, default=200, help="seconds for each process")
@@ -311,13 +336,17 @@ def main() -> None:
             warnings.simplefilter("ignore")
             args.process.write_text(json.dumps(process(args)), encoding="utf-8")
         return
+    if args.jobs is None:
+        from mmflex.integrations.warmup import processes as automatic
+
+        args.jobs = max(2, automatic())
     processes: dict[str, dict[str, Any]] = {}
+    plan = [("empty folders", "first", 0), ("kept folders", "first", 0), (f"{args.jobs} jobs", "warmed", args.jobs)]
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(args.processes):
-            name = ("empty folders", "kept folders")[number] if number < 2 else f"kept folders, {number}"
-            processes[name] = start(args, Path(folder))
+        for name, place, jobs in plan[: args.processes]:
+            processes[name] = start(args, Path(folder) / place, jobs)
             if args.json is not None:
-                settings = {name: getattr(args, name) for name in ("tokens", "layers", "backend", "tiny")}
+                settings = {name: getattr(args, name) for name in ("tokens", "layers", "backend", "tiny", "jobs")}
                 args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps({"settings": settings, "processes": processes}, indent=2) + "\n",
                                      encoding="utf-8")  # fmt: skip

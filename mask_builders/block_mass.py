@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmflex.ir.pattern import View
+from mmflex.runtime.kernels.listing import device_of
 from mmflex.runtime.kernels.rows import take_rows
 
 from .shares import Shortlist
@@ -91,4 +92,4 @@ def arranged(view: View, stride: int, size: int) -> Arranged:
 def finite_rows(t: Tensor, index: Tensor) -> Tensor:
     """As `take_rows`, what is not finite as zero; in float32 where a product of halves cannot give it."""
     rows = take_rows(t, index, finite=True)
-    return rows if t.is_cuda else rows.float()
+    return rows if device_of(t).type == "cuda" else rows.float()

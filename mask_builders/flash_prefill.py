@@ -16,6 +16,7 @@ from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
 from mmflex.ir.shown import shown
 from mmflex.runtime.device import array_constant
 from mmflex.runtime.kernels.blocks import block_sums, fused
+from mmflex.runtime.kernels.listing import device_of
 
 from .block_mass import BlockMass, arranged, finite_rows
 from .estimate import block_means, blocks_of
@@ -80,7 +81,7 @@ class KeyBlocks:
         rows, keys = cells.block_reach.shape[1], -(-view.size // size)
         means = block_means(k, key_block, keys, size).nan_to_num_(0.0, 0.0, 0.0)
         bound = _lifted_radius(k, means, view, key_block, size, abs(scale)) if self.rescue else None
-        means = means.to(q.dtype) if q.is_cuda else means
+        means = means.to(q.dtype) if device_of(q).type == "cuda" else means
         near, room = NearBlocks.of(view, size, self.near, device), self.room(view)
         sink = min(-(-self.sink // size), keys)
         numbers = max(keys, size * dim // 2) if fused(q, size) else size * keys  # of a query block

@@ -65,11 +65,24 @@ def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
     common = {"before_s": {"import torch": 1.5}, "first_s": 9.0, "second_s": 0.5, "kept_graphs": {}}
     frames = [{"name": "layer", "restarts": ["why"]}, {"name": "mlp", "restarts": []}]
     empty = {**common, "kinds_s": {"a": 1.0, "b": 8.0}, "calls": {"b": 3}, "frames": frames}
-    kept = {**common, "kinds_s": {"a": 1.0, "c": 8.0}, "calls": {}, "frames": []}
+    kept = {**common, "warmup_s": 4.5, "kinds_s": {"a": 1.0, "c": 8.0}, "calls": {}, "frames": []}
     lines = table({"empty": empty, "kept": kept})
     assert lines[2] == "| before: import torch | 1.50 | 1.50 |"
-    assert lines[4:7] == ["| b | 8.00 (3) | 0.00 |", "| a | 1.00 | 1.00 |", "| c | 0.00 | 8.00 |"]
+    assert lines[3] == "| mmflex.warmup | - | 4.50 |"
+    assert lines[5:8] == ["| b | 8.00 (3) | 0.00 |", "| a | 1.00 | 1.00 |", "| c | 0.00 | 8.00 |"]
     assert "| frames compiled, traced again | 2, 1 | 0, 0 |" in lines
+
+
+def test_layout_of_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens in the same places as in the prompt that follows."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    pytest.importorskip("transformers")
+    from benchmarks import prefill
+    from benchmarks.cold_start import layout
+    from mmflex.integrations.layouts import layout_for
+
+    model = prefill.build(torch.device("cpu"), tiny=True, layers=1)
+    assert layout(1200).fingerprint == layout_for(model.config, prefill.prompt(model, 1200, 0, cache=False)).fingerprint
 
 
 def test_help() -> None:

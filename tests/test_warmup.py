@@ -83,6 +83,15 @@ def test_command(tmp_path: Path) -> None:
                                        *given])  # fmt: skip
         assert run.exit_code == 1
         assert said in " ".join(run.output.split())
+    run = CliRunner().invoke(app, ["warmup", "m", "--config", "default", "--jobs", "0"])
+    assert run.exit_code == 2
+
+
+def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A core for each and one for the caller, a few at most; none beside it on few cores."""
+    for cores, jobs in ((1, 1), (2, 1), (3, 2), (5, 4), (64, 4)):
+        monkeypatch.setattr(module.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        assert module.processes() == jobs
 
 
 def test_flash_kernels_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

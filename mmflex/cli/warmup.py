@@ -28,6 +28,10 @@ def warmup(
         str, typer.Option(help="Of the weights and activations: 'bfloat16', 'float16' or 'float32'.")
     ] = "bfloat16",
     backend: Annotated[str, typer.Option(help="As in mmflex.patch.")] = "auto",
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that compile side by side; 1: none. Default: by the number of CPU cores."),
+    ] = None,
 ) -> None:
     """Compile kernels ahead, so that the first long prompt after a start waits less.
 
@@ -39,7 +43,7 @@ def warmup(
         raise fail("mmflex warmup needs transformers: pip install 'mmflex[transformers]'")
     import torch
 
-    from ..integrations.warmup import random_model
+    from ..integrations.warmup import processes, random_model
     from ..integrations.warmup import warmup as run
     from ..tuning.config import load_config
     from ..tuning.default import default_named
@@ -53,7 +57,7 @@ def warmup(
         default = default_named(config)
         spec = load_config(config) if default is None else default
         patched = random_model(model, spec, torch.device(where), getattr(torch, kind), backend)
-        for number, seconds in zip(numbers, run(patched, numbers), strict=True):
+        for number, seconds in zip(numbers, run(patched, numbers, jobs=jobs or processes()), strict=True):
             console.print(f"{counted(number, 'token')}: {seconds:.1f} s")
     except (OSError, ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         raise fail(str(error)) from error

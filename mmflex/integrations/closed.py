@@ -47,8 +47,13 @@ def running(layer: Running) -> Iterator[None]:
         _running.reset(token)
 
 
+def running_layer() -> Running | None:
+    """The layer whose compiled graph runs; None outside of one."""
+    return _running.get()
+
+
 def _now() -> Running:
-    layer = _running.get()
+    layer = running_layer()
     if layer is None:
         raise RuntimeError("a layer compiled by mmflex was called by other code: call the patched model instead")
     return layer

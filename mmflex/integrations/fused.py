@@ -10,12 +10,15 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch._functorch import config as functorch_config
 
+from mmflex.runtime import recorded
+from mmflex.runtime.backends import UNCHECKED
 from mmflex.runtime.caches import bounded
 
 FUSED_ROWS = 16_384
@@ -40,18 +43,14 @@ def _kind(layer: nn.Module) -> Any:
 
 def compiled_for(layer: nn.Module) -> Callable[..., Any]:
     """``(module, hidden, kwargs) -> output``, compiled once for all modules of this kind."""
-    return _compiled.once(_kind(layer), _compile)
+    return _compiled.once(_kind(layer), partial(_compile, f"mmflex_{type(layer).__name__}"))
 
 
-def _compile() -> Callable[..., Any]:
-    # Code of its own for every kind: PyTorch counts compilations by code, and gives up at the eighth.
-    function = types.FunctionType(_layer_forward.__code__.replace(), globals(), "layer_forward")
+def _compile(name: str) -> Callable[..., Any]:
+    # Code of its own for every kind: PyTorch counts compilations by code, and gives up at the eighth. By the name logs
+    # and traces tell layers from MLPs.
+    function = types.FunctionType(_layer_forward.__code__.replace(co_name=name), globals(), name)
     return _compiled_once(torch.compile(function, dynamic=True, fullgraph=True))
-
-
-_UNCHECKED: dict[str, Any] = (
-    {"check_custom_op_aliasing": False} if hasattr(functorch_config, "check_custom_op_aliasing") else {}
-)
 
 
 def _compiled_once(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,7 +68,7 @@ def _compiled_once(compiled: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         nonlocal begun
         constants = nullcontext() if begun else torch._dynamo.config.patch(specialize_float=True)
-        with functorch_config.patch(**_UNCHECKED), constants:
+        with functorch_config.patch(**UNCHECKED), constants:
             result = compiled(*args)
         begun = True
         return result
@@ -122,6 +121,8 @@ class FusedLayers:
     def wanted(self, hidden: torch.Tensor) -> bool:
         """Whether a call on these rows goes through compiled code."""
         if self.broken or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return False
+        if recorded.current() is not None:  # nothing will be computed
             return False
         if torch._C._len_torch_dispatch_stack():  # a counter or tracer of operators, which compiled code would pass by
             return False

@@ -15,6 +15,7 @@ from ..ir.layout import TokenLayout
 from ..ir.pattern import EstimateFrom, Pattern
 from ..ir.queries import Positions, QueryTokens
 from ..ir.shown import shown
+from . import recorded
 from .caches import bounded
 from .calls import TILE, Request, planned
 from .inputs import Spec, check_block_size
@@ -71,6 +72,9 @@ def attention(
         result = _compiled(q, k, v, spec, layout, scale, backend, return_lse, where, estimate_from)
         return result if return_lse else result[0]
     request = Request(scale, backend, return_lse, _positions(query_start, query_positions))
+    recording = recorded.current()
+    if recording is not None:
+        return recording.add(q, k, v, spec, layout, request)
     plan_ = planned(q, k, v, spec, layout, request, _estimate_from(estimate_from, k))
     if wants_gradient(q, k, v):
         out, lse = ForwardOnly.apply(q, k, v, plan_, return_lse)

@@ -12,7 +12,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._functorch import config as functorch_config
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from ..ir.shown import shown
 from . import reference
+from .kernels import listing
 from .masks import MaskMod, in_strips, maker
 from .tracing import quick_tracing
 
@@ -208,12 +210,63 @@ def attend(
     strips = name == "flash" and q.shape[0] == 1 and mask_mod.one_for_all and _strips(q.shape[2], tile)
     if strips:
         q, k, v, mask_mod, lists = _in_strips(q, k, v, mask_mod, lists, tile)
-    kernel = _kernel(mask_mod.source, name, tile, scale, lse, _bucket(name, q, k, v, lists, strips))
-    with torch.no_grad():  # grad mode would be one more variant to compile
-        out, sums = kernel(q, k, v, *lists, *mask_mod.captures)
+    kernel = AttentionKernel(mask_mod.source, name, tile, scale, lse, strips, (q, k, v, *lists, *mask_mod.captures))
+    out, sums = kernel.run()
     if strips:
         out, sums = _joined(out), None if sums is None else _joined(sums)
     return out[..., :width], sums
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionKernel:
+    """A compiled kernel and what it is called with.
+
+    Attributes:
+        source: of the mask_mod. backend, tile, scale, lse: as in `attend`. strips: queries are dealt out in strips.
+        tensors: q, k, v, the four block lists, what the mask_mod captures.
+    """
+
+    source: str
+    backend: str
+    tile: int
+    scale: float
+    lse: bool
+    strips: bool
+    tensors: tuple[Tensor, ...]
+    plans: bool = False
+
+    @property
+    def name(self) -> str:
+        comparison = self.source.partition("return ")[2].strip().partition("\n")[0]
+        return f"attention on {self.backend} under {comparison}"
+
+    @property
+    def key(self) -> Any:
+        """Arguments of `_kernel`."""
+        q, k, v, *rest = self.tensors
+        bucket = _bucket(self.backend, q, k, v, BlockLists(*rest[:4]), self.strips)
+        return self.source, self.backend, self.tile, self.scale, self.lse, bucket
+
+    def run(self) -> tuple[Tensor, Tensor | None]:
+        """Output and log-sum-exp; of any content while kernels are listed."""
+        listed = listing.current()
+        if listed is not None:
+            q, _, v, *_ = self.tensors
+            listed.add(self)
+            out = q.new_empty((*q.shape[:3], v.shape[3]))
+            return out, q.new_empty(q.shape[:3], dtype=torch.float32) if self.lse else None
+        with torch.no_grad():  # grad mode would be one more variant to compile
+            return _kernel(*self.key)(*self.tensors)  # type: ignore[no-any-return]
+
+    def compile(self, device: torch.device) -> None:
+        """Compiles it in a call on zeros, which list no block."""
+        replace(self, tensors=tuple(_zeros_like(t, device) for t in self.tensors)).run()
+
+
+def _zeros_like(t: Tensor, device: torch.device) -> Tensor:
+    """Zeros that lie in memory as a tensor's elements do, which may lie on each other."""
+    last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+    return torch.zeros(last + 1, dtype=t.dtype, device=device).as_strided(t.shape, t.stride())
 
 
 def _cut(lists: BlockLists, rows: int, keys: int) -> BlockLists:
@@ -283,6 +336,12 @@ def _flash_lse_factor() -> float:
     return 1.0 if corrected else 1 / math.log(2)
 
 
+UNCHECKED: dict[str, Any] = (
+    {"check_custom_op_aliasing": False} if hasattr(functorch_config, "check_custom_op_aliasing") else {}
+)
+"""Settings of PyTorch under which layers and attention are compiled. What is kept on disk is found under the same ones
+alone: attention is also compiled outside of layers, by other processes."""
+
 compiles = 0
 """Kernels compiled so far in this process: one per mask_mod source, backend and length bucket."""
 
@@ -336,10 +395,11 @@ def _kernel(source: str, backend: str, tile: int, scale: float, lse: bool, bucke
     def first(*args: Tensor) -> tuple[Tensor, Tensor | None]:
         """The call that compiles."""
         held[:] = [compiled()]
-        if backend != "flash":
-            return held[0](*args)
-        with _any_length(args, tile, strips=bucket[2] == "strips"), quick_tracing():
-            return held[0](*args)
+        with functorch_config.patch(**UNCHECKED):
+            if backend != "flash":
+                return held[0](*args)
+            with _any_length(args, tile, strips=bucket[2] == "strips"), quick_tracing():
+                return held[0](*args)
 
     def attempt(*args: Tensor) -> tuple[Tensor, Tensor | None]:
         """Runs the kernel. What a mask looks up is pipelined through shared memory too and may not fit: then it is

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +25,9 @@ from ..ir.queries import QueryTokens
 from ..ir.shown import shown
 from . import backends, replay
 from .backends import Backend
+from .caches import bounded
 from .inputs import Spec, check, check_estimate, check_hash, check_scale, without_autocast
+from .kernels.listing import ListedKernel, compile_with_launchers, listing, makes_launchers
 from .plan import Plan
 
 TILE = 128
@@ -111,6 +113,8 @@ def planned(
     kept = call.kept
     if once and kept is not None and (kept[0].dense_alone or kept[1] == replay.stream(q.device)):
         return kept[0]
+    if q.is_cuda and makes_launchers():
+        _compile_first(call, q, k, v)
     with torch.no_grad(), without_autocast(q.device):
         plan = Plan(call.program, call.runs, call.scale, q, k, call.note, once, estimate_from, v)
     if once and (plan.dense_alone or replay.follows_from_layout(plan.state)):
@@ -126,6 +130,56 @@ def decided(q: Tensor, k: Tensor, spec: Spec, layout: TokenLayout | None, reques
     """
     call = _call(q, k, None, spec, layout, request)
     return call.program, call.note
+
+
+def listed(
+    q: Tensor, k: Tensor, v: Tensor, device: torch.device, spec: Spec, layout: TokenLayout | None, request: Request
+) -> list[ListedKernel]:
+    """The kernels that a call of `attention` runs on a device, beside PyTorch's own: those that plan, then those that
+    attend, in their order. Nothing is computed.
+
+    Args:
+        q, k, v: as in `attention`, on "meta". device: where they would be.
+
+    Raises:
+        What `attention` raises. NotImplementedError: a pattern of other authors selects; its code may launch kernels on
+            whatever tensors it is given.
+    """
+    alike = [torch.empty(1, dtype=t.dtype, device=device).expand(t.shape) for t in (q, k, v)]
+    call = _call(alike[0], alike[1], alike[2], spec, layout, request)
+    return _listed(call, q, k, v, device, request.lse)
+
+
+def _listed(call: _Call, q: Tensor, k: Tensor, v: Tensor, device: torch.device, lse: bool) -> list[ListedKernel]:
+    if call.runs.name == "reference" or not any(launch.lists_blocks for launch in call.program.launches):
+        return []
+    for selecting in (part for leaf in call.program.leaves.values() for part in (leaf.pattern, leaf.estimator)):
+        if selecting is not None and type(selecting).__module__.partition(".")[0] not in ("mmflex", "mask_builders"):
+            raise NotImplementedError(
+                f"{type(selecting).__name__} selects by code that may not run on tensors without memory"
+            )
+    with torch.no_grad(), listing(device) as kernels:
+        plan = Plan(call.program, call.runs, call.scale, q, k, call.note, v=v)
+        plan.list_kernels(q, k, v, lse)
+    return list(kernels.by_key.values())
+
+
+_first_specs = bounded(16)
+"""Specs whose kernels have been compiled before their first plan. Later ones share most kernels with them."""
+
+
+def _compile_first(call: _Call, q: Tensor, k: Tensor, v: Tensor | None) -> None:
+    """Before the first plans of a process: compiles their kernels, so that launchers are made side by side."""
+    program = call.program
+    key = tuple((group.pattern, group.heads) for group in program.groups), program.kv_heads, q.dtype, q.device
+    if len(_first_specs) == _first_specs.size or _first_specs.recall(key) or replay.stream(q.device) < 0:
+        return
+    _first_specs.keep(key, True)
+    meta = [
+        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in (q, k, k if v is None else v)
+    ]
+    with suppress(Exception):  # then they are compiled one by one, when they are launched
+        compile_with_launchers(_listed(call, meta[0], meta[1], meta[2], q.device, False), q.device)
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, layout: TokenLayout | None, request: Request) -> _Call:

@@ -129,6 +129,10 @@ class Plan:
             return self._dense_alone(q, k, v, need_lse)
         return Attending(self.state, self._backend, q, k, v, self._kernel_scale, need_lse).run()
 
+    def list_kernels(self, q: Tensor, k: Tensor, v: Tensor, need_lse: bool) -> None:
+        """Goes through attention's launches on meta tensors, within `kernels.listing`."""
+        Attending(self.state, self._backend, q, k, v, self._kernel_scale, need_lse).run()
+
     def _dense_alone(self, q: Tensor, k: Tensor, v: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
         """All heads dense: nothing but the kernel, chosen once for each way that the tensors lie in memory."""
         scale, strides = self._kernel_scale, (q.stride(), k.stride(), v.stride())

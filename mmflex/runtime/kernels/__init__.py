@@ -11,6 +11,8 @@ import os
 
 import torch
 
+from .listing import device_of
+
 STRETCHES_OF_A_MILLION = 256
 """Stretches of 4096 entries in a row of a million tokens. Tiles with one number for every stretch have at least that
 size, so that all shorter rows share a kernel."""
@@ -18,7 +20,7 @@ size, so that all shorter rows share a kernel."""
 
 def use_triton(t: torch.Tensor) -> bool:
     """Whether Triton kernels run on this tensor: CUDA, or the CPU under ``TRITON_INTERPRET=1`` (tests)."""
-    return t.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return device_of(t).type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def steps(n: int, *sizes: int) -> int:

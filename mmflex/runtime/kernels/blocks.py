@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import use_triton
+from .listing import jit
 
 try:
     import triton
@@ -34,7 +35,7 @@ if triton is not None:
         tl.store(sums + at * blocks + number, tl.sum(weight, 0), mask=number < blocks)
         tl.store(tops + at * tl.num_programs(1) + tile, top)
 
-    @triton.jit(do_not_specialize=["blocks"])
+    @jit(do_not_specialize=["blocks"])
     def _sums(
         q, means, limit, bound, sums, tops, bound_sums, bound_tops, scale, blocks, heads, group,
         ROWS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BOUND: tl.constexpr,
@@ -58,7 +59,7 @@ if triton is not None:
             more = tl.load(bound + kv * blocks + number, mask=real, other=0.0)
             _store_sums(score + norm[:, None] * more[None], seen, bound_sums, bound_tops, at, tile, number, blocks)
 
-    @triton.jit(do_not_specialize=["keys", "blocks", "rows"])
+    @jit(do_not_specialize=["keys", "blocks", "rows"])
     def _peaks(
         q, k, limit, peaks, lse, scale, keys, blocks, heads, rows,
         ROWS: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import steps, use_triton
+from .listing import jit
 
 try:
     import triton
@@ -35,7 +36,7 @@ if triton is not None:
             rank = tl.where(tl.load(always + at, mask=at < n, other=0) != 0, 1 << 30, rank)
         return value, rank
 
-    @triton.jit(do_not_specialize=["n"])
+    @jit(do_not_specialize=["n"])
     def _fewest(mass, wanted, always, keep, n, STEPS: tl.constexpr, BLOCK: tl.constexpr, FORCED: tl.constexpr):
         """One row."""
         row = tl.program_id(0).to(tl.int64)

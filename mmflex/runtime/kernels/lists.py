@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..classify import BlockTest, Extremes, classify, compact
 from . import steps, use_triton
+from .listing import jit
 
 try:
     import triton
@@ -136,7 +137,7 @@ def _kernel(
     namespace: dict[str, Any] = {"tl": tl}
     exec(compile(text, filename, "exec"), namespace)  # our own source, from a sympy expression
     try:
-        return triton.jit(namespace["kernel"], do_not_specialize=varied)
+        return jit(do_not_specialize=varied)(namespace["kernel"])
     finally:
         del linecache.cache[filename]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..device import estimate_result
+from .listing import jit
 
 try:
     import triton
@@ -58,7 +59,7 @@ if triton is not None:
         """The position up to which every row sees (rows that see nothing apart)."""
         return tl.min(tl.where(limit < 0, 1 << 30, limit), 0)
 
-    @triton.jit(do_not_specialize=["r_b", "p_b", "n", "chunks"])
+    @jit(do_not_specialize=["r_b", "p_b", "n", "chunks"])
     def _sum(
         q, rows, k, limit, position, top, total, q_b, q_h, q_n, r_b, k_b, k_h, k_n, p_b, factor, n, heads, group,
         chunks,
@@ -111,7 +112,7 @@ if triton is not None:
         tl.store(top + at, base)
         tl.store(total + at, sums)
 
-    @triton.jit(do_not_specialize=["tiles", "chunks"])
+    @jit(do_not_specialize=["tiles", "chunks"])
     def _join(top, total, limit, lse, diagonals, tiles, chunks, heads, L: tl.constexpr):
         """log2 of the sums of exponentials of one head's rows over all chunks; +inf for rows that see nothing. Sets the
         head's block diagonals to 0, to which the second sweep adds."""
@@ -192,7 +193,7 @@ if triton is not None:
             tl.atomic_add(diagonal + distance, part, mask=there, sem="relaxed")
         return shares
 
-    @triton.jit(do_not_specialize=["tiles", "r_b", "p_b", "n", "size"])
+    @jit(do_not_specialize=["tiles", "r_b", "p_b", "n", "size"])
     def _mass(
         q, rows, k, limit, position, lse, stand, index, vertical, diagonal, diagonals, tiles, q_b, q_h, q_n, r_b, k_b,
         k_h, k_n, p_b, factor, n, size, heads, group,

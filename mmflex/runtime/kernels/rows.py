@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import use_triton
+from .listing import jit
 
 try:
     import triton
@@ -16,7 +17,7 @@ except ImportError:
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["index_b", "index_h", "slots"])
+    @jit(do_not_specialize=["index_b", "index_h", "slots"])
     def _take(
         src, index, heads_at, out, src_b, src_h, src_n, out_b, out_h, out_n, index_b, index_h, group, heads, slots, dim,
         BLOCK: tl.constexpr, DIM: tl.constexpr, CHOSEN: tl.constexpr, FINITE: tl.constexpr,
@@ -73,7 +74,7 @@ def take_rows(
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["table_b", "table_h", "tokens", "main", "first", "last"])
+    @jit(do_not_specialize=["table_b", "table_h", "tokens", "main", "first", "last"])
     def _fill(
         k, v, out_k, out_v, source, table, k_b, k_h, k_n, v_b, v_h, v_n, out_k_b, out_k_h, out_v_b, out_v_h, table_b,
         table_h, heads, tokens, main, first, last, dim_k, dim_v,
@@ -138,7 +139,7 @@ def fill_slots(
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["slots"])
+    @jit(do_not_specialize=["slots"])
     def _put(
         src, index, count, heads_at, out, src_b, src_h, src_n, out_b, out_h, out_n, heads, slots, dim,
         BLOCK: tl.constexpr, DIM: tl.constexpr,
@@ -171,6 +172,8 @@ def put_rows(src: Tensor, index: Tensor, count: Tensor, heads: Tensor, out: Tens
             src, index.contiguous(), count.contiguous(), heads, out, *src.stride()[:3], *out.stride()[:3], n_heads,
             slots, dim, BLOCK=64, DIM=triton.next_power_of_2(dim),
         )  # fmt: skip
+        return
+    if out.is_meta:  # there is nothing to write, nor to read back
         return
     there = heads >= 0  # a few entries, and on the CPU: reading them back is cheap
     if not there.all():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import use_triton
+from .listing import device_of, jit
 
 try:
     import triton
@@ -27,7 +28,7 @@ _BLOCKS = 64
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["rows", "columns", "blocks"])
+    @jit(do_not_specialize=["rows", "columns", "blocks"])
     def _scores(
         q, k, reach, sums, k_b, k_h, factor, rows, columns, blocks, heads, group,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, PER: tl.constexpr,
@@ -58,7 +59,7 @@ if triton is not None:
             at = (head * rows + row)[:, None] * blocks + block[None]
             tl.store(sums + at, total, mask=(row < rows)[:, None] & (block < blocks)[None])
 
-    @triton.jit(do_not_specialize=["rows", "blocks"])
+    @jit(do_not_specialize=["rows", "blocks"])
     def _shares(sums, reach, mass, rows, blocks, heads, PER: tl.constexpr, BLOCKS: tl.constexpr):
         """The mass of every key block for one query block: each of its rows has a mass of 1, or none."""
         head = tl.program_id(1).to(tl.int64)
@@ -90,7 +91,7 @@ if triton is not None:
 def fused(q: Tensor, per: int) -> bool:
     """Whether kernels run on runs [..., W] of which ``per`` are a block, so that scores are not in memory. On a GPU not
     for float32: Triton unrolls exact products of such tiles, and compiles them for 40 s."""
-    half = q.dtype != torch.float32 or not q.is_cuda
+    half = q.dtype != torch.float32 or device_of(q).type != "cuda"
     return use_triton(q) and half and per in (1, 2, 4, 8, 16, 32, 64, 128) and _part(q.shape[-1]) >= 16
 
 
@@ -118,7 +119,8 @@ def run_mass(q: Tensor, k: Tensor, reach: Tensor, per: int, scale: float) -> Ten
     blocks = columns // per
     sums = torch.empty((batch, heads, rows, blocks), dtype=torch.float32, device=q.device)
     mass = torch.empty((batch, heads, rows // per, blocks), dtype=torch.float32, device=q.device)
-    wide = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
+    device = device_of(q)
+    wide = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     taken = _HOPPER if wide else _COLUMNS
     grid = triton.cdiv(rows, _ROWS), triton.cdiv(columns, taken), batch * heads
     _scores[grid](

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...compiler.orders import NEVER
 from . import STRETCHES_OF_A_MILLION, steps, use_triton
+from .listing import jit
 from .select import count_true, gathered
 
 try:
@@ -20,7 +21,7 @@ _BLOCK = 4096
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["position_b", "end_b", "token_b", "n", "slots", "capacity"])
+    @jit(do_not_specialize=["position_b", "end_b", "token_b", "n", "slots", "capacity"])
     def _fill(
         chosen, counts, position, position_b, end, end_b, token, token_b, at_head, at_table, limit, table, low, high,
         fits, heads, heads_out, tables, n, slots, capacity,
@@ -58,7 +59,7 @@ if triton is not None:
             value = tl.load(token + batch * token_b + slot, mask=inside, other=0)
         tl.store(table + (batch * tables + section) * capacity + place, value, mask=kept)
 
-    @triton.jit(do_not_specialize=["n", "slots", "capacity"])
+    @jit(do_not_specialize=["n", "slots", "capacity"])
     def _ends(
         at_head, at_table, limit, low, high, heads, heads_out, n, slots, capacity, TILE: tl.constexpr
     ):  # fmt: skip

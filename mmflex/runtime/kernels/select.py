@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import STRETCHES_OF_A_MILLION, steps, use_triton
+from .listing import jit
 
 try:
     import triton
@@ -31,7 +32,7 @@ if triton is not None:
             prefix = prefix * 256 + chosen
         return prefix, left
 
-    @triton.jit(do_not_specialize=["n", "budget", "digit"])
+    @jit(do_not_specialize=["n", "budget", "digit"])
     def _count(mass, always, histograms, n, budget, digit, BLOCK: tl.constexpr, FORCED: tl.constexpr):
         """One pass of radix selection: a histogram of the next 8 bits of those that share the bits so far."""
         row = tl.program_id(0).to(tl.int64)
@@ -44,7 +45,7 @@ if triton is not None:
             histogram = tl.histogram((key >> shift) & 255, 256, mask=same)
             tl.atomic_add(histograms + (row * 4 + digit) * 256 + tl.arange(0, 256), histogram, mask=histogram > 0)
 
-    @triton.jit(do_not_specialize=["n", "budget"])
+    @jit(do_not_specialize=["n", "budget"])
     def _equals(mass, always, histograms, equals, n, budget, BLOCK: tl.constexpr, FORCED: tl.constexpr):
         """How many entries of a block equal the least kept one."""
         row = tl.program_id(0).to(tl.int64)
@@ -54,7 +55,7 @@ if triton is not None:
         found = tl.sum(((at < n) & (key == prefix)).to(tl.int32), 0)
         tl.store(equals + row * tl.num_programs(1) + tl.program_id(1), found)
 
-    @triton.jit(do_not_specialize=["n", "budget"])
+    @jit(do_not_specialize=["n", "budget"])
     def _keep(
         mass, always, histograms, equals, keep, n, budget, BLOCK: tl.constexpr, MANY: tl.constexpr,
         FORCED: tl.constexpr,
@@ -70,7 +71,7 @@ if triton is not None:
         place = tl.sum(before, 0) + tl.cumsum(equal, 0)
         tl.store(keep + row * n + at, (key > prefix) | ((equal != 0) & (place <= left)), mask=at < n)
 
-    @triton.jit(do_not_specialize=["n", "budget"])
+    @jit(do_not_specialize=["n", "budget"])
     def _heaviest(mass, always, keep, n, budget, BLOCK: tl.constexpr, FORCED: tl.constexpr):
         """All passes for a row that one program holds."""
         row = tl.program_id(0).to(tl.int64)
@@ -101,7 +102,7 @@ if triton is not None:
             key = tl.where(tl.load(always + at, mask=at < n, other=0) != 0, 0x7FFFFFFF, key)
         return key
 
-    @triton.jit(do_not_specialize=["n"])
+    @jit(do_not_specialize=["n"])
     def _count_true(chosen, counts, n, BLOCK: tl.constexpr):
         """How many entries of a stretch of a row are true."""
         row = tl.program_id(0).to(tl.int64)
@@ -109,7 +110,7 @@ if triton is not None:
         true = tl.load(chosen + row * n + at, mask=at < n, other=0) != 0
         tl.store(counts + row * tl.num_programs(1) + tl.program_id(1), tl.sum(true.to(tl.int32), 0))
 
-    @triton.jit(do_not_specialize=["n", "capacity", "most", "pieces"])
+    @jit(do_not_specialize=["n", "capacity", "most", "pieces"])
     def _indices(
         chosen, counts, index, count, fits, n, capacity, most, pieces, BLOCK: tl.constexpr, MANY: tl.constexpr
     ):

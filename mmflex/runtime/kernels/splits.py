@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import use_triton
+from .listing import jit
 
 try:
     import triton
@@ -24,7 +25,7 @@ _ROWS = 64
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["seen_b", "seen_m", "seen_n", "length", "queries"])
+    @jit(do_not_specialize=["seen_b", "seen_m", "seen_n", "length", "queries"])
     def _split(
         q, k, v, seen, out, lse, q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, seen_b, seen_m, seen_n, scale, length,
         queries, heads, group, dim, width,
