@@ -15,7 +15,7 @@ from .app import app, fail
 def check(
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="'flash', 'triton', 'cpu', 'dense' or 'reference'; several times. All that run here."),
+        typer.Option(help="'flash', 'triton', 'cpu', 'dense' or 'reference'; repeatable. Default: all that run here."),
     ] = None,
     device: Annotated[str, typer.Option(help="'cpu', 'cuda' or 'auto': a GPU if there is one.")] = "auto",
     long: Annotated[bool, typer.Option("--long", help="A million tokens too (a GPU with 80 GB).")] = False,
@@ -23,7 +23,7 @@ def check(
         bool, typer.Option("--thorough", help="Every work with every kind of prompt on every backend.")
     ] = False,
     only: Annotated[str, typer.Option(help="Checks whose name contains this, such as 'residues'.")] = "",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. One a core, at most 16.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core, at most 16.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write all rows, versions and the hash of the sources.")] = None,
 ) -> None:
     """Is mmflex right on this machine?

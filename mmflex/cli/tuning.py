@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def calibrate(
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="'flash', 'triton', 'cpu' or 'reference'; may be given several times. All that run here."),
+        typer.Option(help="'flash', 'triton', 'cpu' or 'reference'; repeatable. Default: all that run here."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Shorter lengths, half the time.")] = False,
     lengths: Annotated[str | None, typer.Option(help="Tokens, as 16384,32768,131072: at least two.")] = None,

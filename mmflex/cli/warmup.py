@@ -35,8 +35,8 @@ def warmup(
 ) -> None:
     """Compile kernels ahead, so that the first long prompt after a start waits less.
 
-    Builds the model's language layers with random weights, one for every other spec, and prefills prompts of text of
-    these lengths. What PyTorch, Triton and flash-attn-4 keep on disk serves the processes to come; `mmflex.warmup` does
+    Builds the model's language layers with random weights, one for every different spec, and prefills prompts of text
+    of these lengths. What PyTorch, Triton and flash-attn-4 keep on disk serves later processes; `mmflex.warmup` does
     the rest inside a process.
     """
     if importlib.util.find_spec("transformers") is None:

@@ -166,8 +166,8 @@ def search(
     Args:
         model_or_qkv: a transformers model in eval mode; or (q, k, v) of one layer, or an iterable of
             (layer, q, k, v), taken one at a time: q [1, Hq, N, D], k and v [1, Hkv, N, D].
-        sample: for a model, what its processor returns for one prompt (64 to 32768 tokens, at best as long as
-            the config's prompts will be), or input ids [1, N].
+        sample: for a model, what its processor returns for one prompt (64 to 32768 tokens, if possible as many as the
+            config's prompts will have), or input ids [1, N].
         budget: ``Budget.cost(0.2)``, ``Budget.density(0.15)``, ``Budget.error(0.05)``, their text form "cost=0.2", or
             None for the paper's: for every head the cost of an A-shape with a sink of 1k and a window of 4k tokens.
         candidates: patterns to try, from simple to complex, scaled to equal cost where they declare ``budgets``; None
@@ -183,10 +183,11 @@ def search(
             (`mmflex.integrations.importance`; one more forward pass and two backward, memory as for gradient
             checkpointing), so the sample should end with a question. "outputs": all rows and heads count alike, as in
             the paper; so they do for tensors.
-        rivals: of a model and a shared budget, the sample is read again, densely, under the config and under so many
-            single patterns on all heads (the best of different families within the budget), and the one that leaves
-            predictions closest to dense is taken (KL, after the last 64 tokens for "answers", else after all): so many
-            forward passes and two more, with kernels compiled for them. 0: none of it.
+        rivals: for a model and a shared budget, a number of single patterns on all heads (the best of different
+            families within the budget) to compare the config with. The model reads the sample again, densely, under the
+            config and under each of them, and the one whose predictions are closest to dense is taken (KL, after the
+            last 64 tokens for "answers", else after all): ``rivals`` + 2 forward passes, with kernels compiled for
+            them. 0: no comparison.
         scale: of the scores, for tensors; ``1 / sqrt(D)`` if None.
         block_size: tokens per block, for tensors (other than 128 for experiments).
 

@@ -197,9 +197,9 @@ def patch(
 ) -> nn.Module:
     """Make a transformers model prefill through `mmflex.attention`: ``patch(model)``, or with a spec of its own.
 
-    The table at the top of this module says which masks of the language model are honoured, which run dense with a
-    notice, which are refused. A vision tower of a family in `integrations.vision.TOWERS` computes what it computed
-    before, faster. Decode steps, weights and ``config.json`` stay as they are.
+    ``docs/transformers.md`` has a table of the masks that are honoured, those that run dense with a notice, and those
+    that are refused. A vision tower of a family in `integrations.vision.TOWERS` gives the same result faster. Decode
+    steps, weights and ``config.json`` do not change.
 
     Args:
         model: a causal language model or a vision-language model, or a module that holds one (also from
@@ -212,8 +212,8 @@ def patch(
         mlp_chunk: tokens at a time in MLPs and norms, so that very long prompts fit; None chunks by 32768 above 65536
             tokens, 0 never. Exact to rounding.
         mesh: a `DeviceMesh` with a dimension "cp", to run every prompt on all its ranks: each of them patches its own
-            copy of the model and is given the whole prompt; logits arrive on every rank. A dimension "tp" may stand
-            beside it, for a model that is loaded with tensor parallelism.
+            copy of the model and is given the whole prompt; logits arrive on every rank. The mesh may also have a
+            dimension "tp", for a model that is loaded with tensor parallelism.
         cache: with a mesh, "replicated": every rank keeps all keys and values and decodes by itself; "sharded": each
             keeps those of its tokens, and decode steps merge attention over the ranks.
         scheme: with a mesh, "keys" gathers all keys and values; "heads" exchanges tokens for heads, for as many ranks
@@ -222,7 +222,7 @@ def patch(
             that long videos fit. False leaves it alone.
         fuse: compile the layers around attention, of the language model and of the vision tower, one compilation for
             all layers and lengths each; None does so on CUDA for 16384 tokens (patches) or more in one call, True
-            always, False never. Exact to rounding. Decode steps run as they were.
+            always, False never. Exact to rounding. Decode steps are not compiled.
 
     Returns:
         The model itself.

@@ -22,7 +22,7 @@ from .prompts import token_layout
 
 
 def warmup(model: nn.Module, lengths: Sequence[int | TokenLayout], *, batch: int = 1, jobs: int = 1) -> list[float]:
-    """Compile what prefills of these lengths need, by running them through as few layers as have other specs.
+    """Compile what prefills of these lengths need, by running them through one layer for every different spec.
 
     Kernels are compiled for a spec, a layout's modalities and a length (on the flash backend for any length), layers
     for any length (`mmflex.patch`, ``fuse``). All of it is kept for the process; Inductor, Triton and flash-attn-4 keep
@@ -37,7 +37,7 @@ def warmup(model: nn.Module, lengths: Sequence[int | TokenLayout], *, batch: int
             the tensors of one layer's attention. What they cannot compile is compiled here, after a warning. 1: none.
 
     Returns:
-        Seconds that each of the lengths took, in their order; the first waits for the processes.
+        The seconds that each length took, in the order of ``lengths``; the first waits for the processes.
 
     Raises:
         ValueError: the model is not patched; a length below 2; jobs below 1.

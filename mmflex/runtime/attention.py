@@ -55,8 +55,8 @@ def attention(
             numbers)``. A chunk of a prompt that is given the prompt's own last queries selects what the whole prompt
             would. Patterns that score every query block (block top-k and its like) go by q all the same.
 
-    Inside ``torch.compile`` (``fullgraph=True`` included) it is one opaque op; build patterns and layouts outside the
-    compiled function, it recompiles for other ones.
+    Inside ``torch.compile`` (``fullgraph=True`` included) it is one opaque op. Build patterns and layouts outside the
+    compiled function: it recompiles for different ones.
 
     Returns:
         ``[B, Hq, M, D]`` like q; rows of padding tokens, and rows that may see no key, are 0.

@@ -108,7 +108,7 @@ where."""
 
 
 def _keep_flash_kernels() -> None:
-    """Have flash-attn-4 keep its kernels on disk, as Inductor and Triton do: one takes it about 17 s to compile. Its
+    """Have flash-attn-4 keep its kernels on disk, as Inductor and Triton do: one takes it about 7 s to compile. Its
     own default is off. What the user has set stays."""
     if any(name in os.environ for name in FLASH_CACHE):
         return

@@ -20,10 +20,10 @@ def bounded(size: int) -> Memo:
 
 def clear_caches() -> None:
     """Forget everything that mmflex keeps between calls: programs, plans and captured graphs of all layouts, compiled
-    attention kernels, constants on devices, streams, and what was worked out about expressions.
+    attention kernels, constants on devices, streams, and what was derived from expressions.
 
     Results do not change; the next calls take as long as first calls do. What Inductor, Triton and flash-attn-4 keep on
-    disk stays there. Not to be called while another thread or a compiled graph is in a call.
+    disk stays there. Do not call this while another thread or a compiled graph is in a call.
     """
     for memo in _memos:
         memo.clear()

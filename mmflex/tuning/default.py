@@ -35,9 +35,9 @@ def default_spec(quality: Quality = "balanced") -> Pattern:
 
     Every query block of 128 has the fewest key blocks that hold a share of its attention mass, judged by antidiagonals
     of a stride; the first key block and the 100 nearest keys of every query are always among them. The last tile of
-    queries, where the question stands, sees everything. So a head that looks at little computes little, and one that
-    looks at everything is nearly dense. On short prompts it computes most of dense attention, and ``backend="auto"``
-    runs dense instead; at most ``blocks`` key blocks a row bound what long prompts take.
+    queries, where the question is, sees everything. So a head that looks at little computes little, and one that looks
+    at everything is nearly dense. On short prompts it computes most of dense attention, and ``backend="auto"`` runs
+    dense instead; at most ``blocks`` key blocks a row bound what long prompts take.
 
     ==============  =====  ======  ======
     quality         share  stride  blocks

@@ -52,7 +52,7 @@ def intercept(
             model.generate(...)
         print(seen)  # how many calls ran through mmflex, and why others did not
 
-    The table at the top of this module says which calls that means. For transformers 5.17 and newer there is
+    ``docs/howto/intercept.md`` has a table of the calls that are taken over. For transformers 5.17 and newer there is
     `mmflex.patch`.
 
     Args:
