@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -109,6 +110,7 @@ def _make_launcher(binary: Any) -> None:
     triton.runtime.driver.active.launcher_cls(binary.src, binary.metadata)
 
 
+@cache
 def makes_launchers() -> bool:
     """Whether this Triton's launchers are compiled."""
     return triton is not None and tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7)
