@@ -129,33 +129,53 @@ def per_layer(spec: Spec, layers: Iterable[int], heads: int) -> dict[int, tuple[
         ValueError: a layer that does not exist, or a number of patterns other than ``heads``.
     """
     known = layers if isinstance(layers, range) else list(layers)
+    spec = checked_spec(spec)
     if isinstance(spec, Mapping):
         for layer in spec:
-            if not isinstance(layer, int) or isinstance(layer, bool):
-                raise TypeError(f"a spec maps layer numbers to patterns, got the key {shown(layer)}: use integers")
             if layer not in known:
                 whole = known and list(known) == list(range(known[0], known[-1] + 1))
                 there = f"{known[0]} to {known[-1]}" if whole else shown(known)
                 raise ValueError(
                     f"layer {shown(layer)} has no attention to set: the model's attention layers are {there}"
                 )
-        return {layer: _heads(value, heads, f"layer {layer}") for layer, value in sorted(spec.items())}
-    everywhere = _heads(spec, heads, "the spec")
+        return {layer: _per_head(value, heads, f"layer {layer}") for layer, value in spec.items()}
+    everywhere = _per_head(spec, heads, "the spec")
     return dict.fromkeys(known, everywhere)
 
 
-def _heads(value: Any, heads: int, where: str) -> tuple[Pattern, ...]:
+def checked_spec(spec: Any) -> Spec:
+    """A spec of patterns alone, as far as that can be told without a model: its layers in order, its sequences as
+    tuples.
+
+    Raises:
+        TypeError: something that is not a pattern, or a layer that is no number.
+    """
+    if not isinstance(spec, Mapping):
+        return _patterns(spec, "the spec")
+    for layer in spec:
+        if not isinstance(layer, int) or isinstance(layer, bool):
+            raise TypeError(f"a spec maps layer numbers to patterns, got the key {shown(layer)}: use integers")
+    return {layer: _patterns(value, f"layer {layer}") for layer, value in sorted(spec.items())}
+
+
+def _patterns(value: Any, where: str) -> Pattern | tuple[Pattern, ...]:
     if isinstance(value, Pattern):
-        return (value,) * heads
+        return value
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise TypeError(f"{where} is {shown(value)}: a pattern or one pattern per head is needed")
     patterns = tuple(value)
     for head, pattern in enumerate(patterns):
         if not isinstance(pattern, Pattern):
             raise TypeError(f"{where}, head {head} is {shown(pattern)}: a pattern is needed, such as AShape(128, 1024)")
+    return patterns
+
+
+def _per_head(patterns: Pattern | Sequence[Pattern], heads: int, where: str) -> tuple[Pattern, ...]:
+    if isinstance(patterns, Pattern):
+        return (patterns,) * heads
     if len(patterns) != heads:
         raise ValueError(f"{where} has {len(patterns)} patterns for {heads} query heads: give one, or one per head")
-    return patterns
+    return tuple(patterns)
 
 
 def head_slice(patterns: Sequence[Pattern], heads_here: int, rank: int | None) -> tuple[Pattern, ...]:
