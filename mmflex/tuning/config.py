@@ -241,18 +241,34 @@ def load_config(path: str | os.PathLike[str]) -> Config:
 
     Raises:
         ValueError: not such a file; says where in the document (``file.json: spec.3[12]: ...``) and what is expected.
-        FileNotFoundError: no file.
+        FileNotFoundError, IsADirectoryError: no file; says what to give.
     """
-    return _Document(path).config()
+    return _Document(path, _CONFIG_FILE).config()
+
+
+_CONFIG_FILE = (
+    "the path of the config file that `mmflex search` or mmflex.save_config wrote; where there is none, "
+    "mmflex.default_spec() is a spec"
+)
 
 
 class _Document:
-    """A JSON document being read, whose errors name the place."""
+    """A JSON document being read, whose errors name the place.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    Args:
+        path: of the file.
+        expected: which file is meant; for the message where there is none.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], expected: str) -> None:
         self.path = Path(path)
-        with self.path.open("rb") as file:
-            text = file.read(MOST_BYTES + 1)
+        try:
+            with self.path.open("rb") as file:
+                text = file.read(MOST_BYTES + 1)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"there is no file {self.path}: give {expected}") from None
+        except IsADirectoryError:
+            raise IsADirectoryError(f"{self.path} is a folder: give {expected}") from None
         if len(text) > MOST_BYTES:
             raise ValueError(f"{self.path}: more than {MOST_BYTES} bytes, which no config takes")
         try:
@@ -369,5 +385,6 @@ def load_minference_config(path: str | os.PathLike[str], *, model: str = "") -> 
 
     Raises:
         ValueError: another format, with the place in the document.
+        FileNotFoundError, IsADirectoryError: no file; says what to give.
     """
-    return _Document(path).minference(model)
+    return _Document(path, "the path of the file that MInference published").minference(model)
