@@ -129,7 +129,8 @@ def segment(c: Case) -> Any:
     if isinstance(kind, str) and kind in ("text", "audio"):
         item = (kind, c.rng.randrange(50)) if c.chance(0.98) else (kind, odd(c))
         return item
-    size: Any = tuple(c.rng.randrange(1, 5) for _ in range(c.pick(1, 2, 2, 3, 3, 3)))
+    numbers = (3 if kind == "video" else 2) if c.chance(0.95) else c.pick(0, 1, 2, 3, 4)
+    size: Any = tuple(c.rng.randrange(1, 5) for _ in range(numbers))
     if c.chance(0.02):
         size = odd(c)
     options: Any = {}

@@ -125,8 +125,15 @@ def test_errors_name_the_place(tmp_path: Path, change: dict[str, Any], message: 
 
 def test_files_that_are_no_configs(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*config\.json: give .* that .*save_config"):
         load_config(path)
+    with pytest.raises(FileNotFoundError, match=r"no file default: give .*mmflex\.default_spec\(\)"):
+        load_config("default")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*config\.json: give .* MInference published"):
+        load_minference_config(path)
+    for folder in (tmp_path, ""):
+        with pytest.raises(IsADirectoryError, match=r"is a folder: give the path of the config file"):
+            load_config(folder)
     for text, message in (
         ("{", "not JSON"),
         ("[]", "read it with load_minference_config"),

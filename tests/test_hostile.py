@@ -658,7 +658,7 @@ LAYOUTS: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
         ["1.5"],
     ),
     "a trillion tokens": (lambda: TokenLayout.text(10**12), ValueError, [str(10**12), str(1 << 28)]),
-    "a trillion frames": (lambda: TokenLayout.from_segments([("video", (10**12, 1))]), ValueError, [str(10**12)]),
+    "a trillion frames": (lambda: TokenLayout.from_segments([("video", (10**12, 1, 1))]), ValueError, [str(10**12)]),
     "a trillion of padding": (
         lambda: TokenLayout.batch([TokenLayout.text(3)], length=10**12),
         ValueError,

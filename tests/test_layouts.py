@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import AUDIO, FAMILIES, IMAGE, VIDEO, Batch
 
+from mmflex import Segment
 from mmflex.integrations import layouts
 from mmflex.integrations.layouts import (
     PixelShapes,
@@ -230,7 +231,7 @@ def test_internvl_tiles_frames_and_neighbours() -> None:
     same(
         layout,
         [
-            ("image", (2, 2, 2)),
+            Segment("image", frames=2, height=2, width=2),
             ("text", 1),
             ("image", (1, 2, 2)),
             ("text", 2),
@@ -238,7 +239,7 @@ def test_internvl_tiles_frames_and_neighbours() -> None:
             ("text", 40),
             ("video", (3, 2, 2), {"timestamps": (0, 8, 8)}),
             ("text", 8),
-            ("image", (2, 2, 2)),
+            Segment("image", frames=2, height=2, width=2),
         ],
     )
 

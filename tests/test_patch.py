@@ -467,7 +467,7 @@ def test_latent_attention_has_narrower_values(calls: Calls) -> None:
 
 
 def test_models_that_are_not_language_models() -> None:
-    with pytest.raises(TypeError, match="holds 0 transformers language models"):
+    with pytest.raises(TypeError, match="Linear holds no transformers language model: pass one, such as Llama"):
         patch(nn.Linear(2, 2), Dense())
     with pytest.raises(TypeError, match=r"mmflex\.intercept\(model, spec\)"):
         patch(nn.Linear(2, 2), Dense())

@@ -155,6 +155,26 @@ def test_options() -> None:
         mmflex.configure(tiles=3)
 
 
+@pytest.mark.parametrize("spec", [5, "default", b"x", {"0": Dense()}, {1: Dense(), 0: "dense"}, [Dense(), 5] * 2])
+def test_what_is_no_spec_is_refused_before_a_model_is_built(spec: Any) -> None:
+    with pytest.raises(TypeError) as at_patch:
+        mmflex.patch(built("eager"), spec)
+    with pytest.raises(TypeError) as at_once:
+        mmflex.configure(spec)
+    assert str(at_once.value) == str(at_patch.value)
+    model = built("mmflex")
+    model(IDS)
+    assert vars(model)["_mmflex_patch"].spec[0] == (SPEC,) * 4  # as configured before
+
+
+def test_one_configuration_is_for_many_models() -> None:
+    """Also where its patterns can be read only once."""
+    mmflex.configure((Dense() for _ in range(4)), backend="reference")
+    for model in (built("mmflex"), built("mmflex")):
+        model(IDS)
+        assert vars(model)["_mmflex_patch"].spec[0] == (Dense(),) * 4
+
+
 def test_older_versions_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their models have no such methods."""
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.46.3")

@@ -514,7 +514,7 @@ def test_a_spoilt_checkpoint_is_named(tmp_path: Path, spoil: Any, match: str) ->
         (lambda: llama(1), lambda: {"pixel_values": ids()}, TypeError, "give what a processor returns"),
         (lambda: llama(1), lambda: None, TypeError, "search\\(model, sample\\)"),
         (lambda: llama(1).train(), ids, ValueError, "call model.eval"),
-        (lambda: torch.nn.Linear(3, 3), ids, TypeError, "Linear holds 0 transformers language models"),
+        (lambda: torch.nn.Linear(3, 3), ids, TypeError, "Linear holds no transformers language model: pass one"),
         (lambda: "a model", ids, TypeError, "search takes a transformers model and a sample"),
     ],
 )

@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import importlib
 import itertools
+import json
 import logging
 import sys
 import tomllib
@@ -704,20 +705,69 @@ def test_settings_say_what_is_wrong(tmp_path: Any) -> None:
         ({"spec": {"first": {}}}, "by layer number"),
         ({"spec": {"0": {"pattern": "AShape", "sinks": 3}}}, r"spec\['0'\]: AShape has no field sinks"),
         ({"spec": [{"pattern": "AShape"}, 3]}, r"spec\[1\]"),
+        ({"spec": "default"}, "spec: a pattern is an object .* got 'default'"),
+        ({"spec": {"1": {"pattern": "Dense"}, "01": {"pattern": "AShape"}}}, "spec: layer 1 has two entries"),
+        ({"config": "default", "backend": ["flash"]}, r"unknown backend \['flash'\]"),
+        ({"config": "default", 1: 2, "specs": 3}, "unknown fields 1, 'specs'"),
     ):
         with pytest.raises(ValueError, match=text):
             read_settings({"mmflex": given})
 
 
 def test_specs_survive_the_way_through_vllms_options() -> None:
-    import json
-
     for spec in (SPEC, {0: SPEC, 1: AShape(3, 64)}, BY_FRAME, mmflex.Config.of({1: SPEC}, LAYERS, HEADS)):
         given = json.loads(json.dumps(options(spec, threshold=7), sort_keys=True))  # as vLLM hashes them
         found = read_settings(given)
         assert found is not None
         whole = spec.patterns if isinstance(spec, mmflex.Config) else spec
         assert found.for_model(LAYERS, HEADS) == engines.Settings(whole).for_model(LAYERS, HEADS)
+
+
+def test_options_take_the_text_that_the_command_line_takes(tmp_path: Any) -> None:
+    file = tmp_path / "config.json"
+    mmflex.save_config(mmflex.Config.of({1: AShape(8, 64)}, LAYERS, HEADS), file)
+    for text in ("default", "default:high", str(file)):
+        given = json.loads(json.dumps(options(text, threshold=7, backend="flash")))
+        found, by_text = read_settings(given), read_settings({"mmflex": text})
+        assert found is not None
+        assert by_text is not None
+        assert found.for_model(LAYERS, HEADS) == by_text.for_model(LAYERS, HEADS)
+        assert (found.threshold, found.backend) == (7, "flash")
+    assert options(file) == options(str(file))
+    assert read_settings(options("off")) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        (5, "the spec is 5"),
+        (None, "the spec is None"),
+        (b"default", "the spec is b'default'"),
+        ({"pattern": "AShape"}, "the key 'pattern'"),
+        ({"spec": {"0": AShape(8, 64)}}, "the key 'spec'"),
+        ({0: "default"}, "layer 0 is 'default'"),
+        ({0: {0: AShape(8, 64)}}, "layer 0 is {0: AShape"),
+        ([AShape(8, 64), "default"], "head 1 is 'default'"),
+        (mmflex.default_spec, "the spec is <function default_spec"),
+    ],
+)
+def test_options_name_what_they_cannot_take(spec: Any, named: str) -> None:
+    with pytest.raises(TypeError, match=r'give patterns, a Config, "default", "off" or the path of a config') as error:
+        options(spec)
+    assert named in str(error.value)
+
+
+def test_options_refuse_what_the_engine_would_refuse(tmp_path: Any) -> None:
+    """Where they are written, not in a process of the engine."""
+    for call, text in (
+        (lambda: options("default:best"), "quality is 'best'"),
+        (lambda: options(SPEC, threshold=0), "threshold is 0"),
+        (lambda: options("default", backend="quick"), "unknown backend 'quick'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            call()
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        options(tmp_path / "none.json")
 
 
 def test_the_threshold_is_beyond_captured_graphs(caplog: pytest.LogCaptureFixture) -> None:

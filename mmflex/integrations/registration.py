@@ -61,7 +61,7 @@ def configure(spec: Any = None, **options: Any) -> None:
         quality, backend, mlp_chunk, vision, fuse: as in `patch`.
 
     Raises:
-        TypeError: another option; the message names those that exist.
+        TypeError: another option; the message names those that exist. A spec that holds something else than patterns.
         ValueError: an unknown quality, or a quality and a spec.
     """
     global _options
@@ -69,9 +69,12 @@ def configure(spec: Any = None, **options: Any) -> None:
     if unknown:
         names = ", ".join(Options.__dataclass_fields__)
         raise TypeError(f"mmflex.configure has no option {unknown[0]!r}: it takes {names}")
+    from mmflex.tuning.config import Config, checked_spec
     from mmflex.tuning.default import chosen_spec
 
     chosen_spec(spec, options.get("quality"))
+    if spec is not None and not isinstance(spec, Config):
+        spec = checked_spec(spec)
     _options = replace(Options(spec=spec), **options)
 
 

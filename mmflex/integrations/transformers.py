@@ -292,10 +292,12 @@ def _language_model(root: nn.Module) -> tuple[Any, Any, nn.Module, list[nn.Modul
         wanted = id(root.config.get_text_config(decoder=True))
         choices = {wanted: choices[wanted]} if wanted in choices else choices
     if len(choices) != 1:
-        names = sorted({type(owners[0]).__name__ for owners in choices.values()})
-        way_out = "patch the one that reads the prompt" if names else f"pass one, such as LlamaForCausalLM; {_ELSE}"
+        name, names = type(root).__name__, sorted({type(owners[0]).__name__ for owners in choices.values()})
+        if not names:
+            raise TypeError(f"{name} holds no transformers language model: pass one, such as LlamaForCausalLM; {_ELSE}")
         raise TypeError(
-            f"{type(root).__name__} holds {len(choices)} transformers language models ({', '.join(names)}): {way_out}"
+            f"{name} holds {len(choices)} transformers language models ({', '.join(names)}): "
+            "patch the one that reads the prompt"
         )
     ((key, owners),) = choices.items()
     return owners[0].config, owners[0], owners[-1], groups[key]

@@ -90,6 +90,11 @@ class TokenLayout:
         """One prompt, from segments in order: ``[("text", 40), ("video", (64, 16, 16)), ("image", (24, 24))]``.
 
         An item is ``(modality, size)``, ``(modality, size, {"newline": "frame", "timestamps": 8})`` or a `Segment`.
+        The size of text and audio is a number of tokens, that of an image ``(height, width)`` or ``(1, height,
+        width)``, that of a video ``(frames, height, width)``.
+
+        Raises:
+            ValueError: an item of another form; it is named, beside the form that is expected.
         """
         given, total = [], 0
         for item in segments:

@@ -16,6 +16,14 @@ MODALITIES = {"text": 0, "image": 1, "video": 2, "audio": 3}
 
 MODALITY_NAMES = {number: name for name, number in MODALITIES.items()}
 
+_SIZES = {
+    MODALITIES["text"]: (1, "the size of text is a number of tokens", '("text", 40)'),
+    MODALITIES["image"]: (2, "the size of an image is (height, width) in tokens", '("image", (24, 24))'),
+    MODALITIES["video"]: (3, "the size of a video is (frames, height, width) in tokens", '("video", (8, 16, 16))'),
+    MODALITIES["audio"]: (1, "the size of audio is a number of tokens", '("audio", 40)'),
+}
+"""How many numbers the size of a segment given as a tuple has, in words, and an example."""
+
 LONGEST_PROMPT = 1 << 28
 """Tokens of a prompt, at most: positions, and small multiples of them, are int32 in the kernels."""
 
@@ -83,7 +91,13 @@ class Segment:
 
     @classmethod
     def of(cls, item: Segment | Sequence[Any]) -> Segment:
-        """A Segment from ``(modality, size)`` or ``(modality, size, options)``; size is n, (h, w) or (t, h, w)."""
+        """A Segment from ``(modality, size)`` or ``(modality, size, options)``. The size of text and audio is a number
+        of tokens, that of an image ``(height, width)`` or ``(1, height, width)``, that of a video ``(frames, height,
+        width)``.
+
+        Raises:
+            ValueError: another form, or what `Segment` refuses.
+        """
         if isinstance(item, Segment):
             return item
         if isinstance(item, str) or not isinstance(item, Sequence) or len(item) not in (2, 3):
@@ -98,13 +112,18 @@ class Segment:
                 f'the third item of a segment is {shown(options)}: use {{"newline": "row", "frame" or "video"}} and '
                 '{"timestamps": number}'
             )
+        kind = modality_id(modality)
+        numbers, words, example = _SIZES[kind]
         try:
             each = size if isinstance(size, Sequence) else (size,)
             sizes: tuple[Any, ...] = tuple(map(operator.index, each))
         except TypeError:
             raise ValueError(f"a segment's size is in whole tokens, got {shown(size)}") from None
-        if len(sizes) > 3 or not sizes:
-            raise ValueError(f"a segment's size is n, (height, width) or (frames, height, width), got {shown(size)}")
+        image = kind == MODALITIES["image"]
+        in_full = image and len(sizes) == 3 and sizes[0] == 1  # processors write the grid of an image as (1, h, w)
+        if len(sizes) != numbers and not in_full:
+            tiles = ', and the tiles of one image as Segment("image", frames, height, width)' if image else ""
+            raise ValueError(f"{words}, got {shown(size)}: give it as {example}{tiles}")
         names = ("frames", "height", "width")[3 - len(sizes) :]
         return cls(modality, **dict(zip(names, sizes, strict=True)), **options)
 

@@ -129,33 +129,53 @@ def per_layer(spec: Spec, layers: Iterable[int], heads: int) -> dict[int, tuple[
         ValueError: a layer that does not exist, or a number of patterns other than ``heads``.
     """
     known = layers if isinstance(layers, range) else list(layers)
+    spec = checked_spec(spec)
     if isinstance(spec, Mapping):
         for layer in spec:
-            if not isinstance(layer, int) or isinstance(layer, bool):
-                raise TypeError(f"a spec maps layer numbers to patterns, got the key {shown(layer)}: use integers")
             if layer not in known:
                 whole = known and list(known) == list(range(known[0], known[-1] + 1))
                 there = f"{known[0]} to {known[-1]}" if whole else shown(known)
                 raise ValueError(
                     f"layer {shown(layer)} has no attention to set: the model's attention layers are {there}"
                 )
-        return {layer: _heads(value, heads, f"layer {layer}") for layer, value in sorted(spec.items())}
-    everywhere = _heads(spec, heads, "the spec")
+        return {layer: _per_head(value, heads, f"layer {layer}") for layer, value in spec.items()}
+    everywhere = _per_head(spec, heads, "the spec")
     return dict.fromkeys(known, everywhere)
 
 
-def _heads(value: Any, heads: int, where: str) -> tuple[Pattern, ...]:
+def checked_spec(spec: Any) -> Spec:
+    """A spec of patterns alone, as far as that can be told without a model: its layers in order, its sequences as
+    tuples.
+
+    Raises:
+        TypeError: something that is not a pattern, or a layer that is no number.
+    """
+    if not isinstance(spec, Mapping):
+        return _patterns(spec, "the spec")
+    for layer in spec:
+        if not isinstance(layer, int) or isinstance(layer, bool):
+            raise TypeError(f"a spec maps layer numbers to patterns, got the key {shown(layer)}: use integers")
+    return {layer: _patterns(value, f"layer {layer}") for layer, value in sorted(spec.items())}
+
+
+def _patterns(value: Any, where: str) -> Pattern | tuple[Pattern, ...]:
     if isinstance(value, Pattern):
-        return (value,) * heads
+        return value
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise TypeError(f"{where} is {shown(value)}: a pattern or one pattern per head is needed")
     patterns = tuple(value)
     for head, pattern in enumerate(patterns):
         if not isinstance(pattern, Pattern):
             raise TypeError(f"{where}, head {head} is {shown(pattern)}: a pattern is needed, such as AShape(128, 1024)")
+    return patterns
+
+
+def _per_head(patterns: Pattern | Sequence[Pattern], heads: int, where: str) -> tuple[Pattern, ...]:
+    if isinstance(patterns, Pattern):
+        return (patterns,) * heads
     if len(patterns) != heads:
         raise ValueError(f"{where} has {len(patterns)} patterns for {heads} query heads: give one, or one per head")
-    return patterns
+    return tuple(patterns)
 
 
 def head_slice(patterns: Sequence[Pattern], heads_here: int, rank: int | None) -> tuple[Pattern, ...]:
@@ -221,18 +241,34 @@ def load_config(path: str | os.PathLike[str]) -> Config:
 
     Raises:
         ValueError: not such a file; says where in the document (``file.json: spec.3[12]: ...``) and what is expected.
-        FileNotFoundError: no file.
+        FileNotFoundError, IsADirectoryError: no file; says what to give.
     """
-    return _Document(path).config()
+    return _Document(path, _CONFIG_FILE).config()
+
+
+_CONFIG_FILE = (
+    "the path of the config file that `mmflex search` or mmflex.save_config wrote; where there is none, "
+    "mmflex.default_spec() is a spec"
+)
 
 
 class _Document:
-    """A JSON document being read, whose errors name the place."""
+    """A JSON document being read, whose errors name the place.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    Args:
+        path: of the file.
+        expected: which file is meant; for the message where there is none.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], expected: str) -> None:
         self.path = Path(path)
-        with self.path.open("rb") as file:
-            text = file.read(MOST_BYTES + 1)
+        try:
+            with self.path.open("rb") as file:
+                text = file.read(MOST_BYTES + 1)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"there is no file {self.path}: give {expected}") from None
+        except IsADirectoryError:
+            raise IsADirectoryError(f"{self.path} is a folder: give {expected}") from None
         if len(text) > MOST_BYTES:
             raise ValueError(f"{self.path}: more than {MOST_BYTES} bytes, which no config takes")
         try:
@@ -349,5 +385,6 @@ def load_minference_config(path: str | os.PathLike[str], *, model: str = "") -> 
 
     Raises:
         ValueError: another format, with the place in the document.
+        FileNotFoundError, IsADirectoryError: no file; says what to give.
     """
-    return _Document(path).minference(model)
+    return _Document(path, "the path of the file that MInference published").minference(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from mmflex.ir import pattern as ir
 from mmflex.ir.pattern import Pattern
 from mmflex.runtime.backends import BACKENDS
-from mmflex.tuning.config import Config, Spec, load_config, per_layer
+from mmflex.tuning.config import Config, Spec, checked_spec, load_config, per_layer
 from mmflex.tuning.default import default_named
 
 KEY = "mmflex"
@@ -57,7 +58,7 @@ def read_settings(additional_config: Any) -> Settings | None:
     where = f'additional_config["{KEY}"]'
     if not isinstance(given, Mapping):
         raise ValueError(f'{where} is {given!r}: give "off", "default", the path of a config, or an object')
-    unknown = sorted(set(given) - set(_FIELDS))
+    unknown = sorted(set(given) - set(_FIELDS), key=str)
     if unknown:
         raise ValueError(f"{where} has unknown fields {', '.join(map(repr, unknown))}: known are {', '.join(_FIELDS)}")
     if ("spec" in given) == ("config" in given):
@@ -66,7 +67,7 @@ def read_settings(additional_config: Any) -> Settings | None:
     if threshold is not None and (not isinstance(threshold, int) or isinstance(threshold, bool) or threshold < 1):
         raise ValueError(f"{where}: threshold is {threshold!r}: give a number of tokens, 1 or more")
     backend = given.get("backend", "auto")
-    if backend != "auto" and backend not in BACKENDS:
+    if backend != "auto" and not (isinstance(backend, str) and backend in BACKENDS):
         raise ValueError(f"{where}: unknown backend {backend!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
     spec: Spec | Config
     if "spec" in given:
@@ -87,6 +88,10 @@ def _spec(data: Any, where: str) -> Spec:
             raise ValueError(
                 f'{where}: {wrong or "{}"}: give a pattern, {{"pattern": name, ...}}, or one by layer number'
             )
+        numbers = [int(layer) for layer in data]
+        twice = {number for number in numbers if numbers.count(number) > 1}
+        if twice:
+            raise ValueError(f"{where}: layer {min(twice)} has two entries: give one")
         return {int(layer): _heads(value, f"{where}[{layer!r}]") for layer, value in data.items()}
     return _heads(data, where)
 
@@ -104,22 +109,38 @@ def _pattern(data: Any, where: str) -> Pattern:
         raise ValueError(f"{where}: {error}") from None
 
 
-def options(spec: Spec | Config, *, threshold: int | None = None, backend: str = "auto") -> dict[str, Any]:
+def options(
+    spec: Spec | Config | str | os.PathLike[str], *, threshold: int | None = None, backend: str = "auto"
+) -> dict[str, Any]:
     """vLLM's ``additional_config`` for a spec given in Python: ``LLM(model, additional_config=options(spec))``.
 
     Args:
-        spec: a pattern, a sequence with one per query head, either by layer number, or a `Config`.
-        threshold, backend: as in `Settings`.
+        spec: a pattern, a sequence with one per query head, either by layer number, or a `Config`. Also the text that
+            `read_settings` takes: ``"default"``, ``"default:high"``, ``"off"`` or the path of a config file, which the
+            engine reads.
+        threshold, backend: as in `Settings`; with ``"off"`` they have no effect.
+
+    Raises:
+        TypeError: a spec that is none of these.
+        ValueError, FileNotFoundError: what the engine would refuse, as `read_settings` does.
     """
-    if isinstance(spec, Config):
-        spec = spec.patterns
-    given: dict[str, Any] = {"spec": _json(spec), "backend": backend}
+    if isinstance(spec, str) and spec == "off":
+        return {KEY: "off"}
+    given: dict[str, Any] = {"backend": backend}
     if threshold is not None:
         given["threshold"] = threshold
+    if isinstance(spec, (str, os.PathLike)):
+        given["config"] = os.fspath(spec)
+    else:
+        try:
+            given["spec"] = _json(checked_spec(spec.patterns if isinstance(spec, Config) else spec))
+        except TypeError as error:
+            raise TypeError(f'{error}; give patterns, a Config, "default", "off" or the path of a config') from None
+    read_settings({KEY: given})
     return {KEY: given}
 
 
-def _json(spec: Any) -> Any:
+def _json(spec: Spec) -> Any:
     if isinstance(spec, Pattern):
         return spec.to_json()
     if isinstance(spec, Mapping):
