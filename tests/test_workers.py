@@ -324,6 +324,72 @@ class _Idle:
 
     def close(self) -> None: ...
 
-    def wait(self) -> None: ...
+    def wait(self, seconds: float) -> None: ...
 
     def free(self) -> None: ...
+
+
+@pytest.mark.parametrize("precision", ["high", "highest"])
+def test_settings_of_the_caller_reach_the_processes(precision: str) -> None:
+    """Inductor finds what they compiled under the caller's settings alone."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.set_float32_matmul_precision(precision)
+        wanted = pickle.loads(pickle.dumps(workers._settings()))
+        torch.backends.cuda.matmul.fp32_precision = before
+        workers._set(wanted)
+        assert workers._settings() == wanted
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+class _Dead:
+    """A process that answered, and then died; no other can be started after the first ones."""
+
+    room = 2
+
+    def __init__(self) -> None:
+        if not _Dead.room:
+            raise OSError("no more processes")
+        _Dead.room -= 1
+        self.broken, self.answered, self.left = False, True, True
+
+    def ask(self, task: tuple[str, bytes, int]) -> str:
+        self.broken = True
+        return "the process ended with code 9"
+
+    def close(self) -> None: ...
+
+    def wait(self, seconds: float) -> None: ...
+
+    def free(self) -> None: ...
+
+
+def test_processes_that_cannot_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel is reported, and nothing waits for a process that never comes."""
+    monkeypatch.setattr(workers, "_Worker", _Dead)
+    monkeypatch.setattr(_Dead, "room", 2)
+    with Workers(2) as pool:
+        for number in range(5):
+            pool._results.append(pool._threads.submit(pool._compile, f"kernel {number}", b"", number))
+        failures = pool.wait()
+    assert len(failures) == 5
+    assert all("ended with code 9" in failure for failure in failures)
+    assert any("no more processes" in failure for failure in failures)
+
+
+def test_patterns_of_the_main_module_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = AShape(16, 70)
+    layout = mmflex.TokenLayout.text(300)
+    q, k = (torch.randn(1, heads, 300, 32) for heads in (4, 2))
+    with recording() as noted:
+        mmflex.attention(q, k, k, pattern, layout=layout, backend="cpu")
+    (call,) = noted.by_key.values()
+
+    class Hidden(AShape):
+        pass
+
+    Hidden.__module__, Hidden.__qualname__ = "__main__", "Hidden"
+    monkeypatch.setattr(sys.modules["__main__"], "Hidden", Hidden, raising=False)
+    with Workers(1) as pool, pytest.raises(ValueError, match="use a module"):
+        pool.submit([type(call)(call.tensors, call.device, Hidden(16, 70), call.layout, call.request)])

@@ -34,7 +34,8 @@ def warmup(model: nn.Module, lengths: Sequence[int | TokenLayout], *, batch: int
         batch: prompts at once.
         jobs: processes that compile the kernels of attention side by side, while this one compiles the layers. Worth it
             where folders are empty: they take some seconds to start. On a GPU each holds a context (about 0.5 GB) and
-            the tensors of one layer's attention. What they cannot compile is compiled here, after a warning. 1: none.
+            the tensors of one layer's attention. What they cannot compile is compiled here, after a warning. 1: none;
+            none either where a model is spread over ranks, all of which have to do the same.
 
     Returns:
         The seconds that each length took, in the order of ``lengths``; the first waits for the processes.
@@ -57,7 +58,7 @@ def warmup(model: nn.Module, lengths: Sequence[int | TokenLayout], *, batch: int
         text.layers = nn.ModuleList(_one_of_each(layers, patch.spec))
         start = time.perf_counter()
         with ExitStack() as stack:
-            if jobs > 1:
+            if jobs > 1 and not _over_ranks(patch):
                 _compile_beside(jobs, patch, layouts, batch, stack)
             for layout in layouts:
                 _prefill(text, layout, batch)
@@ -66,6 +67,11 @@ def warmup(model: nn.Module, lengths: Sequence[int | TokenLayout], *, batch: int
     finally:
         text.layers = layers
     return seconds
+
+
+def _over_ranks(patch: Any) -> bool:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed or patch.context_parallel is not None
 
 
 MOST_PROCESSES = 4
@@ -114,9 +120,9 @@ def _compile_beside(jobs: int, patch: Any, layouts: Sequence[TokenLayout], batch
             for layout in layouts:
                 _prefill(patch.text_model, layout, batch)
         workers.submit(list(calls.by_key.values()))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a pattern that cannot be pickled or reads values back, no more processes, ...
+    except (
+        Exception
+    ) as error:  # a pattern that cannot be pickled or reads values back, no more processes, ...
         notice(f"{type(error).__name__}: {error}")
         return
     before, patch.observer = patch.observer, wait

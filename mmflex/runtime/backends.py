@@ -210,8 +210,13 @@ def attend(
     strips = name == "flash" and q.shape[0] == 1 and mask_mod.one_for_all and _strips(q.shape[2], tile)
     if strips:
         q, k, v, mask_mod, lists = _in_strips(q, k, v, mask_mod, lists, tile)
-    kernel = AttentionKernel(mask_mod.source, name, tile, scale, lse, strips, (q, k, v, *lists, *mask_mod.captures))
-    out, sums = kernel.run()
+    arguments = q, k, v, *lists, *mask_mod.captures
+    if listing.current() is not None:
+        out, sums = AttentionKernel(mask_mod.source, name, tile, scale, lse, strips, arguments).run()
+    else:
+        kernel = _kernel(mask_mod.source, name, tile, scale, lse, _bucket(name, q, k, v, lists, strips))
+        with torch.no_grad():  # grad mode would be one more variant to compile
+            out, sums = kernel(*arguments)
     if strips:
         out, sums = _joined(out), None if sums is None else _joined(sums)
     return out[..., :width], sums
@@ -255,7 +260,7 @@ class AttentionKernel:
             listed.add(self)
             out = q.new_empty((*q.shape[:3], v.shape[3]))
             return out, q.new_empty(q.shape[:3], dtype=torch.float32) if self.lse else None
-        with torch.no_grad():  # grad mode would be one more variant to compile
+        with torch.no_grad():
             return _kernel(*self.key)(*self.tensors)  # type: ignore[no-any-return]
 
     def compile(self, device: torch.device) -> None:
@@ -266,7 +271,7 @@ class AttentionKernel:
 def _zeros_like(t: Tensor, device: torch.device) -> Tensor:
     """Zeros that lie in memory as a tensor's elements do, which may lie on each other."""
     last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
-    return torch.zeros(last + 1, dtype=t.dtype, device=device).as_strided(t.shape, t.stride())
+    return torch.zeros(max(0, last + 1), dtype=t.dtype, device=device).as_strided(t.shape, t.stride())
 
 
 def _cut(lists: BlockLists, rows: int, keys: int) -> BlockLists:

@@ -64,7 +64,7 @@ class _Call:
     """What was decided for a call, and its plan where that does not depend on the values of the input.
 
     ``kept``: the plan and the stream where it was made, as one tuple, so that another thread never reads one without
-    the other.
+    the other. ``met``: it has been planned before.
     """
 
     runs: Backend
@@ -72,6 +72,7 @@ class _Call:
     note: str
     scale: float
     kept: tuple[Plan, int] | None = None
+    met: bool = False
 
 
 _observer: ContextVar[Callable[[Plan], None] | None] = ContextVar("mmflex observer of plans", default=None)
@@ -113,8 +114,10 @@ def planned(
     kept = call.kept
     if once and kept is not None and (kept[0].dense_alone or kept[1] == replay.stream(q.device)):
         return kept[0]
-    if q.is_cuda and makes_launchers():
-        _compile_first(call, q, k, v)
+    if not call.met:
+        call.met = True
+        if q.is_cuda and makes_launchers() and len(_first_specs) < _first_specs.size:
+            _compile_first(call, q, k, v)
     with torch.no_grad(), without_autocast(q.device):
         plan = Plan(call.program, call.runs, call.scale, q, k, call.note, once, estimate_from, v)
     if once and (plan.dense_alone or replay.follows_from_layout(plan.state)):
@@ -172,8 +175,8 @@ def _compile_first(call: _Call, q: Tensor, k: Tensor, v: Tensor | None) -> None:
     """Before the first plans of a process: compiles their kernels, so that launchers are made side by side."""
     program = call.program
     key = tuple((group.pattern, group.heads) for group in program.groups), program.kv_heads, q.dtype, q.device
-    if len(_first_specs) == _first_specs.size or _first_specs.recall(key) or replay.stream(q.device) < 0:
-        return
+    if _first_specs.recall(key) or replay.stream(q.device) < 0 or torch._C._len_torch_dispatch_stack():
+        return  # a mode of the caller's would see the operators of a plan that is not made
     _first_specs.keep(key, True)
     meta = [
         torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in (q, k, k if v is None else v)

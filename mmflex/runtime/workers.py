@@ -13,6 +13,7 @@ import queue
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -28,7 +29,35 @@ _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from mmflex.r
 
 
 _PATIENCE = 30.0
-"""Seconds for a process to finish a kernel that nobody waits for any more."""
+"""Seconds for the processes to finish kernels that nobody waits for any more."""
+
+
+def _settings() -> dict[str, Any]:
+    """Settings of PyTorch by which Inductor finds compiled code on disk; without what a program has changed in
+    `torch._inductor.config`."""
+    matmul = torch.backends.cuda.matmul
+    return {
+        "threads": torch.get_num_threads(),  # kernels of a CPU are written for a number of threads
+        "dtype": torch.get_default_dtype(),
+        "deterministic": (
+            torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        ),
+        "fill": torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        "matmul": {name: getattr(matmul, name) for name in _MATMUL},
+    }  # fmt: skip
+
+
+_MATMUL = ("fp32_precision", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+
+
+def _set(settings: dict[str, Any]) -> None:
+    torch.set_num_threads(settings["threads"])
+    torch.set_default_dtype(settings["dtype"])
+    enabled, warn = settings["deterministic"]
+    torch.use_deterministic_algorithms(enabled, warn_only=warn)
+    torch.utils.deterministic.fill_uninitialized_memory = settings["fill"]  # type: ignore[attr-defined]
+    for name, value in settings["matmul"].items():
+        setattr(torch.backends.cuda.matmul, name, value)
 
 
 class Workers:
@@ -48,6 +77,7 @@ class Workers:
         self._all: list[_Worker] = []
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="mmflex compiles")
         self._results: list[Future[str]] = []
+        self._closing = False
         try:
             for _ in range(count):
                 self._start()
@@ -64,11 +94,14 @@ class Workers:
         """Starts compiling the kernels of these calls: first those that attend, which take longest.
 
         Raises:
-            What `RecordedCall.kernels` raises, and pickle where a call cannot be handed to a process.
+            What `RecordedCall.kernels` raises, and pickle where a call cannot be handed to a process. ValueError: its
+            patterns are defined in ``__main__``.
         """
         tasks: dict[Any, tuple[bool, str, bytes, int]] = {}
         for call in calls:
             text = pickle.dumps(call)
+            if b"__main__" in text:
+                raise ValueError("a pattern is defined in __main__, which other processes do not have: use a module")
             for number, kernel in enumerate(call.kernels()):
                 tasks.setdefault(kernel.key, (kernel.plans, kernel.name, text, number))
         for _, name, text, number in sorted(tasks.values(), key=lambda task: task[0]):
@@ -82,8 +115,12 @@ class Workers:
     def _compile(self, name: str, call: bytes, number: int) -> str:
         worker = self._idle.get()
         reason = worker.ask((name, call, number))
-        if worker.broken:
-            self._start()  # in its place, for the kernels to come
+        if worker.broken and worker.answered and not self._closing:
+            try:
+                self._start()  # in its place, for the kernels to come
+            except OSError as error:
+                reason += f"; no other could be started: {error}"
+                self._idle.put(worker)  # which says so for each of them
         else:
             self._idle.put(worker)
         return f"{name}: {reason}" if reason else ""
@@ -92,12 +129,14 @@ class Workers:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._closing = True
         for result in self._results:
             result.cancel()
         for worker in self._all:
             worker.close()
+        end = time.monotonic() + _PATIENCE
         for worker in self._all:
-            worker.wait()
+            worker.wait(max(0.0, end - time.monotonic()))
         self._threads.shutdown()
         for worker in self._all:
             worker.free()
@@ -114,8 +153,8 @@ class _Worker:
             [sys.executable, "-c", _START, json.dumps(sys.path)], env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
         )  # fmt: skip
-        self.broken = False
-        self._send(torch.get_num_threads())
+        self.broken = self.answered = False
+        self._send(_settings())
 
     def _send(self, message: Any) -> None:
         assert self.process.stdin is not None
@@ -128,10 +167,12 @@ class _Worker:
         assert self.process.stdout is not None
         self._send(task)
         try:
-            return str(pickle.load(self.process.stdout))
+            reason = str(pickle.load(self.process.stdout))
         except (EOFError, OSError, ValueError, pickle.UnpicklingError):
             self.broken = True
             return self._last_words()
+        self.answered = True
+        return reason
 
     def _last_words(self) -> str:
         code = self.process.wait()
@@ -145,10 +186,10 @@ class _Worker:
         with suppress(OSError):  # of what was still to be written
             self.process.stdin.close()
 
-    def wait(self) -> None:
+    def wait(self, seconds: float) -> None:
         """Waits for its end, not for ever. Files that a compiler is writing would be cut short."""
         try:
-            self.process.wait(_PATIENCE)
+            self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -167,7 +208,7 @@ def serve() -> None:
     """Compiles what comes in on standard input, until it ends."""
     source, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever compilers print
-    torch.set_num_threads(pickle.load(source))  # kernels of a CPU are written for a number of threads
+    _set(pickle.load(source))
     while True:
         try:
             name, call, number = pickle.load(source)
