@@ -120,9 +120,7 @@ def _compile_beside(jobs: int, patch: Any, layouts: Sequence[TokenLayout], batch
             for layout in layouts:
                 _prefill(patch.text_model, layout, batch)
         workers.submit(list(calls.by_key.values()))
-    except (
-        Exception
-    ) as error:  # a pattern that cannot be pickled or reads values back, no more processes, ...
+    except Exception as error:  # a pattern that cannot be pickled or reads values back, no more processes, ...
         notice(f"{type(error).__name__}: {error}")
         return
     before, patch.observer = patch.observer, wait
