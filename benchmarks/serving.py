@@ -46,6 +46,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -390,7 +391,8 @@ class Child:
         ]  # fmt: skip
         url = f"http://127.0.0.1:{port}"
         started = time.perf_counter()
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=sys.stderr)
+        shared = {"PROMETHEUS_MULTIPROC_DIR": mkdtemp(prefix="mmflex-metrics-")}  # the engine is a process of its own
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=sys.stderr, env={**os.environ, **shared})
         try:
             while True:
                 try:
