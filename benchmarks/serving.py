@@ -14,7 +14,7 @@ engine is a *stage*:
     whole     131k tokens in one step
     chunks    steps of 32k tokens: 131k tokens; 16 prompts of 4k at once; 16 requests that decode while 131k tokens
               arrive; 262k tokens
-    decode    the 16 requests of "chunks" alone in an engine of its own
+    decode    what "chunks" does with requests that decode, in an engine of its own
     long      524k tokens in steps of 32k
     exact     a spec under which every key is seen: the answers of plain vLLM, by block-sparse kernels
     video     Qwen2.5-VL with its vision tower and real frames: the layout that patterns see
@@ -35,6 +35,7 @@ import math
 import os
 import platform
 import random
+import shutil
 import signal
 import socket
 import statistics
@@ -391,8 +392,9 @@ class Child:
         ]  # fmt: skip
         url = f"http://127.0.0.1:{port}"
         started = time.perf_counter()
-        shared = {"PROMETHEUS_MULTIPROC_DIR": mkdtemp(prefix="mmflex-metrics-")}  # the engine is a process of its own
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=sys.stderr, env={**os.environ, **shared})
+        counters = mkdtemp(prefix="mmflex-metrics-")  # the engine is a process of its own
+        variables = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": counters}
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=sys.stderr, env=variables)
         try:
             while True:
                 try:
@@ -419,6 +421,7 @@ class Child:
                 server.wait(30)
             except subprocess.TimeoutExpired:
                 server.kill()
+            shutil.rmtree(counters, ignore_errors=True)
         self.write()
 
     def streamed(self, url: str, prompt: list[int]) -> float:
