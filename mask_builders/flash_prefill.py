@@ -182,6 +182,7 @@ class FlashPrefill(Pattern):
     sink: int = 256
     last: int = 129
     block_size: int = 128
+    as_needed: ClassVar[bool] = True
     budgets: ClassVar[tuple[str, ...]] = ("blocks",)
 
     def __post_init__(self) -> None:

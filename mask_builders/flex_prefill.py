@@ -130,6 +130,7 @@ class FlexPrefill(Pattern):
     block_size: int = 128
     last_q: int = 128
     near: int = NEAR
+    as_needed: ClassVar[bool] = True
     budgets: ClassVar[tuple[str, ...]] = ("vertical", "slash", "blocks", "minimum")
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from mmflex.runtime.device import index_constant
 
 from .estimate import Pooled, PooledBlocks, mean_products
 from .near import NEAR, with_room
-from .shares import Shortlist, check_share, fewest
+from .shares import SHARES, Shortlist, check_share, fewest
 
 _SCORES = 1 << 26
 """Scores held at a time."""
@@ -57,7 +57,9 @@ class Prism(Pattern):
     rotary_dim: int | None = None
     pairs: Literal["halves", "interleaved"] = "halves"
     near: int = NEAR
+    as_needed: ClassVar[bool] = True
     budgets: ClassVar[tuple[str, ...]] = ("blocks",)
+    levels: ClassVar[Mapping[str, tuple[float, ...]]] = {"threshold": SHARES}
 
     def __post_init__(self) -> None:
         check_share(self, "threshold")

@@ -162,6 +162,7 @@ class ProxyAttn(Pattern):
     last_q: int = 128
     block_size: int = 128
     near: int = NEAR
+    as_needed: ClassVar[bool] = True
     budgets: ClassVar[tuple[str, ...]] = ("blocks", "minimum")
 
     def __post_init__(self) -> None:

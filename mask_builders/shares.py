@@ -13,6 +13,9 @@ from mmflex.ir.shown import shown
 from mmflex.runtime.kernels.fewest import fewest
 from mmflex.runtime.kernels.select import gathered, heaviest
 
+SHARES = (0.65, 0.78, 0.84, 0.9, 0.95)
+"""Shares of the mass that a search tries."""
+
 
 def heaviest_of_rows(mass: Tensor, budget: Tensor, at_most: int) -> Tensor:
     """bool like ``mass`` float32 [..., n]: the ``budget`` int [..., 1] heaviest of each row, ``at_most`` in any row. Of

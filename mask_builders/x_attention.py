@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar
 
+import numpy as np
 import torch
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
@@ -15,12 +17,47 @@ from mmflex.ir.shown import shown
 from mmflex.runtime.device import array_constant
 from mmflex.runtime.kernels.runs import fused, run_mass
 
-from .block_mass import BlockMass, arranged, finite_rows
+from .block_mass import Arranged, BlockMass, arranged, finite_rows
 from .near import NEAR, NearBlocks, with_room
-from .shares import Shortlist, check_share, fewest
+from .shares import SHARES, Shortlist, check_share, fewest
 
 _SCORES = 1 << 27
 """Numbers held at a time, scores or sums of them: bounds the memory of the estimate at any length."""
+_KEYS = 4096
+"""Keys at which a peak counts as it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Runs of queries and of keys as vectors, whose products are scores.
+
+    Attributes:
+        q: [B, H, M, D], all queries. index: int [B, runs of queries x tokens of one], the queries of a vector.
+        key: [B, Hkv, runs of keys, tokens of one x D]. reach: int [B, runs of queries], the last run of keys before it.
+        per: runs of queries and of keys in a block.
+    """
+
+    q: Tensor
+    index: Tensor
+    key: Tensor
+    reach: Tensor
+    per: tuple[int, int]
+    scale: float
+
+    @property
+    def held(self) -> int:
+        """Numbers that one row of blocks takes, for one head and prompt."""
+        return self.per[0] * self.key.shape[2] // (self.per[1] if fused(self.key, *self.per) else 1)
+
+    def mass(self, part: slice, blocks: int, peak: bool) -> Tensor:
+        """`run_mass` of some rows of blocks over the first ``blocks`` blocks of keys."""
+        batch, heads, _, dim = self.q.shape
+        width = self.key.shape[3]
+        rows = slice(part.start * self.per[0], part.stop * self.per[0])
+        taken = self.index[:, rows.start * (width // dim) : rows.stop * (width // dim), None].mT
+        query = finite_rows(self.q, taken.expand(-1, heads, -1)).view(batch, heads, -1, width)
+        key = self.key[:, :, : blocks * self.per[1]]
+        return run_mass(query, key, self.reach[:, rows], self.per, self.scale, peak)
 
 
 @dataclass(frozen=True)
@@ -32,17 +69,22 @@ class Antidiagonals:
     product is the sum of an antidiagonal. Scores are those products over ``stride`` (a mean), under a softmax over all
     runs of keys up to the run of queries; a block has the sum of its entries. That is a stride-th of the work of
     attention's scores, in float32, some rows of blocks at a time (`mmflex.runtime.kernels.runs`).
+
+    ``peak``: a block has what the run of queries gives to it that looks at it most; or the last query of each run, by
+    its exact scores, if that is more. It is multiplied with the square root of the keys up to the query block over
+    4096: the more keys share a run's attention, the less of it makes a block stand out. Twice the work.
     """
 
     stride: int
     block_size: int
     blocks: int
     near: int = NEAR
+    peak: bool = False
     matrices: ClassVar[bool] = True
 
     def scored(self, view: View) -> float:
-        """Query-key products for one head and prompt: a stride-th of those of dense attention."""
-        return view.rows * view.size / 2 / self.stride
+        """Query-key products for one head and prompt: a stride-th of those of dense attention, or twice that."""
+        return view.rows * view.size / 2 / self.stride * (2 if self.peak else 1)
 
     def query_block(self, view: View) -> int:
         """Queries of a block, all of which are needed to score it."""
@@ -51,34 +93,67 @@ class Antidiagonals:
 
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> BlockMass:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `BlockMass`."""
-        batch, heads, _, dim = q.shape
-        kv_heads, stride = k.shape[1], view.block_size(self.stride)
-        size = self.query_block(view)
-        per = size // stride
+        batch, heads, device = q.shape[0], q.shape[1], q.device
+        stride, size = view.block_size(self.stride), self.query_block(view)
         q, view = view.whole_blocks(q, size)
         cells = arranged(view, stride, size)
-        queries, reach, block_reach = (
-            array_constant(a, q.device).expand(batch, -1) for a in (cells.queries, cells.reach, cells.block_reach)
-        )
-        order = array_constant(cells.keys, q.device).expand(batch, -1)
-        key = finite_rows(k, order[:, None].expand(-1, kv_heads, -1)).view(batch, kv_heads, -1, stride * dim)
-        rows, keys = cells.block_reach.shape[1], key.shape[2] // per
-        held = keys if fused(key, per) else keys * per
-        step = max(1, _SCORES // max(1, batch * heads * per * held))
-        near, room = NearBlocks.of(view, size, self.near, q.device), with_room(view, self.blocks, size, self.near)
+        block_reach = array_constant(cells.block_reach, device).expand(batch, -1)
+        rows, keys = cells.block_reach.shape[1], cells.keys.shape[1] // size
+        runs = [_antidiagonals(q, k, cells, stride, size, scale)]
+        if self.peak:
+            runs.append(_single_queries(q, k, view, stride, size, scale))
+        step = max(1, _SCORES // max(1, batch * heads * max(some.held for some in runs)))
+        near, room = NearBlocks.of(view, size, self.near, device), with_room(view, self.blocks, size, self.near)
         parts = []
         for first in range(0, rows, step):
             part = slice(first, min(rows, first + step))
-            taken = queries[:, part.start * size : part.stop * size, None].mT
-            query = finite_rows(q, taken.expand(-1, heads, -1)).view(batch, heads, -1, stride * dim)
-            some = per * (1 + max(0, int(cells.block_reach[:, part].max())))  # later keys are after all these queries
-            sees = reach[:, part.start * per : part.stop * per]
-            mass = run_mass(query, key[:, :, :some], sees, per, scale / stride)
-            number = torch.arange(mass.shape[-1], device=q.device)
+            some = 1 + max(0, int(cells.block_reach[:, part].max()))  # later keys are after all these queries
+            mass = reduce(torch.maximum, (of.mass(part, some, self.peak) for of in runs))
+            if self.peak:
+                mass *= ((block_reach[:, None, part, None] + 1) * (size / _KEYS)).sqrt()
+            number = torch.arange(mass.shape[-1], device=device)
             rows_of_near = slice(part.start + cells.skipped, part.stop + cells.skipped)
             forced = (number == 0) | near.mask(rows_of_near, number)
             parts.append(Shortlist.of_blocks(mass, block_reach[:, part], self.blocks, forced, room))
         return BlockMass(Shortlist.join(parts), cells.skipped, keys)
+
+
+def _antidiagonals(q: Tensor, k: Tensor, cells: Arranged, stride: int, size: int, scale: float) -> Runs:
+    """Runs of ``stride`` queries and keys, the keys reversed."""
+    batch, dim = q.shape[0], q.shape[3]
+    index, reach, order = (
+        array_constant(a, q.device).expand(batch, -1) for a in (cells.queries, cells.reach, cells.keys)
+    )
+    key = finite_rows(k, order[:, None].expand(-1, k.shape[1], -1)).view(batch, k.shape[1], -1, stride * dim)
+    return Runs(q, index, key, reach, (size // stride, size // stride), scale / stride)
+
+
+def _single_queries(q: Tensor, k: Tensor, view: View, stride: int, size: int, scale: float) -> Runs:
+    """The last query of each run, and keys one by one."""
+
+    def build() -> tuple[np.ndarray, np.ndarray]:
+        each = arranged(view, 1, size)
+        slots = each.queries.reshape(len(each.queries), -1, stride)
+        last = stride - 1 - (slots >= 0)[..., ::-1].argmax(-1, keepdims=True)
+        reach = each.reach.reshape(slots.shape)
+        return np.take_along_axis(slots, last, 2)[..., 0], np.take_along_axis(reach, last, 2)[..., 0]
+
+    batch = q.shape[0]
+    found = view.layout.once(("last of runs", view.scope, view.queries, stride, size), build)
+    arrays = (*found, arranged(view, 1, size).keys)
+    index, reach, order = (array_constant(a, q.device).expand(batch, -1) for a in arrays)
+    key = finite_rows(k, order[:, None].expand(-1, k.shape[1], -1))
+    return Runs(q, index, key, reach, (size // stride, size), scale)
+
+
+def check_stride(pattern: Pattern) -> None:
+    """ValueError unless the stride of a pattern divides its blocks."""
+    size, stride = (getattr(pattern, name) for name in ("block_size", "stride"))
+    if size % stride:
+        raise ValueError(
+            f"{type(pattern).__name__}.stride is {shown(stride)}, which does not divide the block_size of "
+            f"{shown(size)}: use a divisor, such as 8 or 16 for blocks of 128"
+        )
 
 
 @dataclass(frozen=True)
@@ -107,18 +182,15 @@ class XAttention(Pattern):
     blocks: int = 64
     block_size: int = 128
     near: int = NEAR
+    as_needed: ClassVar[bool] = True
     budgets: ClassVar[tuple[str, ...]] = ("blocks",)
+    levels: ClassVar[Mapping[str, tuple[float, ...]]] = {"threshold": SHARES}
 
     def __post_init__(self) -> None:
         check_share(self, "threshold")
         check_counts(self, "stride", "blocks", "block_size", minimum=1)
         check_counts(self, "near")
-        if self.block_size % self.stride:
-            raise ValueError(
-                f"XAttention.stride is {shown(self.stride)}, which does not divide the block_size of "
-                f"{shown(self.block_size)}: "
-                "use a divisor, such as 8 or 16 for blocks of 128"
-            )
+        check_stride(self)
 
     def estimator(self) -> Antidiagonals:
         return Antidiagonals(self.stride, self.block_size, self.blocks, self.near)

@@ -35,6 +35,7 @@ import torch
 import mmflex
 from mask_builders import (
     AShape,
+    BlockPeaks,
     BlockTopK,
     Boundary2D,
     Dense,
@@ -200,6 +201,8 @@ def leaf(c: Case, n: int) -> Pattern:
         return FlexPrefill(share, tau, *counts, c.pick(16, 32, 8, positive(c, n)), positive(c, 16))
     if kind == 7:
         stride, size = c.pick((4, 16), (8, 16), (1, 5), (16, 32), (3, 9), (positive(c, n), positive(c, n)))
+        if c.chance(0.4):
+            return BlockPeaks(c.pick(0.001, 0.02, 0.3), stride, positive(c, 5), size, c.pick(100, budget(c, n)))
         return XAttention(stride, c.pick(0.3, 0.9, 1.0), positive(c, 5), size)
     if kind in (8, 9):
         stride = c.pick("frame", "search", "search", *[c.rng.randrange(1, 40)] * 4, n, 2**31 - 1, 2**40, 2**61)

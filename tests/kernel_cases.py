@@ -260,31 +260,35 @@ def blocks(device: str) -> None:
 
 def runs(device: str) -> None:
     """Mass of blocks of runs against softmax in float64: rows of unlike reach, scores that are not finite, keys that
-    are a part of a longer tensor."""
+    are a part of a longer tensor; summed over a block's queries, and that of the one that gives it most."""
     generator = torch.Generator().manual_seed(5)
     halves = [torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16, torch.float16]
-    cases = [(1, 1, 1, 4, 3, 5, 64), (2, 2, 3, 16, 17, 19, 128), (1, 2, 7, 8, 5, 40, 80), (1, 1, 2, 128, 2, 3, 16)]
-    for batch, kv_heads, group, per, rows, keys, width in cases:
+    cases = [
+        (1, 1, 1, (4, 4), 3, 5, 64), (2, 2, 3, (16, 16), 17, 19, 128), (1, 2, 7, (8, 8), 5, 40, 80),
+        (1, 1, 2, (128, 128), 2, 3, 16), (1, 2, 2, (8, 128), 9, 7, 128), (2, 1, 3, (4, 64), 6, 11, 64),
+    ]  # fmt: skip
+    for batch, kv_heads, group, (few, many), rows, keys, width in cases:
         heads = kv_heads * group
         for dtype in halves:
-            q = torch.randn((batch, heads, rows * per, width), generator=generator).to(device, dtype)
-            k = torch.randn((batch, kv_heads, keys * per + 9, width), generator=generator).to(device, dtype)
+            q = torch.randn((batch, heads, rows * few, width), generator=generator).to(device, dtype)
+            k = torch.randn((batch, kv_heads, keys * many + 9, width), generator=generator).to(device, dtype)
             q[0, 0, 1] = float("nan")
-            k[0, -1, per] = float("inf")  # scores of either sign
+            k[0, -1, many] = float("inf")  # scores of either sign
             k[-1, 0, 2] *= 50.0
-            reach = torch.randint(-1, keys * per, (batch, rows * per), generator=generator, dtype=torch.int32)
-            reach[0, per : 2 * per] = -1
+            reach = torch.randint(-1, keys * many, (batch, rows * few), generator=generator, dtype=torch.int32)
+            reach[0, few : 2 * few] = -1
             reach = reach.to(device)
-            assert fused(q, per) == (device == "cpu" or dtype != torch.float32)
-            mass = run_mass(q, k[:, :, : keys * per], reach, per, 0.3)
-            scores = q.double() @ k[:, :, : keys * per].double().repeat_interleave(group, 1).mT * 0.3
-            column = torch.arange(keys * per, device=device)
+            assert fused(q, few, many) == (device == "cpu" or dtype != torch.float32)
+            scores = q.double() @ k[:, :, : keys * many].double().repeat_interleave(group, 1).mT * 0.3
+            column = torch.arange(keys * many, device=device)
             scores = scores.masked_fill(column > reach[:, None, :, None], float("-inf"))
             share = scores.softmax(-1).nan_to_num(0.0)
-            expected = share.unflatten(3, (keys, per)).sum(4).unflatten(2, (rows, per)).sum(3)
-            assert mass.shape == expected.shape
-            assert expected[0, 0].sum() > 0.5
-            assert (mass - expected).abs().max().item() < 1e-4, (per, width, dtype)
+            each = share.unflatten(3, (keys, many)).sum(4).unflatten(2, (rows, few))
+            for peak, expected in ((False, each.sum(3)), (True, each.amax(3))):
+                mass = run_mass(q, k[:, :, : keys * many], reach, (few, many), 0.3, peak)
+                assert mass.shape == expected.shape
+                assert expected[0, 0].sum() > 0.5
+                assert (mass - expected).abs().max().item() < 1e-4, (few, many, width, dtype, peak)
 
 
 def fewest(device: str) -> None:

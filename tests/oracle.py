@@ -18,6 +18,7 @@ import torch
 import mmflex
 from mask_builders import (
     AShape,
+    BlockPeaks,
     BlockTopK,
     Boundary2D,
     Dense,
@@ -217,7 +218,7 @@ class Meaning:
             return self._lines(pattern, scope)
         if isinstance(pattern, FlexPrefill):
             return self._lines(pattern, scope) | self._blocks(pattern, scope)
-        if isinstance(pattern, (BlockTopK, Prism, ProxyAttn, XAttention)):
+        if isinstance(pattern, (BlockPeaks, BlockTopK, Prism, ProxyAttn, XAttention)):
             return self._blocks(pattern, scope)
         if isinstance(pattern, FlashPrefill):
             return self._blocks(pattern, scope) | self._last(pattern.last, scope)

@@ -15,7 +15,7 @@ import numpy as np
 import oracle
 
 import mmflex
-from mask_builders import BlockTopK, FlashPrefill, FlexPrefill, Prism, ProxyAttn, XAttention
+from mask_builders import BlockPeaks, BlockTopK, FlashPrefill, FlexPrefill, Prism, ProxyAttn, XAttention
 
 EPS = 1e-5
 """Rounding of float32 masses, as a share of all mass."""
@@ -72,8 +72,8 @@ class Blocks:
         return _softmax(score)
 
     def antidiagonal(self, rows: int, columns: int, stride: int, scale: float) -> np.ndarray:
-        """[rows, columns]: pairs whose places within runs of ``stride`` add up to stride - 1, summed over pairs of
-        runs; a softmax over runs of keys; summed over blocks."""
+        """[rows, runs of a block, columns]: pairs whose places within runs of ``stride`` add up to stride - 1, summed
+        over pairs of runs; a softmax over runs of keys; summed over the keys of a block."""
         per = self.size // stride
         pairs = self.q @ self.k.T * scale / stride
         crossed = (self.own % stride)[:, None] + (self.at % stride)[None] == stride - 1
@@ -83,7 +83,22 @@ class Blocks:
             np.add.at(runs[self.own[i] // stride], self.at[self.keys] // stride, pairs[i, self.keys])
         hidden = np.arange(columns * per) > self.reach(rows * per, stride)[:, None]
         mass = _softmax(np.where(hidden, -np.inf, runs))
-        return mass.reshape(rows, per, columns, per).sum((1, 3))
+        return mass.reshape(rows, per, columns, per).sum(3)
+
+    def peaks(self, rows: int, columns: int, stride: int, scale: float) -> np.ndarray:
+        """[rows, columns]: the most that a run of queries gives to a block, or the last query of one, times the square
+        root of the keys up to the end of the last block that is seen over 4096."""
+        found = self.antidiagonal(rows, columns, stride, scale).max(1)
+        for run in range(rows * self.size // stride):
+            members = np.flatnonzero(self.queries & (self.own // stride == run))
+            if len(members):
+                i = members[-1]
+                score = np.where(self.keys & (self.at <= self.stands[i]), self.k @ self.q[i] * scale, -np.inf)
+                share = np.bincount(np.maximum(self.at, 0) // self.size, _softmax(score[None])[0], minlength=columns)
+                row = run * stride // self.size
+                found[row] = np.maximum(found[row], share)
+        keys = (self.reach(rows, self.size) + 1) * self.size
+        return found * np.sqrt(keys / 4096)[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,7 +282,7 @@ def check_flex_prefill(pattern: FlexPrefill, head: Head) -> None:
 
 def check_x_attention(pattern: XAttention, head: Head) -> None:
     table, blocks = head.found("blocks"), head.blocks(pattern.block_size)
-    mass = blocks.antidiagonal(*table.shape, pattern.stride, head.plan.scale)
+    mass = blocks.antidiagonal(*table.shape, pattern.stride, head.plan.scale).sum(1)
     forced = blocks.forced(*table.shape, pattern.near)
     for i, last in enumerate(blocks.reach(len(table), pattern.block_size)):
         assert not table[i, last + 1 :].any(), "a key block after every query of its block"
@@ -302,6 +317,20 @@ def prism_bands(pattern: Prism, dim: int) -> tuple[list[int], list[int]]:
     high = [c for i, pair in enumerate(pairs) if i < count // 2 for c in pair]
     low = [c for i, pair in enumerate(pairs) if i >= count // 4 for c in pair]
     return high, low + list(range(2 * count, dim))
+
+
+def check_block_peaks(pattern: BlockPeaks, head: Head) -> None:
+    table, blocks = head.found("blocks"), head.blocks(pattern.block_size)
+    peaks = blocks.peaks(*table.shape, pattern.stride, head.plan.scale)
+    forced = blocks.forced(*table.shape, pattern.near)
+    for i, last in enumerate(blocks.reach(len(table), pattern.block_size)):
+        assert not table[i, last + 1 :].any(), "a key block after every query of its block"
+        if last >= 0:
+            first, row = forced[i, : last + 1], peaks[i, : last + 1]
+            surely, possibly = listed(row, first, pattern.blocks, 1e-5)
+            surely &= first | (row > pattern.peak * (1 + 1e-5))
+            possibly &= first | (row > pattern.peak * (1 - 1e-5))
+            check_between(table[i, : last + 1], surely, possibly, f"row {i}")
 
 
 def check_prism(pattern: Prism, head: Head) -> None:
@@ -423,6 +452,7 @@ def check_proxy_attn(pattern: ProxyAttn, head: Head) -> None:
 
 
 CHECKS: dict[type, Callable[[Any, Head], None]] = {
+    BlockPeaks: check_block_peaks,
     BlockTopK: check_block_top_k,
     FlashPrefill: check_flash_prefill,
     FlexPrefill: check_flex_prefill,

@@ -22,6 +22,7 @@ import torch
 import mmflex
 from mask_builders import (
     AShape,
+    BlockPeaks,
     BlockTopK,
     Boundary2D,
     Dense,
@@ -61,6 +62,7 @@ SPECS: dict[str, Any] = {
     "block top-k, other blocks": BlockTopK(3, 40),
     "flex prefill": FlexPrefill(0.9, 0.2, 64, 96, 5, 32, 16, 16),
     "x attention": XAttention(8, 0.8, 5, 16),
+    "block peaks": BlockPeaks(0.01, 8, 5, 16),
     "x attention, own block": XAttention(8, 0.8, 5, 16, near=1),
     "block top-k, own block": BlockTopK(4, 16, near=1),
     "falling top-k": BlockTopK(12, 16, near=20, decay=0.4),

@@ -17,7 +17,7 @@ import torch
 from test_selection import TILE, Planted, diagonal, outer, recall
 
 import mmflex
-from mask_builders import FlexPrefill, VerticalSlash, XAttention, x_attention
+from mask_builders import BlockPeaks, FlexPrefill, VerticalSlash, XAttention, x_attention
 from mask_builders.shares import Shortlist, fewest, top_share
 
 SMALL = {"minimum": 0, "block_size": TILE, "last_q": 4 * TILE, "near": 1}
@@ -264,7 +264,7 @@ def test_every_row_holds_its_threshold(threshold: float) -> None:
     table = found(plan, "blocks")[0, 1].numpy()
     prompt = oracle.Prompt.of(plan.layout, 0)
     blocks = oracle_adaptive.Blocks(q[0, 1].double().numpy(), k[0, 0].double().numpy(), prompt, (None, None), TILE)
-    mass = blocks.antidiagonal(*table.shape, 4, plan.scale)
+    mass = blocks.antidiagonal(*table.shape, 4, plan.scale).sum(1)
     share = (mass * table).sum(1) / mass.sum(1)
     assert share.min() >= threshold - 1e-5
     assert oracle.check_selection(plan, q, k) == 4
@@ -279,6 +279,33 @@ def test_a_budget_of_blocks_keeps_the_heaviest_of_each_row() -> None:
     assert table[..., 0].all()
     assert table.diagonal(dim1=2, dim2=3).all()
     assert oracle.check_selection(plan, q, k) == 4
+
+
+@pytest.mark.parametrize("peak", [0.01, 0.05, 0.2])
+def test_a_block_that_one_run_of_queries_looks_for_is_kept(peak: float) -> None:
+    q, k, _ = random(sharp=6.0)
+    plan = mmflex.plan(q, k, BlockPeaks(peak, 4, 64, TILE), backend="reference", block_size=TILE)
+    table = found(plan, "blocks")[0, 1].numpy()
+    prompt = oracle.Prompt.of(plan.layout, 0)
+    blocks = oracle_adaptive.Blocks(q[0, 1].double().numpy(), k[0, 0].double().numpy(), prompt, (None, None), TILE)
+    peaks = blocks.peaks(*table.shape, 4, plan.scale)
+    assert peaks[table < 0.5].max() < peak * (1 + 1e-5)
+    assert oracle.check_selection(plan, q, k) == 4
+    mass = found(mmflex.plan(q, k, XAttention(4, 0.8, 64, TILE), backend="reference", block_size=TILE), "blocks")
+    assert table.sum() < np.tri(len(table)).sum(), "not all blocks are needed"
+    assert not np.array_equal(table, mass[0, 1].numpy()), "a share of the mass asks for others"
+
+
+def test_heads_of_one_cut_differ_in_what_they_compute() -> None:
+    """A head that looks everywhere has no peak; one that looks for single blocks has one in each."""
+    q, k, _ = random(1024)
+    q[:, :2] = 0.0  # attention is even: a block of 16 keys holds 16/1024 of it at the end
+    q[:, 2:] *= 8.0
+    pattern = BlockPeaks(0.1, 4, 64, TILE, near=1)
+    table = found(mmflex.plan(q, k, pattern, backend="reference", block_size=TILE), "blocks")
+    kept = table.float().mean((0, 2, 3))
+    assert table[:, :2, 16:].sum(-1).max() == 2, "the first block and the own one alone"
+    assert kept[2:].min() > 2 * kept[:2].max()
 
 
 def test_scores_in_chunks_are_those_of_one_piece() -> None:

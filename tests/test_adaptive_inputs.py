@@ -15,6 +15,7 @@ from test_selection import TILE, Planted
 import mmflex
 from mask_builders import (
     AShape,
+    BlockPeaks,
     BlockTopK,
     Boundary2D,
     FlashPrefill,
@@ -78,9 +79,10 @@ VIDEO = mmflex.TokenLayout.from_segments(
     [("text", 45), ("video", (9, 5, 5), {"timestamps": 3}), ("text", 61), ("image", (6, 7)), ("text", 20)]
 )
 FLEX, CROSSED = FlexPrefill(0.8, 0.2, 50, 64, 5, 16, 16, 32, 1), XAttention(4, 0.7, 5, 16, 1)
+PEAKS = BlockPeaks(0.01, 4, 5, 16, 1)
 BANDS, CUT = Prism(0.7, 4, 16, near=20), FlashPrefill(0.3, 5, 0.6, 20, 16, 9, 16)
 PROXY, FALLING = ProxyAttn(0.7, 6, 32, 4, 1, 32, 16, 1), BlockTopK(6, 16, 20, 0.5, 0.3)
-EVERY = [FLEX, FlexPrefill(0.8, 1.0, 50, 64, 5, 16, 16, 32), CROSSED, BANDS, CUT, PROXY, FALLING]
+EVERY = [FLEX, FlexPrefill(0.8, 1.0, 50, 64, 5, 16, 16, 32), CROSSED, PEAKS, BANDS, CUT, PROXY, FALLING]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -205,7 +207,13 @@ def test_memory_is_far_below_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((x_attention, "_SCORES"), (flash_prefill, "_STRIP"), (proxy_attn, "_STRIP")):
         monkeypatch.setattr(module, name, 1 << 20)
     q, k = torch.randn(1, 2, n, 16), torch.randn(1, 1, n, 16)
-    newer = (Prism(0.9, 10), FlashPrefill(0.1, 10, 0.2), ProxyAttn(0.9, 10), BlockTopK(10, decay=0.7, values=0.2))
+    newer = (
+        BlockPeaks(0.01, 16, 10),
+        Prism(0.9, 10),
+        FlashPrefill(0.1, 10, 0.2),
+        ProxyAttn(0.9, 10),
+        BlockTopK(10, decay=0.7, values=0.2),
+    )
     for pattern in (FlexPrefill(0.9, 0.1, 500, 1024, 10), XAttention(16, 0.9, 10), *newer):
         with Largest() as largest:
             mmflex.plan(q, k, pattern, backend="reference", v=k)
@@ -238,6 +246,10 @@ def test_memory_is_far_below_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: XAttention(stride=0), ValueError, ["XAttention.stride", "0", "1"]),
         (lambda: XAttention(stride=12), ValueError, ["12", "128", "divisor"]),
         (lambda: XAttention(stride=256), ValueError, ["256", "128", "divisor"]),
+        (lambda: BlockPeaks(0), ValueError, ["BlockPeaks.peak", "0", "at most 1"]),
+        (lambda: BlockPeaks("0.1"), TypeError, ["BlockPeaks.peak", "'0.1'", "float"]),
+        (lambda: BlockPeaks(stride=48), ValueError, ["BlockPeaks.stride", "48", "128", "divisor"]),
+        (lambda: BlockPeaks(blocks=0), ValueError, ["BlockPeaks.blocks", "0", "1"]),
         (lambda: XAttention(blocks=0), ValueError, ["XAttention.blocks", "0", "1"]),
         (lambda: XAttention(block_size=0), ValueError, ["XAttention.block_size", "0", "1"]),
         (lambda: XAttention(near=-1), ValueError, ["XAttention.near", "-1", "0"]),
@@ -285,7 +297,12 @@ def test_unbounded_budgets_and_a_share_of_one_are_dense() -> None:
     q, k, _ = random(150, 37)
     q, k = q * 0.1, k * 0.1  # no mass that float32 cannot tell from 0
     share = (FlexPrefill(1.0, 1.0, 999, 999, 999, 0, 16), XAttention(4, 1.0, 999, 16), Prism(1.0, 999, 16))
-    for pattern in (*share, FlashPrefill(1e-9, 999, block_size=16), ProxyAttn(1.0, 999, 0, block_size=16)):
+    for pattern in (
+        *share,
+        FlashPrefill(1e-9, 999, block_size=16),
+        BlockPeaks(1e-9, 4, 999, 16),
+        ProxyAttn(1.0, 999, 0, block_size=16),
+    ):
         plan = mmflex.plan(q, k, pattern, backend="reference", block_size=16)
         assert torch.equal(plan.dense_mask()[0, 0], torch.ones(37, 150).tril(113).bool())
     columns = FlexPrefill(1.0, 0.0, 999, 999, 1, 999, 16)

@@ -11,7 +11,8 @@ import torch
 from test_search import ids, llama
 
 import mmflex
-from mask_builders import AShape, BlockTopK, Dense, Grid, Prism, VerticalSlash, XAttention
+from mask_builders import AShape, BlockPeaks, BlockTopK, Dense, Grid, Prism, VerticalSlash, XAttention
+from mask_builders.shares import SHARES
 from mmflex.integrations import search as module
 from mmflex.integrations.capture import inputs_of
 from mmflex.integrations.comparison import compare, rivals_of
@@ -73,10 +74,10 @@ def test_a_threshold_gives_heads_what_they_need() -> None:
     prices = Prices(layer, "reference")
     base = XAttention(4, 0.9, 64, 16, near=1)
     table = candidates.at_costs(
-        candidates.by_share([base, AShape(16, 48)]), [0.1], lambda p: prices.of(p).density.mean()
+        candidates.at_levels([base, AShape(16, 48)]), [0.1], lambda p: prices.of(p).density.mean()
     )
     assert [p for p in table if isinstance(p, XAttention)] == [
-        XAttention(4, share, 64, 16, near=1) for share in candidates.SHARES
+        XAttention(4, share, 64, 16, near=1) for share in SHARES
     ], "dearer than the target as well"
     assert sum(isinstance(p, AShape) for p in table) == 1
     near, far = prices.of(table[0]).density
@@ -103,14 +104,15 @@ def test_a_threshold_that_makes_no_sense_here_is_left_out() -> None:
             raise ValueError("not with this prompt")
         return 0.2
 
-    assert candidates.at_costs(candidates.by_share([XAttention(), AShape()]), [0.3], price) == (AShape(),)
+    assert candidates.at_costs(candidates.at_levels([XAttention(), AShape()]), [0.3], price) == (AShape(),)
 
 
-def test_thresholds_of_the_table() -> None:
-    shares = [p.base for p in candidates.paper() if isinstance(p, candidates.AsIs)]
-    assert {type(p) for p in shares} == {XAttention, Prism}
-    assert {p.threshold for p in shares} == set(candidates.SHARES)
-    assert len(set(shares)) == len(shares)
+def test_levels_of_the_table() -> None:
+    levels = [p.base for p in candidates.paper() if isinstance(p, candidates.AsIs)]
+    assert {type(p) for p in levels} == {BlockPeaks, Prism, XAttention}
+    assert {p.threshold for p in levels if not isinstance(p, BlockPeaks)} == set(SHARES)
+    assert {p.peak for p in levels if isinstance(p, BlockPeaks)} == set(BlockPeaks.levels["peak"])
+    assert len(set(levels)) == len(levels)
 
 
 def test_grids_are_for_more_than_text() -> None:

@@ -13,6 +13,7 @@ import torch
 import mmflex
 from mask_builders import (
     AShape,
+    BlockPeaks,
     BlockTopK,
     Boundary2D,
     Dense,
@@ -109,6 +110,8 @@ EVERYTHING = [
     FlexPrefill(1.0, 0.0, vertical=2**70, slash=2**70, blocks=2**70, minimum=2**70),
     FlexPrefill(1.0, 1.0, blocks=2**70, minimum=2**70, block_size=2**50),
     XAttention(8, 1.0, blocks=2**70),
+    BlockPeaks(1e-9, 8, blocks=2**70),
+    BlockPeaks(1.0, 2**40, 1, block_size=2**41, near=2**70),
     XAttention(2**40, 1.0, block_size=2**41),
     XAttention(8, 0.1, 1, near=2**70),
     VerticalSlash(0, 1, near=2**40),

@@ -15,6 +15,7 @@ from rank_pool import RankError, RankPool
 import mmflex
 from mask_builders import (
     AShape,
+    BlockPeaks,
     BlockTopK,
     Boundary2D,
     Dense,
@@ -156,11 +157,13 @@ def test_unlike_prompts_in_a_batch(pool: RankPool, side: str) -> None:
 
 BY_BLOCK = [
     *[BlockTopK(3)] * 3,
-    *[XAttention(8, 0.8, 4)] * 3,
+    *[XAttention(8, 0.8, 4)] * 2,
+    BlockPeaks(0.01, 8, 4),
     *[FlexPrefill(0.9, 0.0, 40, 64, 4, 16)] * 2,
     *[FlexPrefill(0.9, 1.0, 40, 64, 4, 16)] * 2,
     *[BlockTopK(3).on("video", "video") | AShape(64, 128)] * 2,
-    *[XAttention(8, 0.8, 4).on("video") | AShape(64, 128)] * 2,
+    XAttention(8, 0.8, 4).on("video") | AShape(64, 128),
+    BlockPeaks(0.02, 8, 4).on("video") | AShape(64, 128),
 ]
 
 

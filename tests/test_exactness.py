@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 import mmflex
 from mask_builders import (
     AShape,
+    BlockPeaks,
     BlockTopK,
     Boundary2D,
     Dense,
@@ -143,6 +144,13 @@ def adaptive(tile: int, last: int) -> st.SearchStrategy:
         st.integers(1, 6),
         NEAR,
     )
+    peaks = st.builds(
+        lambda run, peak, blocks, near: BlockPeaks(peak, run[0], blocks, run[1], near),
+        st.sampled_from(runs),
+        st.sampled_from([0.001, 0.01, 0.03, 0.1]),
+        st.integers(1, 6),
+        NEAR,
+    )
     blocks, size = st.integers(1, 6), st.sampled_from([tile, tile, 2 * tile, tile // 2, 7])
     bands = st.builds(
         Prism,
@@ -174,7 +182,7 @@ def adaptive(tile: int, last: int) -> st.SearchStrategy:
         block_size=size,
         near=NEAR,
     )
-    return st.one_of(flex, crossed, bands, cut, proxy)
+    return st.one_of(flex, crossed, peaks, bands, cut, proxy)
 
 
 @st.composite

@@ -26,6 +26,7 @@ from torch._dynamo.testing import CompileCounter
 import mmflex
 from mask_builders import (
     AShape,
+    BlockPeaks,
     BlockTopK,
     Boundary2D,
     Dense,
@@ -581,6 +582,7 @@ SPECS = [
     VerticalSlash(20, 40, 16),
     FlexPrefill(0.8, 0.2, 20, 40, 3, 16, 16, 16),
     XAttention(4, 0.8, 3, 16),
+    BlockPeaks(0.02, 4, 3, 16),
     BlockTopK(3, 16),
     Grid("search", rows=True, slash=True, local=16, sink=16, last_q=16, shortest=8, longest=40),
     [Dense(), Strided(7) | AShape(3, 9)],

@@ -16,6 +16,7 @@ import torch
 import mmflex
 from mask_builders import (
     AShape,
+    BlockPeaks,
     BlockTopK,
     Boundary2D,
     Dense,
@@ -42,6 +43,7 @@ EVERY = [
     BlockTopK(3, 16),
     FlexPrefill(0.8, 0.2, 20, 40, 3, 16, 16, 16),
     XAttention(4, 0.8, 3, 16),
+    BlockPeaks(0.02, 4, 3, 16),
     BlockTopK(3, 16, near=0, decay=0.5),
     Prism(0.8, 3, 16, near=1),
     FlashPrefill(0.2, 3, 0.5, 20, 16, 5, 16),

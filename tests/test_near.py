@@ -16,6 +16,7 @@ import mask_builders
 import mmflex
 from mask_builders import (
     AShape,
+    BlockPeaks,
     BlockTopK,
     Boundary2D,
     FlexPrefill,
@@ -52,6 +53,8 @@ SMALLEST = [
     FlexPrefill(0.01, 1.0, 1, 1, 1, 0, block_size=48),
     XAttention(8, 0.01, 1),
     XAttention(8, 0.01, 2, 32),
+    BlockPeaks(1.0, 8, 1),
+    BlockPeaks(1.0, 8, 2, 32),
     AShape(0, NEAR),
     TriShape(0, NEAR, 0),
     Grid(64, local=NEAR, sink=0),

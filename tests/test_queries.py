@@ -13,6 +13,7 @@ from test_exactness import Case, cases, lowered, run_settings, tensors
 import mmflex
 from mask_builders import (
     AShape,
+    BlockPeaks,
     BlockTopK,
     Boundary2D,
     Dense,
@@ -104,6 +105,7 @@ BY_BLOCK = [
     BlockTopK(3, 16, 1),
     BlockTopK(9, 16, 20, decay=0.5),
     XAttention(8, 0.8, 4, 16, 20),
+    BlockPeaks(0.01, 8, 6, 16, 20),
     FlashPrefill(0.2, 4, 0.5, 20, 16, 20, 16),
     ProxyAttn(0.8, 6, 0, block_size=16, near=1),
     FlexPrefill(0.9, 0.2, 40, 64, 4, 16, 16, near=1),

@@ -165,6 +165,16 @@ def _x_attention(trace: Trace, config: Config | None) -> list[Ladder]:
     return [_by_share("XAttention", "threshold", {"stride": stride, "blocks": _tiles(trace)}) for stride in (8, 16)]
 
 
+def _block_peaks(trace: Trace, config: Config | None) -> list[Ladder]:
+    """A cut that falls, from 0.9 to 0.0001 of a run's attention."""
+
+    def at(i: int) -> Setting:
+        peak = round(0.9 * 2 ** (-i / 6), 4)
+        return Setting(f"peak {peak:g}", find("BlockPeaks")(peak=peak, blocks=_tiles(trace)))
+
+    return [Ladder(80, at)]
+
+
 def _prism(trace: Trace, config: Config | None) -> list[Ladder]:
     return [_by_share("Prism", "threshold", {"blocks": _tiles(trace)})]
 
@@ -285,6 +295,8 @@ METHODS = {
         Method("flexprefill", "FlexPrefill", "blocks or lines that hold gamma of the mass, tau 0.1", _flex_prefill),
         Method("xattention", "XAttention", "antidiagonal scores to a threshold; of two strides the best",
                _x_attention),
+        Method("block-peaks", "block peaks", "blocks to which some run of queries gives a share of its attention",
+               _block_peaks),
         Method("prism", "Prism", "mean-pooled blocks by bands of rotary frequencies, to a threshold", _prism),
         Method("flashprefill", "FlashPrefill", "blocks above a share of the heaviest; forced as in the paper or little",
                _flash_prefill),

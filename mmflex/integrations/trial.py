@@ -130,7 +130,11 @@ def sparse(model: Any, spec: Spec | Config, backend: str, layouts: dict[str, Any
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", DenseFallback)
-        with patched(model, spec, backend=planned), listed_eagerly() if planned == "reference" else nullcontext():
+        # layers are not compiled: they would break at this function
+        with (
+            patched(model, spec, backend=planned, fuse=False),
+            listed_eagerly() if planned == "reference" else nullcontext(),
+        ):
             vars(model)["_mmflex_patch"].prompt.recent = layouts
             AttentionInterface.register(NAME, attention)
             try:

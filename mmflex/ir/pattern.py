@@ -81,6 +81,11 @@ class Pattern:
     """Integer fields that say how much is kept, in tokens or blocks: what `scaled` multiplies."""
     least: ClassVar[Mapping[str, int]] = {}
     """Lower bounds that `scaled` respects, by budget (a budget below its bound stays): a neighbourhood stays one."""
+    levels: ClassVar[Mapping[str, tuple[float, ...]]] = {}
+    """Values of a field at which a search tries the pattern as it is, instead of scaled: a share of the mass costs each
+    head what that head needs, and under a bound that binds all blocks of queries get alike."""
+    as_needed: ClassVar[bool] = False
+    """Whether how much is computed depends on what a head attends to (a share of the mass, a cut), within budgets."""
     serial: str
     """Names this object among all patterns and layouts alive, for graphs of torch.compile to refer to."""
     __signature__: ClassVar[Any] = _Signature()

@@ -36,6 +36,7 @@ FAMILIES = {
     "VerticalSlash": ("V", "#e69f00"),
     "Grid": ("G", "#009e73"),
     "BlockTopK": ("K", "#f0e442"),
+    "BlockPeaks": ("M", "#c9b458"),
     "QBoundary": ("Q", "#cc79a7"),
     "Boundary2D": ("B", "#8e4585"),
     "Strided": ("S", "#d55e00"),

@@ -8,6 +8,7 @@ from itertools import cycle, islice
 
 from mask_builders import (
     AShape,
+    BlockPeaks,
     BlockTopK,
     Boundary2D,
     Dense,
@@ -179,6 +180,7 @@ WORKS: dict[str, Work] = {
         (XAttention(8, 0.8, 4), None),
         (Grid("search", rows=True, slash=True, local=64, sink=32, shortest=8, longest=100), None),
         (XAttention(16, 0.7, 3), None),
+        (BlockPeaks(0.02, 8, 4), None),
         how=GATHERED,
         needs="gathered rows, residue-major",
     ),

@@ -3,7 +3,7 @@
 A table is a sequence of patterns from simple to complex: of two that are equally good, the first one is taken. The
 paper's table is what the pattern classes offer by `Pattern.candidates`, whoever defines them, with MInference's own
 budgets, with grids that keep a few columns besides (a grid alone has no room for the needle that a question is
-about), and with patterns that keep a share of the mass at several shares (`by_share`).
+about), and with patterns that keep what they need at several levels (`at_levels`).
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ _NEAR = 0.05
 _ALIKE = 0.2
 """Patterns whose budgets differ by less than this share are one."""
 _TRIES = 5
-SHARES = (0.65, 0.78, 0.84, 0.9, 0.95)
-"""Shares of the mass that patterns with a threshold are tried at."""
 _LIMIT = 256.0
 """Budgets are scaled by at most this factor, and down to as small a share."""
 
@@ -49,8 +47,8 @@ class Besides(Union):
 
 @dataclass(frozen=True)
 class AsIs(Pattern):
-    """A pattern that is tried as it is, whatever it costs: a share of the mass costs each head what that head needs,
-    which the heads of one layer do not tell for those of another."""
+    """A pattern that is tried as it is, whatever it costs: the heads of one layer do not tell what those of another
+    need."""
 
     base: Pattern
 
@@ -58,15 +56,13 @@ class AsIs(Pattern):
         return self.base
 
 
-def by_share(patterns: Iterable[Pattern]) -> list[Pattern]:
-    """Patterns that keep a share ``threshold`` of the mass at several shares, instead of scaled by a bound: under a
-    bound that binds all blocks of queries get alike. Others stay."""
+def at_levels(patterns: Iterable[Pattern]) -> list[Pattern]:
+    """Patterns with `Pattern.levels` at each of those, as they are; others stay."""
     found: dict[Pattern, None] = {}
     for pattern in patterns:
-        if hasattr(pattern, "threshold"):
-            shares = (replace(pattern, threshold=share) for share in SHARES)  # type: ignore[type-var]
-            found |= dict.fromkeys(map(AsIs, shares))
-        else:
+        for name, values in type(pattern).levels.items():
+            found |= dict.fromkeys(AsIs(replace(pattern, **{name: value})) for value in values)  # type: ignore[type-var]
+        if not type(pattern).levels:
             found[pattern] = None
     return list(found)
 
@@ -84,7 +80,7 @@ def paper() -> tuple[Pattern, ...]:
     table = [p for name in first for p in found[name]]
     table += [p for name in sorted(set(found) - set(first)) for p in found[name]]
     columns = find("VerticalSlash")(COLUMNS, 0)
-    table = by_share(table)
+    table = at_levels(table)
     table += [Besides(grid, columns) for grid in found.get("Grid", [])]
     return tuple(dict.fromkeys(table))
 

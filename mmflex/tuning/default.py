@@ -14,37 +14,37 @@ NAME = "default"
 
 
 @dataclass(frozen=True)
-class _Share:
-    """Of the attention mass of a query block, the share to keep as antidiagonals of a stride tell it, and at most how
-    many key blocks."""
+class _Cut:
+    """The share of a query's attention at which it keeps a block (at 4,096 keys), the stride of the estimate, and at
+    most how many key blocks."""
 
-    threshold: float
+    peak: float
     stride: int
     blocks: int
 
 
-_QUALITIES: dict[str, _Share] = {
-    "high": _Share(0.95, 8, 96),
-    "balanced": _Share(0.9, 8, 64),
-    "fast": _Share(0.8, 16, 32),
+_QUALITIES: dict[str, _Cut] = {
+    "high": _Cut(0.03, 8, 96),
+    "balanced": _Cut(0.05, 16, 64),
+    "fast": _Cut(0.08, 16, 32),
 }
 
 
 def default_spec(quality: Quality = "balanced") -> Pattern:
-    """The spec that `mmflex.patch` takes where none is given: XAttention's blocks, and dense last rows.
+    """The spec that `mmflex.patch` takes where none is given: blocks that stand out to a query, and dense last rows.
 
-    Every query block of 128 has the fewest key blocks that hold a share of its attention mass, judged by antidiagonals
-    of a stride; the first key block and the 100 nearest keys of every query are always among them. The last tile of
-    queries, where the question is, sees everything. So a head that looks at little computes little, and one that looks
-    at everything is nearly dense. On short prompts it computes most of dense attention, and ``backend="auto"`` runs
-    dense instead; at most ``blocks`` key blocks a row bound what long prompts take.
+    Every query block of 128 has the key blocks to which some query of it gives a share of its attention (`BlockPeaks`);
+    the first key block and the 100 nearest keys of every query are always among them. The last tile of queries, where
+    the question is, sees everything. So a head that looks at little computes little, and one that looks at much is
+    nearly dense. On short prompts it computes much of dense attention, and ``backend="auto"`` runs dense instead; at
+    most ``blocks`` key blocks a row bound what long prompts take.
 
     ==============  =====  ======  ======
-    quality         share  stride  blocks
+    quality         peak   stride  blocks
     ==============  =====  ======  ======
-    ``"high"``      0.95   8       96
-    ``"balanced"``  0.9    8       64
-    ``"fast"``      0.8    16      32
+    ``"high"``      0.03   8       96
+    ``"balanced"``  0.05   16      64
+    ``"fast"``      0.08   16      32
     ==============  =====  ======  ======
 
     Raises:
@@ -52,8 +52,8 @@ def default_spec(quality: Quality = "balanced") -> Pattern:
     """
     if quality not in _QUALITIES:
         raise ValueError(f"quality is {quality!r}: use {', '.join(map(repr, _QUALITIES))}")
-    keep = _QUALITIES[quality]
-    blocks = find("XAttention")(stride=keep.stride, threshold=keep.threshold, blocks=keep.blocks)
+    cut = _QUALITIES[quality]
+    blocks = find("BlockPeaks")(peak=cut.peak, stride=cut.stride, blocks=cut.blocks)
     return blocks | find("TriShape")(sink=128, local=128, last=128)
 
 

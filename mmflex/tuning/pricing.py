@@ -23,9 +23,6 @@ from .probe import Layer
 
 _STEADY = 0.2
 """A pattern whose heads differ less than this from their mean has that mean as its price, in all layers."""
-_AS_NEEDED = ("threshold", "gamma", "alpha")
-"""What patterns call the parameter by which they keep as much as an input needs. The first layer's heads, often all
-diffuse, do not tell what such a pattern costs in others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +68,8 @@ class Prices:
     """Prices of patterns for all heads of a layer.
 
     Most cost the same in every layer and are priced on the first one. Those whose cost depends on what heads attend to
-    (shares of mass, searched strides) are priced anew on every layer that `move_to` names.
+    (`Pattern.as_needed`, searched strides) are priced anew on every layer that `move_to` names: the heads of the first
+    layer, often all diffuse, do not tell what such a pattern costs in others.
     """
 
     layer: Layer
@@ -100,7 +98,7 @@ class Prices:
             program = self._programs.pop(pattern, None) or self._built(pattern)
             found = price(self._listed(program))
             mean = max(float(found.density.mean()), 1e-12)
-            as_needed = any(hasattr(leaf.pattern, n) for leaf in program.leaves.values() for n in _AS_NEEDED)
+            as_needed = any(leaf.pattern.as_needed for leaf in program.leaves.values())
             if not as_needed and float(np.abs(found.density - mean).max()) <= _STEADY * mean:
                 even = Price(*(np.full(len(x), x.mean()) for x in (found.ms, found.density)))
                 self._steady[pattern] = even

@@ -40,6 +40,9 @@ from .text import Text
 PROMPTS_AT_ONCE = 16
 """Needle prompts of a forward on a GPU: planning takes the host as long for one."""
 
+TOKENS_AT_ONCE = 1 << 15
+"""Tokens of these prompts together: plans and masks of 16 prompts of 6k tokens take 35 GB."""
+
 DENSE_SCORES = 1 << 29
 """Scores of a layer that the dense model may hold in a forward with needles: SDPA keeps all of them in float32 where
 heads share keys, and a few times."""
@@ -309,7 +312,8 @@ class _Run:
         """Prompts of a forward."""
         if self.model.device.type != "cuda":
             return 1
-        return PROMPTS_AT_ONCE if entry else max(1, min(PROMPTS_AT_ONCE, DENSE_SCORES // (self.heads * tokens**2)))
+        fit = TOKENS_AT_ONCE // tokens if entry else DENSE_SCORES // (self.heads * tokens**2)
+        return max(1, min(PROMPTS_AT_ONCE, fit))
 
     # ---- about the run ---------------------------------------------------------------------------------------------
 

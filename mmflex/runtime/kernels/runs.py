@@ -1,4 +1,4 @@
-"""Attention among runs of tokens, summed over blocks, without holding the scores (XAttention's estimate).
+"""Attention among runs of tokens by blocks, without holding the scores (XAttention's estimate).
 
 One product of matrices: a program computes the scores of a tile of query runs with a tile of key runs and stores, of
 every row and key block, the logarithm of its sum of exponentials. What the blocks hold of each row follows from those.
@@ -31,7 +31,7 @@ if triton is not None:
     @jit(do_not_specialize=["rows", "columns", "blocks"])
     def _scores(
         q, k, reach, sums, k_b, k_h, factor, rows, columns, blocks, heads, group,
-        ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, PER: tl.constexpr,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr,
     ):  # fmt: skip
         """log2 of the sums of exponentials [rows, blocks] of one tile; +inf for a row with a score that is none."""
         head = tl.program_id(2).to(tl.int64)
@@ -53,25 +53,29 @@ if triton is not None:
             top = tl.max(score, 1)
             base = tl.where(tl.abs(top) < float("inf"), top, 0.0)
             weight = tl.exp2(score - base[:, None])
-            total = tl.sum(tl.reshape(weight, [ROWS, COLUMNS // PER, PER]), 2)
+            total = tl.sum(tl.reshape(weight, [ROWS, COLUMNS // KEYS, KEYS]), 2)
             total = tl.where((top < float("inf"))[:, None], base[:, None] + tl.log2(total), float("inf"))
-            block = tl.program_id(1) * (COLUMNS // PER) + tl.arange(0, COLUMNS // PER)
+            block = tl.program_id(1) * (COLUMNS // KEYS) + tl.arange(0, COLUMNS // KEYS)
             at = (head * rows + row)[:, None] * blocks + block[None]
             tl.store(sums + at, total, mask=(row < rows)[:, None] & (block < blocks)[None])
 
     @jit(do_not_specialize=["rows", "blocks"])
-    def _shares(sums, reach, mass, rows, blocks, heads, PER: tl.constexpr, BLOCKS: tl.constexpr):
-        """The mass of every key block for one query block: each of its rows has a mass of 1, or none."""
+    def _shares(
+        sums, reach, mass, rows, blocks, heads,
+        QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCKS: tl.constexpr, PEAK: tl.constexpr,
+    ):  # fmt: skip
+        """The mass of every key block for one query block: of all rows, or (``PEAK``) of the one that gives it most.
+        Each row has a mass of 1, or none."""
         head = tl.program_id(1).to(tl.int64)
-        row = tl.program_id(0) * PER + tl.arange(0, PER)
+        row = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
         last = tl.load(reach + head // heads * rows + row)
         source = sums + (head * rows + row)[:, None] * blocks
-        until = tl.max(last) // PER + 1  # -1 // PER is 0 or -1: one block of which nothing is seen, or none
-        top = tl.full([PER], float("-inf"), tl.float32)
-        total = tl.zeros([PER], tl.float32)
+        until = tl.max(last) // KEYS + 1  # -1 // KEYS is 0 or -1: one block of which nothing is seen, or none
+        top = tl.full([QUERIES], float("-inf"), tl.float32)
+        total = tl.zeros([QUERIES], tl.float32)
         for first in range(0, until, BLOCKS):
             block = first + tl.arange(0, BLOCKS)
-            seen = (block < blocks)[None] & (block[None] * PER <= last[:, None])
+            seen = (block < blocks)[None] & (block[None] * KEYS <= last[:, None])
             part = tl.load(source + block[None], mask=seen, other=float("-inf"))
             new = tl.maximum(top, tl.max(part, 1))
             base = tl.where(tl.abs(new) < float("inf"), new, 0.0)
@@ -80,19 +84,21 @@ if triton is not None:
         whole = top + tl.log2(total)
         real = tl.abs(top) < float("inf")
         whole = tl.where(real, whole, 0.0)
-        target = mass + (head * (rows // PER) + tl.program_id(0)) * blocks
+        target = mass + (head * (rows // QUERIES) + tl.program_id(0)) * blocks
         for first in range(0, blocks, BLOCKS):
             block = first + tl.arange(0, BLOCKS)
-            seen = (block < blocks)[None] & (block[None] * PER <= last[:, None]) & real[:, None]
+            seen = (block < blocks)[None] & (block[None] * KEYS <= last[:, None]) & real[:, None]
             part = tl.load(source + block[None], mask=seen, other=float("-inf"))
-            tl.store(target + block, tl.sum(tl.exp2(part - whole[:, None]), 0), mask=block < blocks)
+            weight = tl.exp2(part - whole[:, None])
+            tl.store(target + block, tl.max(weight, 0) if PEAK else tl.sum(weight, 0), mask=block < blocks)
 
 
-def fused(q: Tensor, per: int) -> bool:
-    """Whether kernels run on runs [..., W] of which ``per`` are a block, so that scores are not in memory. On a GPU not
+def fused(q: Tensor, *per: int) -> bool:
+    """Whether kernels run on runs [..., W] of which so many are a block, so that scores are not in memory. On a GPU not
     for float32: Triton unrolls exact products of such tiles, and compiles them for 40 s."""
     half = q.dtype != torch.float32 or device_of(q).type != "cuda"
-    return use_triton(q) and half and per in (1, 2, 4, 8, 16, 32, 64, 128) and _part(q.shape[-1]) >= 16
+    sizes = all(n in (1, 2, 4, 8, 16, 32, 64, 128) for n in per)
+    return use_triton(q) and half and sizes and _part(q.shape[-1]) >= 16
 
 
 def _part(width: int) -> int:
@@ -100,38 +106,41 @@ def _part(width: int) -> int:
     return math.gcd(width, 64)
 
 
-def run_mass(q: Tensor, k: Tensor, reach: Tensor, per: int, scale: float) -> Tensor:
-    """Softmax of every run of queries over the runs of keys that it reaches, summed over blocks of ``per`` x ``per``
-    runs: float32 [B, H, query blocks, key blocks]. A row without a key, or with a score that is not a number, has no
-    mass.
+def run_mass(q: Tensor, k: Tensor, reach: Tensor, per: tuple[int, int], scale: float, peak: bool = False) -> Tensor:
+    """Softmax of every run of queries over the runs of keys that it reaches, summed over blocks of ``per`` runs of
+    queries and of keys: float32 [B, H, query blocks, key blocks]. A row without a key, or with a score that is not a
+    number, has no mass.
 
     Args:
         q: [B, H, R, W]. k: [B, Hkv, C, W], the runs of a head contiguous.
         reach: int32 [B, R], the last run of keys that each run of queries sees (-1: none).
-        per: divides R and C.
+        per: the first divides R, the second C.
+        peak: summed over the keys of a block, the greatest of its runs of queries.
     """
     batch, heads, rows, width = q.shape
     kv_heads, columns = k.shape[1:3]
-    if not fused(q, per):
-        return _twin(q, k, reach, per, scale)
+    if not fused(q, *per):
+        return _twin(q, k, reach, per, scale, peak)
     assert triton is not None
     q, reach = q.contiguous(), reach.int().contiguous()
-    blocks = columns // per
+    blocks = columns // per[1]
     sums = torch.empty((batch, heads, rows, blocks), dtype=torch.float32, device=q.device)
-    mass = torch.empty((batch, heads, rows // per, blocks), dtype=torch.float32, device=q.device)
+    mass = torch.empty((batch, heads, rows // per[0], blocks), dtype=torch.float32, device=q.device)
     device = device_of(q)
     wide = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     taken = _HOPPER if wide else _COLUMNS
     grid = triton.cdiv(rows, _ROWS), triton.cdiv(columns, taken), batch * heads
     _scores[grid](
         q, k, reach, sums, *k.stride()[:2], scale * math.log2(math.e), rows, columns, blocks, heads, heads // kv_heads,
-        ROWS=_ROWS, COLUMNS=taken, WIDTH=width, PART=_part(width), PER=per, num_warps=8, num_stages=3,
+        ROWS=_ROWS, COLUMNS=taken, WIDTH=width, PART=_part(width), KEYS=per[1], num_warps=8, num_stages=3,
     )  # fmt: skip
-    _shares[(rows // per, batch * heads)](sums, reach, mass, rows, blocks, heads, PER=per, BLOCKS=_BLOCKS)
+    _shares[(rows // per[0], batch * heads)](
+        sums, reach, mass, rows, blocks, heads, QUERIES=per[0], KEYS=per[1], BLOCKS=_BLOCKS, PEAK=peak
+    )
     return mass
 
 
-def _twin(q: Tensor, k: Tensor, reach: Tensor, per: int, scale: float) -> Tensor:
+def _twin(q: Tensor, k: Tensor, reach: Tensor, per: tuple[int, int], scale: float, peak: bool) -> Tensor:
     batch, heads = q.shape[:2]
     a, b = q.reshape(batch * k.shape[1], -1, q.shape[-1]), k.flatten(0, 1)
     half = a.dtype != torch.float32
@@ -139,5 +148,6 @@ def _twin(q: Tensor, k: Tensor, reach: Tensor, per: int, scale: float) -> Tensor
     scores = scores.view(batch, heads, -1, k.shape[2])
     seen = torch.arange(k.shape[2], device=q.device) <= reach[..., None]
     torch.add(torch.where(seen, 0.0, float("-inf"))[:, None], scores, alpha=scale, out=scores)
-    mass = scores.softmax(-1).unflatten(-1, (-1, per)).sum(-1).nan_to_num_(0.0)
-    return mass.unflatten(2, (-1, per)).sum(3)
+    mass = scores.softmax(-1).unflatten(-1, (-1, per[1])).sum(-1).nan_to_num_(0.0)
+    rows = mass.unflatten(2, (-1, per[0]))
+    return rows.amax(3) if peak else rows.sum(3)
