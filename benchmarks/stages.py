@@ -100,8 +100,8 @@ def real_stages(a: argparse.Namespace, part: Path) -> list[Stage]:
 
 
 METHODS = (
-    "minference", "block-peaks", "xattention", "flexprefill", "tri-shape", "a-shape", "mminference-intra", "prism", "proxyattn",
-    "flashprefill", "stem", "block-topk", "sf-fixed", "sf-strided",
+    "minference", "block-peaks", "xattention", "flexprefill", "tri-shape", "a-shape", "mminference-intra", "prism",
+    "proxyattn", "flashprefill", "stem", "block-topk", "sf-fixed", "sf-strided",
 )  # fmt: skip
 
 

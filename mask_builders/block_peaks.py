@@ -65,4 +65,4 @@ class BlockPeaks(Pattern):
 
     @classmethod
     def candidates(cls) -> tuple[Pattern, ...]:
-        return (cls(),)
+        return (cls(), cls(stride=8))
