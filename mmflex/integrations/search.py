@@ -175,7 +175,7 @@ def search(
         layout: what the tokens are; read from a model's sample if None, text for tensors.
         backend: whose costs count; "auto" for the one that would run here.
         rows: where errors are measured: a number of rows of each query modality, or `Rows`; by default 512 of each
-            and the last 128, which count alike.
+            and the last 128. For answers each modality and the last rows count alike, for outputs each token.
         checkpoint: JSON lines, written after every layer. If the file is there, the search goes on where it stopped.
         progress: show a bar on a terminal, else a line now and then, on the standard error stream.
         levels, tie: as in `mmflex.tuning.search.Settings`.
@@ -207,7 +207,7 @@ def search(
     settings = Settings(
         chosen,
         Budget.parse(budget) if isinstance(budget, str) else budget,
-        rows if isinstance(rows, Rows) else Rows() if rows is None else Rows(count=rows),
+        rows if isinstance(rows, Rows) else Rows(Rows.count if rows is None else rows, even=objective == "answers"),
         backend,
         None if levels is None else tuple(levels),
         tie,
