@@ -225,7 +225,7 @@ def test_a_dry_run_loads_nothing(
     assert 10_000 < size < 999_500
     assert f"{size / 1e3:.{0 if size > 99_950 else 1}f}k parameters, 2 layers x 4 heads" in text
     assert "8 prefills and two answers of 64 tokens" in text
-    assert "XAttention" in text
+    assert "BlockPeaks" in text
 
 
 @pytest.fixture(scope="module")
