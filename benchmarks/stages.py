@@ -80,15 +80,8 @@ def real_stages(a: argparse.Namespace, part: Path) -> list[Stage]:
                 stage(f"default-{kind}-{tokens}", 150, kind, tokens, "--windows", "3", *at_default) for kind in TEXTS
             ]
             found += [stage(f"half-{kind}-{tokens}", 150, kind, tokens, "--windows", "3", *at_half) for kind in TEXTS]
-    at_third = [
-        "--given",
-        "default",
-        "--search",
-        "outputs=0.3",
-        "--methods",
-        "block-peaks,xattention,prism,flexprefill,minference",
-    ]
-    at_third += ["--densities", "0.3"]
+    at_third = ["--given", "default", "--search", "outputs=0.3", "--densities", "0.3"]
+    at_third += ["--methods", "block-peaks,xattention,prism,flexprefill,minference"]
     text = [(kind, tokens) for tokens in (middle, longest) for kind in TEXTS]
     for kind, tokens in text:
         windows = ["--windows", "3" if tokens == middle else "2"]
