@@ -4,25 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar
 
+import numpy as np
+import torch
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
 from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
+from mmflex.runtime.device import array_constant
 
-from .block_mass import BlockMass
+from .block_mass import BlockMass, arranged, finite_rows
 from .near import NEAR, with_room
 from .shares import check_share
-from .x_attention import Antidiagonals, check_stride
+from .x_attention import Antidiagonals, Runs, check_stride
+
+_KEYS = 4096
+"""Keys before a query block at which a peak counts as it is."""
+
+
+@dataclass(frozen=True)
+class Peaks(Antidiagonals):
+    """Estimator: for every query and key block the share of its attention that one of its queries gives there, of them
+    the greatest: of the last query of every run by its exact scores, and of all by the run's antidiagonals. Twice the
+    products of XAttention's estimate.
+
+    It is multiplied by the square root of the keys up to the query block over 4096: the more keys share a query's
+    attention, the less of it makes a block stand out.
+    """
+
+    def scored(self, view: View) -> float:
+        """Query-key products for one head and prompt."""
+        return 2 * super().scored(view)
+
+    def runs(self, q: Tensor, k: Tensor, view: View, scale: float) -> tuple[Runs, ...]:
+        """Antidiagonals; and the last query of each run against the keys one by one."""
+        batch, stride, size = q.shape[0], view.block_size(self.stride), self.query_block(view)
+        each = arranged(view, 1, size)
+
+        def last_of_runs() -> tuple[np.ndarray, np.ndarray]:
+            slots, reach = (a.reshape(len(a), -1, stride) for a in (each.queries, each.reach))
+            last = stride - 1 - (slots >= 0)[..., ::-1].argmax(-1, keepdims=True)
+            return np.take_along_axis(slots, last, 2)[..., 0], np.take_along_axis(reach, last, 2)[..., 0]
+
+        found = view.layout.once(("last of runs", view.scope, view.queries, stride, size), last_of_runs)
+        index, reach, order = (array_constant(a, q.device).expand(batch, -1) for a in (*found, each.keys))
+        key = finite_rows(k, order[:, None].expand(-1, k.shape[1], -1))
+        return *super().runs(q, k, view, scale), Runs(q, index, key, reach, (size // stride, size), scale)
+
+    def mass(self, runs: tuple[Runs, ...], part: slice, blocks: int, reach: Tensor) -> Tensor:
+        """Peaks, as `Antidiagonals.mass` has sums."""
+        peaks = reduce(torch.maximum, (some.mass(part, blocks, peak=True) for some in runs))
+        keys = (reach[:, None, :, None] + 1) * runs[-1].per[1]  # a run is one key there
+        return peaks * (keys / _KEYS).sqrt()
 
 
 @dataclass(frozen=True)
 class BlockPeaks(Pattern):
     """For every block of ``block_size`` queries the key blocks to which some of these queries give the share ``peak``
     of their attention or more. Every ``stride``-th query is asked by itself, by its exact scores, and all of them as
-    runs of ``stride``, by XAttention's antidiagonals; of what they give to a block the greatest counts
-    (`Antidiagonals`). XAttention sums it instead, and keeps the blocks that together hold a share.
+    runs of ``stride``, by XAttention's antidiagonals; of what they give to a block the greatest counts (`Peaks`).
+    XAttention sums it instead, and keeps the blocks that together hold a share.
 
     Two things follow. A block that a few queries look for is kept, however little the other queries of their block make
     of it. And heads are treated alike by the cut, not by the share that they keep: where attention is spread over the
@@ -30,7 +73,7 @@ class BlockPeaks(Pattern):
     most blocks there.
 
     The cut falls with the square root of the keys up to the query block: ``peak`` is what it is at 4,096 keys, at 1,024
-    it is twice that and at 16,384 half. So a row of a longer prompt keeps more blocks, and fewer of its share.
+    it is twice that and at 16,384 half. So in a longer prompt a row keeps more blocks, and a smaller share of all.
 
     The first key block always comes first, and those that hold the ``near`` nearest keys of every query. At most
     ``blocks`` key blocks are kept for a query block (more where that has no room for the first): where that binds, the
@@ -54,8 +97,8 @@ class BlockPeaks(Pattern):
         check_counts(self, "near")
         check_stride(self)
 
-    def estimator(self) -> Antidiagonals:
-        return Antidiagonals(self.stride, self.block_size, self.blocks, self.near, peak=True)
+    def estimator(self) -> Peaks:
+        return Peaks(self.stride, self.block_size, self.blocks, self.near)
 
     def select(self, estimate: BlockMass, view: View) -> Mapping[str, Tensor]:
         return {"blocks": estimate.table(estimate.listed.above(self.peak))}

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from mmflex.ir.pattern import Pattern, Tokens, View, check_counts
 from mmflex.runtime.device import array_constant
-from mmflex.runtime.kernels.blocks import block_peaks, fused
+from mmflex.runtime.kernels.blocks import block_maxima, fused
 
 from .block_mass import BlockMass, arranged, finite_rows
 from .estimate import LastQueries
@@ -94,7 +94,7 @@ class Proxies:
             slots = slice(part.start * sampled, part.stop * sampled)
             query = _means(finite_rows(q, queries[:, slots, None].mT.expand(-1, heads, -1)), group)
             some = 1 + max(0, int(cells.block_reach[:, part].max()))  # later blocks are after all these queries
-            peaks, lse = block_peaks(query, key[:, :, : some * size].contiguous(), limit[:, slots], scale, size)
+            peaks, lse = block_maxima(query, key[:, :, : some * size].contiguous(), limit[:, slots], scale, size)
             weight = torch.where(peaks > float("-inf"), peaks - lse[..., None], float("-inf"))
             mass = weight.unflatten(2, (-1, sampled)).amax(3).exp()
             number = torch.arange(some, device=device)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import ClassVar
 
-import numpy as np
 import torch
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
@@ -17,14 +15,12 @@ from mmflex.ir.shown import shown
 from mmflex.runtime.device import array_constant
 from mmflex.runtime.kernels.runs import fused, run_mass
 
-from .block_mass import Arranged, BlockMass, arranged, finite_rows
+from .block_mass import BlockMass, arranged, finite_rows
 from .near import NEAR, NearBlocks, with_room
 from .shares import SHARES, Shortlist, check_share, fewest
 
 _SCORES = 1 << 27
 """Numbers held at a time, scores or sums of them: bounds the memory of the estimate at any length."""
-_KEYS = 4096
-"""Keys at which a peak counts as it is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +45,7 @@ class Runs:
         """Numbers that one row of blocks takes, for one head and prompt."""
         return self.per[0] * self.key.shape[2] // (self.per[1] if fused(self.key, *self.per) else 1)
 
-    def mass(self, part: slice, blocks: int, peak: bool) -> Tensor:
+    def mass(self, part: slice, blocks: int, peak: bool = False) -> Tensor:
         """`run_mass` of some rows of blocks over the first ``blocks`` blocks of keys."""
         batch, heads, _, dim = self.q.shape
         width = self.key.shape[3]
@@ -69,81 +65,59 @@ class Antidiagonals:
     product is the sum of an antidiagonal. Scores are those products over ``stride`` (a mean), under a softmax over all
     runs of keys up to the run of queries; a block has the sum of its entries. That is a stride-th of the work of
     attention's scores, in float32, some rows of blocks at a time (`mmflex.runtime.kernels.runs`).
-
-    ``peak``: a block has what the run of queries gives to it that looks at it most; or the last query of each run, by
-    its exact scores, if that is more. It is multiplied with the square root of the keys up to the query block over
-    4096: the more keys share a run's attention, the less of it makes a block stand out. Twice the work.
     """
 
     stride: int
     block_size: int
     blocks: int
     near: int = NEAR
-    peak: bool = False
     matrices: ClassVar[bool] = True
 
     def scored(self, view: View) -> float:
-        """Query-key products for one head and prompt: a stride-th of those of dense attention, or twice that."""
-        return view.rows * view.size / 2 / self.stride * (2 if self.peak else 1)
+        """Query-key products for one head and prompt: a stride-th of those of dense attention."""
+        return view.rows * view.size / 2 / self.stride
 
     def query_block(self, view: View) -> int:
         """Queries of a block, all of which are needed to score it."""
         stride = view.block_size(self.stride)
         return -(-view.block_size(self.block_size) // stride) * stride
 
+    def runs(self, q: Tensor, k: Tensor, view: View, scale: float) -> tuple[Runs, ...]:
+        """What is multiplied, of q in whole blocks of the view: here ``stride`` queries and keys, the keys reversed."""
+        batch, stride, size = q.shape[0], view.block_size(self.stride), self.query_block(view)
+        cells = arranged(view, stride, size)
+        index, reach, order = (
+            array_constant(a, q.device).expand(batch, -1) for a in (cells.queries, cells.reach, cells.keys)
+        )
+        key = finite_rows(k, order[:, None].expand(-1, k.shape[1], -1)).view(batch, k.shape[1], -1, stride * k.shape[3])
+        return (Runs(q, index, key, reach, (size // stride, size // stride), scale / stride),)
+
+    def mass(self, runs: tuple[Runs, ...], part: slice, blocks: int, reach: Tensor) -> Tensor:
+        """What some query blocks give to the first ``blocks`` key blocks: float32 [B, H, those, blocks]. reach: int
+        [B, those], the last key block that each sees."""
+        return runs[0].mass(part, blocks)
+
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> BlockMass:
         """q [B, H, M, D], k [B, Hkv, N, D] -> `BlockMass`."""
         batch, heads, device = q.shape[0], q.shape[1], q.device
-        stride, size = view.block_size(self.stride), self.query_block(view)
+        size = self.query_block(view)
         q, view = view.whole_blocks(q, size)
-        cells = arranged(view, stride, size)
+        cells = arranged(view, view.block_size(self.stride), size)
         block_reach = array_constant(cells.block_reach, device).expand(batch, -1)
         rows, keys = cells.block_reach.shape[1], cells.keys.shape[1] // size
-        runs = [_antidiagonals(q, k, cells, stride, size, scale)]
-        if self.peak:
-            runs.append(_single_queries(q, k, view, stride, size, scale))
+        runs = self.runs(q, k, view, scale)
         step = max(1, _SCORES // max(1, batch * heads * max(some.held for some in runs)))
         near, room = NearBlocks.of(view, size, self.near, device), with_room(view, self.blocks, size, self.near)
         parts = []
         for first in range(0, rows, step):
             part = slice(first, min(rows, first + step))
             some = 1 + max(0, int(cells.block_reach[:, part].max()))  # later keys are after all these queries
-            mass = reduce(torch.maximum, (of.mass(part, some, self.peak) for of in runs))
-            if self.peak:
-                mass *= ((block_reach[:, None, part, None] + 1) * (size / _KEYS)).sqrt()
+            mass = self.mass(runs, part, some, block_reach[:, part])
             number = torch.arange(mass.shape[-1], device=device)
             rows_of_near = slice(part.start + cells.skipped, part.stop + cells.skipped)
             forced = (number == 0) | near.mask(rows_of_near, number)
             parts.append(Shortlist.of_blocks(mass, block_reach[:, part], self.blocks, forced, room))
         return BlockMass(Shortlist.join(parts), cells.skipped, keys)
-
-
-def _antidiagonals(q: Tensor, k: Tensor, cells: Arranged, stride: int, size: int, scale: float) -> Runs:
-    """Runs of ``stride`` queries and keys, the keys reversed."""
-    batch, dim = q.shape[0], q.shape[3]
-    index, reach, order = (
-        array_constant(a, q.device).expand(batch, -1) for a in (cells.queries, cells.reach, cells.keys)
-    )
-    key = finite_rows(k, order[:, None].expand(-1, k.shape[1], -1)).view(batch, k.shape[1], -1, stride * dim)
-    return Runs(q, index, key, reach, (size // stride, size // stride), scale / stride)
-
-
-def _single_queries(q: Tensor, k: Tensor, view: View, stride: int, size: int, scale: float) -> Runs:
-    """The last query of each run, and keys one by one."""
-
-    def build() -> tuple[np.ndarray, np.ndarray]:
-        each = arranged(view, 1, size)
-        slots = each.queries.reshape(len(each.queries), -1, stride)
-        last = stride - 1 - (slots >= 0)[..., ::-1].argmax(-1, keepdims=True)
-        reach = each.reach.reshape(slots.shape)
-        return np.take_along_axis(slots, last, 2)[..., 0], np.take_along_axis(reach, last, 2)[..., 0]
-
-    batch = q.shape[0]
-    found = view.layout.once(("last of runs", view.scope, view.queries, stride, size), build)
-    arrays = (*found, arranged(view, 1, size).keys)
-    index, reach, order = (array_constant(a, q.device).expand(batch, -1) for a in arrays)
-    key = finite_rows(k, order[:, None].expand(-1, k.shape[1], -1))
-    return Runs(q, index, key, reach, (size // stride, size), scale)
 
 
 def check_stride(pattern: Pattern) -> None:

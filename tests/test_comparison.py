@@ -3,6 +3,7 @@ that is given its masks as tensors, and the better one is taken."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,27 @@ def test_levels_of_the_table() -> None:
     assert {p.threshold for p in levels if not isinstance(p, BlockPeaks)} == set(SHARES)
     assert {p.peak for p in levels if isinstance(p, BlockPeaks)} == set(BlockPeaks.levels["peak"])
     assert len(set(levels)) == len(levels)
+
+
+def test_candidates_of_a_caller_are_tried_at_levels_and_at_their_own() -> None:
+    """As those of the table: a share is not the caller's guess, and blocks are not what is scaled."""
+    layer = near_and_far(near=2, far=2, n=640)
+    q, k, v = layer.q, layer.k, layer.v
+    given = XAttention(4, 0.5, 64, 16, near=1)
+    taken: set[mmflex.Pattern] = set()
+    for density in (0.35, 0.5, 0.7, 0.9):
+        config = mmflex.search(
+            (q, k, v), candidates=[given], budget=f"density={density}", backend="reference", rows=20, block_size=16,
+            progress=False,
+        )  # fmt: skip
+        taken |= set(config.patterns[0]) - {Dense()}
+    assert taken <= {replace(given, threshold=share) for share in (0.5, *SHARES)}
+    assert len(taken) > 1
+    alone = mmflex.search(
+        (q, k, v), candidates=[candidates.AsIs(given)], budget="density=0.9", backend="reference", rows=20,
+        block_size=16, progress=False,
+    )  # fmt: skip
+    assert set(alone.patterns[0]) - {Dense()} == {given}
 
 
 def test_grids_are_for_more_than_text() -> None:

@@ -311,7 +311,7 @@ class _Run:
         with warnings.catch_warnings():
             warnings.simplefilter("error", DenseFallback)
             try:
-                with patched(self.model, spec, backend=backend):
+                with patched(self.model, spec, backend=backend, fuse=False):  # watched layers do not compile
                     # Programs are kept with their layout, so all patches of a cell share theirs.
                     vars(self.model)["_mmflex_patch"].prompt.recent = shared
                     for i, part in enumerate(parts):

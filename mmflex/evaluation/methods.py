@@ -218,7 +218,7 @@ def _by_share(name: str, field: str, fixed: dict[str, int], shown: str = "stride
 # ---- searched configs ----------------------------------------------------------------------------------------------
 
 
-FACTORS = tuple(2 ** (k / 4) for k in range(-16, 17))
+FACTORS = tuple(2 ** (k / 8) for k in range(-32, 33))
 """A config's budgets are multiplied by these (`Pattern.scaled`); 1 is the config as it was searched."""
 
 

@@ -211,7 +211,7 @@ def capture(model: Any, inputs: Mapping[str, Tensor], backend: str) -> Trace:
         layers[seen.layer] = seen
 
     last = torch.full((1, 1), inputs["input_ids"].shape[1] - 1, device=inputs["input_ids"].device)
-    with patched(model, Dense(), backend="dense"), watched(keep):
+    with patched(model, Dense(), backend="dense", fuse=False), watched(keep):
         logits_at(model, inputs, last)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no attention layer that reads {last.item() + 1} tokens at once")

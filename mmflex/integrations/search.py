@@ -170,8 +170,9 @@ def search(
             config's prompts will have), or input ids [1, N].
         budget: ``Budget.cost(0.2)``, ``Budget.density(0.15)``, ``Budget.error(0.05)``, their text form "cost=0.2", or
             None for the paper's: for every head the cost of an A-shape with a sink of 1k and a window of 4k tokens.
-        candidates: patterns to try, from simple to complex, scaled to equal cost where they declare ``budgets``; None
-            for the papers' table (`mmflex.tuning.candidates.paper`), to which own ones can be added.
+        candidates: patterns to try, from simple to complex: at each of their ``levels``, else scaled to equal cost
+            where they declare ``budgets``; None for the papers' table (`mmflex.tuning.candidates.paper`), to which own
+            ones can be added.
         layout: what the tokens are; read from a model's sample if None, text for tensors.
         backend: whose costs count; "auto" for the one that would run here.
         rows: where errors are measured: a number of rows of each query modality, or `Rows`; by default 512 of each
@@ -182,7 +183,7 @@ def search(
         objective: "answers": a model's errors count by how much its predictions at the last 64 tokens depend on them
             (`mmflex.integrations.importance`; one more forward pass and two backward, memory as for gradient
             checkpointing), so the sample should end with a question. "outputs": all rows and heads count alike, as in
-            the paper; so they do for tensors.
+            the paper. For tensors it decides no more than how ``rows`` count.
         rivals: for a model and a shared budget, a number of single patterns on all heads (the best of different
             families within the budget) to compare the config with. The model reads the sample again, densely, under the
             config and under each of them, and the one whose predictions are closest to dense is taken (KL, after the
@@ -200,12 +201,12 @@ def search(
         ValueError: a budget below the cheapest candidates (the least is named), a sample too short or too long, a
             checkpoint of another search, or cut off. TypeError: no model whose attention can be captured.
     """
-    chosen = tuple(table.paper() if candidates is None else candidates)
-    for pattern in chosen:
+    given = table.paper() if candidates is None else tuple(candidates)
+    for pattern in given:
         if not isinstance(pattern, Pattern):
             raise TypeError(f"candidates holds {pattern!r}: give patterns (see mask_builders)")
     settings = Settings(
-        chosen,
+        tuple(table.at_levels(given)),
         Budget.parse(budget) if isinstance(budget, str) else budget,
         rows if isinstance(rows, Rows) else Rows(Rows.count if rows is None else rows, even=objective == "answers"),
         backend,

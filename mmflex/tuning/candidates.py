@@ -57,11 +57,13 @@ class AsIs(Pattern):
 
 
 def at_levels(patterns: Iterable[Pattern]) -> list[Pattern]:
-    """Patterns with `Pattern.levels` at each of those, as they are; others stay."""
+    """Patterns with `Pattern.levels` at each of those and at their own, as they are; others stay. One is tried at its
+    own alone as `AsIs`."""
     found: dict[Pattern, None] = {}
     for pattern in patterns:
         for name, values in type(pattern).levels.items():
-            found |= dict.fromkeys(AsIs(replace(pattern, **{name: value})) for value in values)  # type: ignore[type-var]
+            tried = sorted({*values, getattr(pattern, name)})
+            found |= dict.fromkeys(AsIs(replace(pattern, **{name: value})) for value in tried)  # type: ignore[type-var]
         if not type(pattern).levels:
             found[pattern] = None
     return list(found)

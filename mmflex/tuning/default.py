@@ -35,9 +35,9 @@ def default_spec(quality: Quality = "balanced") -> Pattern:
 
     Every query block of 128 has the key blocks to which some query of it gives a share of its attention (`BlockPeaks`);
     the first key block and the 100 nearest keys of every query are always among them. The last tile of queries, where
-    the question is, sees everything. So a head that looks at little computes little, and one that looks at much is
-    nearly dense. On short prompts it computes much of dense attention, and ``backend="auto"`` runs dense instead; at
-    most ``blocks`` key blocks a row bound what long prompts take.
+    the question is, sees everything. So a head that looks at few places computes little, and one that looks at all
+    alike as well; one whose queries search is nearly dense. On short prompts it computes much of dense attention, and
+    ``backend="auto"`` runs dense instead; at most ``blocks`` key blocks a row bound what long prompts take.
 
     ==============  =====  ======  ======
     quality         peak   stride  blocks

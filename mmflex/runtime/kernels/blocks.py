@@ -60,8 +60,8 @@ if triton is not None:
             _store_sums(score + norm[:, None] * more[None], seen, bound_sums, bound_tops, at, tile, number, blocks)
 
     @jit(do_not_specialize=["keys", "blocks", "rows"])
-    def _peaks(
-        q, k, limit, peaks, lse, scale, keys, blocks, heads, rows,
+    def _maxima(
+        q, k, limit, maxima, lse, scale, keys, blocks, heads, rows,
         ROWS: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
     ):  # fmt: skip
         """Some queries of one head over all keys up to the last that any of them sees."""
@@ -80,9 +80,9 @@ if triton is not None:
             score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
             seen = (number[None] <= last[:, None]) & (tl.abs(score) < float("inf"))
             score = tl.where(seen, score, float("-inf"))
-            peak = tl.max(score, 1)
-            tl.store(peaks + (own * rows + row) * blocks + block, peak, mask=there)
-            top = tl.maximum(base, peak)
+            greatest = tl.max(score, 1)
+            tl.store(maxima + (own * rows + row) * blocks + block, greatest, mask=there)
+            top = tl.maximum(base, greatest)
             safe = tl.where(top == float("-inf"), 0.0, top)
             total = total * tl.exp(base - safe) + tl.sum(tl.exp(score - safe[:, None]), 1)
             base = top
@@ -151,7 +151,7 @@ def _sums_twin(
     return shares(scores), shares(scores + norm * bound.repeat_interleave(group, 1)[:, :, None])
 
 
-def block_peaks(q: Tensor, k: Tensor, limit: Tensor, scale: float, size: int) -> tuple[Tensor, Tensor]:
+def block_maxima(q: Tensor, k: Tensor, limit: Tensor, scale: float, size: int) -> tuple[Tensor, Tensor]:
     """The greatest score of every query in every block of ``size`` keys, float32 [B, H, rows, key blocks] (-inf: none),
     and the log-sum-exp of its scores [B, H, rows] (of a query without keys any number).
 
@@ -162,19 +162,19 @@ def block_peaks(q: Tensor, k: Tensor, limit: Tensor, scale: float, size: int) ->
     batch, heads, rows, dim = q.shape
     keys, blocks = k.shape[2], -(-k.shape[2] // size)
     if not fused(q, size):
-        return _peaks_twin(q, k, limit, scale, size)
+        return _maxima_twin(q, k, limit, scale, size)
     assert triton is not None
-    peaks = torch.full((batch, heads, rows, blocks), float("-inf"), dtype=torch.float32, device=q.device)
+    maxima = torch.full((batch, heads, rows, blocks), float("-inf"), dtype=torch.float32, device=q.device)
     lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
-    _peaks[(triton.cdiv(rows, 64), batch * heads)](
-        q, k, limit.contiguous(), peaks, lse, scale, keys, blocks, heads, rows,
+    _maxima[(triton.cdiv(rows, 64), batch * heads)](
+        q, k, limit.contiguous(), maxima, lse, scale, keys, blocks, heads, rows,
         ROWS=64, SIZE=size, D=max(16, triton.next_power_of_2(dim)), DIM=dim, num_warps=4,
         num_stages=3 if q.element_size() == 2 else 1,
     )  # fmt: skip
-    return peaks, lse
+    return maxima, lse
 
 
-def _peaks_twin(q: Tensor, k: Tensor, limit: Tensor, scale: float, size: int) -> tuple[Tensor, Tensor]:
+def _maxima_twin(q: Tensor, k: Tensor, limit: Tensor, scale: float, size: int) -> tuple[Tensor, Tensor]:
     keys = k.shape[2]
     scores = q.float() @ k.float().mT * scale
     seen = torch.arange(keys, device=q.device) <= limit[..., None]

@@ -1,7 +1,8 @@
 """Attention among runs of tokens by blocks, without holding the scores (XAttention's estimate).
 
-One product of matrices: a program computes the scores of a tile of query runs with a tile of key runs and stores, of
-every row and key block, the logarithm of its sum of exponentials. What the blocks hold of each row follows from those.
+One product of matrices: a program computes the scores of a tile of query runs with a tile of key runs, or with some
+tiles in a row where vectors are short, and stores, of every row and key block, the logarithm of its sum of
+exponentials. What the blocks hold of each row follows from those.
 """
 
 from __future__ import annotations
@@ -23,17 +24,35 @@ except ImportError:
 _ROWS, _COLUMNS, _HOPPER = 128, 128, 256
 """Runs of queries and of keys that one program takes; of keys on Hopper, which has room for them (of seven sizes the
 best on H200: 505 TFLOP/s)."""
+_NARROW = 128
+"""Numbers of a vector that is held whole."""
+_TILES = 64
+"""Tiles of keys that pass by the queries of one program, where vectors are narrow (414 TFLOP/s on H200, with tiles of
+128 x 128 in two stages: of 15 settings the best)."""
 _BLOCKS = 64
 """Key blocks that a row's sums are taken of at a time."""
 
 if triton is not None:
+
+    @triton.jit
+    def _store_sums(score, target, there, block, blocks, COLUMNS: tl.constexpr, KEYS: tl.constexpr):
+        """log2 of the sums of 2 to the scores [rows, COLUMNS] over blocks of KEYS; +inf for a row in which one is none
+        (of which the maximum does not tell)."""
+        top = tl.max(score, 1)
+        base = tl.where(tl.abs(top) < float("inf"), top, 0.0)
+        weight = tl.exp2(score - base[:, None])
+        total = tl.sum(tl.reshape(weight, [score.shape[0], COLUMNS // KEYS, KEYS]), 2)
+        real = (top < float("inf"))[:, None] & (total == total)
+        total = tl.where(real, base[:, None] + tl.log2(total), float("inf"))
+        block += tl.arange(0, COLUMNS // KEYS)
+        tl.store(target[:, None] + block[None], total, mask=there[:, None] & (block < blocks)[None])
 
     @jit(do_not_specialize=["rows", "columns", "blocks"])
     def _scores(
         q, k, reach, sums, k_b, k_h, factor, rows, columns, blocks, heads, group,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr,
     ):  # fmt: skip
-        """log2 of the sums of exponentials [rows, blocks] of one tile; +inf for a row with a score that is none."""
+        """The sums of one tile, whose vectors are read in parts."""
         head = tl.program_id(2).to(tl.int64)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -49,15 +68,35 @@ if triton is not None:
                 query += PART
                 key += PART
             score = tl.where(column[None] <= last[:, None], score * factor, float("-inf"))
-            score = tl.where(score == score, score, float("inf"))
-            top = tl.max(score, 1)
-            base = tl.where(tl.abs(top) < float("inf"), top, 0.0)
-            weight = tl.exp2(score - base[:, None])
-            total = tl.sum(tl.reshape(weight, [ROWS, COLUMNS // KEYS, KEYS]), 2)
-            total = tl.where((top < float("inf"))[:, None], base[:, None] + tl.log2(total), float("inf"))
-            block = tl.program_id(1) * (COLUMNS // KEYS) + tl.arange(0, COLUMNS // KEYS)
-            at = (head * rows + row)[:, None] * blocks + block[None]
-            tl.store(sums + at, total, mask=(row < rows)[:, None] & (block < blocks)[None])
+            first = tl.program_id(1) * (COLUMNS // KEYS)
+            _store_sums(score, sums + (head * rows + row) * blocks, row < rows, first, blocks, COLUMNS, KEYS)
+
+    @jit(do_not_specialize=["rows", "columns", "blocks"])
+    def _narrow_scores(
+        q, k, reach, sums, k_b, k_h, factor, rows, columns, blocks, heads, group,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
+    ):  # fmt: skip
+        """As `_scores`, of vectors that fit whole: the queries stay while the keys of some tiles pass."""
+        head = tl.program_id(2).to(tl.int64)
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        part, column = tl.arange(0, WIDTH), tl.arange(0, COLUMNS)
+        last = tl.load(reach + head // heads * rows + row, mask=row < rows, other=-1)
+        first = tl.program_id(1) * TILES
+        until = tl.minimum(first + TILES, tl.max(last) // COLUMNS + 1)
+        seen = tl.minimum(until, (tl.min(last) + 1) // COLUMNS)  # tiles of which every query sees all keys
+        if first < until:
+            target = sums + (head * rows + row) * blocks
+            query = tl.load(q + (head * rows + tl.minimum(row, rows - 1))[:, None] * WIDTH + part[None])
+            key = k + head // heads * k_b + head % heads // group * k_h + part[:, None]
+            for tile in range(first, seen):
+                at = (tile * COLUMNS + column).to(tl.int64)
+                score = tl.dot(query, tl.load(key + at[None] * WIDTH)) * factor
+                _store_sums(score, target, row < rows, tile * (COLUMNS // KEYS), blocks, COLUMNS, KEYS)
+            for tile in range(tl.maximum(first, seen), until):
+                at = tl.minimum(tile * COLUMNS + column, columns - 1).to(tl.int64)
+                score = tl.dot(query, tl.load(key + at[None] * WIDTH)) * factor
+                score = tl.where((tile * COLUMNS + column)[None] <= last[:, None], score, float("-inf"))
+                _store_sums(score, target, row < rows, tile * (COLUMNS // KEYS), blocks, COLUMNS, KEYS)
 
     @jit(do_not_specialize=["rows", "blocks"])
     def _shares(
@@ -127,13 +166,20 @@ def run_mass(q: Tensor, k: Tensor, reach: Tensor, per: tuple[int, int], scale: f
     sums = torch.empty((batch, heads, rows, blocks), dtype=torch.float32, device=q.device)
     mass = torch.empty((batch, heads, rows // per[0], blocks), dtype=torch.float32, device=q.device)
     device = device_of(q)
-    wide = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    taken = _HOPPER if wide else _COLUMNS
-    grid = triton.cdiv(rows, _ROWS), triton.cdiv(columns, taken), batch * heads
-    _scores[grid](
-        q, k, reach, sums, *k.stride()[:2], scale * math.log2(math.e), rows, columns, blocks, heads, heads // kv_heads,
-        ROWS=_ROWS, COLUMNS=taken, WIDTH=width, PART=_part(width), KEYS=per[1], num_warps=8, num_stages=3,
-    )  # fmt: skip
+    strides, factor = k.stride()[:2], scale * math.log2(math.e)
+    given = (q, k, reach, sums, *strides, factor, rows, columns, blocks, heads, heads // kv_heads)
+    if width <= _NARROW and width.bit_count() == 1:
+        grid = triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS * _TILES), batch * heads
+        _narrow_scores[grid](
+            *given, ROWS=_ROWS, COLUMNS=_COLUMNS, WIDTH=width, KEYS=per[1], TILES=_TILES, num_warps=8, num_stages=2
+        )
+    else:
+        wide = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+        taken = _HOPPER if wide else _COLUMNS
+        grid = triton.cdiv(rows, _ROWS), triton.cdiv(columns, taken), batch * heads
+        _scores[grid](
+            *given, ROWS=_ROWS, COLUMNS=taken, WIDTH=width, PART=_part(width), KEYS=per[1], num_warps=8, num_stages=3
+        )
     _shares[(rows // per[0], batch * heads)](
         sums, reach, mass, rows, blocks, heads, QUERIES=per[0], KEYS=per[1], BLOCKS=_BLOCKS, PEAK=peak
     )
