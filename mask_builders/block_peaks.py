@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import ClassVar
 
-import numpy as np
 import torch
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
@@ -27,10 +26,13 @@ _KEYS = 4096
 @dataclass(frozen=True)
 class Peaks(Antidiagonals):
     """Estimator: for every query and key block the share of its attention that one of its queries gives there, of them
-    the greatest: of the last query of every run by its exact scores, and of all by the run's antidiagonals. Twice the
-    products of XAttention's estimate.
+    the greatest: of the longest query of every run by its exact scores, and of all by the run's antidiagonals. Twice
+    the products of XAttention's estimate.
 
-    It is multiplied by the square root of the keys up to the query block over 4096: the more keys share a query's
+    Scores grow with the length of a query (its norm), so that the longest is the one whose attention is sharpest. Of
+    equals the last is taken.
+
+    A share is multiplied by the square root of the keys up to the query block over 4096: the more keys share a query's
     attention, the less of it makes a block stand out.
     """
 
@@ -39,17 +41,17 @@ class Peaks(Antidiagonals):
         return 2 * super().scored(view)
 
     def runs(self, q: Tensor, k: Tensor, view: View, scale: float) -> tuple[Runs, ...]:
-        """Antidiagonals; and the last query of each run against the keys one by one."""
+        """Antidiagonals; and the longest query of each run against the keys one by one."""
         batch, stride, size = q.shape[0], view.block_size(self.stride), self.query_block(view)
         each = arranged(view, 1, size)
-
-        def last_of_runs() -> tuple[np.ndarray, np.ndarray]:
-            slots, reach = (a.reshape(len(a), -1, stride) for a in (each.queries, each.reach))
-            last = stride - 1 - (slots >= 0)[..., ::-1].argmax(-1, keepdims=True)
-            return np.take_along_axis(slots, last, 2)[..., 0], np.take_along_axis(reach, last, 2)[..., 0]
-
-        found = view.layout.once(("last of runs", view.scope, view.queries, stride, size), last_of_runs)
-        index, reach, order = (array_constant(a, q.device).expand(batch, -1) for a in (*found, each.keys))
+        slots, reach, order = (
+            array_constant(a, q.device).expand(batch, -1) for a in (each.queries, each.reach, each.keys)
+        )
+        longest = _longest(q, slots, stride)
+        index, reach = (
+            t.unflatten(1, (-1, stride))[:, None].expand(-1, q.shape[1], -1, -1).gather(3, longest)[..., 0]
+            for t in (slots, reach)
+        )
         key = finite_rows(k, order[:, None].expand(-1, k.shape[1], -1))
         return *super().runs(q, k, view, scale), Runs(q, index, key, reach, (size // stride, size), scale)
 
@@ -60,12 +62,21 @@ class Peaks(Antidiagonals):
         return peaks * (keys / _KEYS).sqrt()
 
 
+def _longest(q: Tensor, slots: Tensor, stride: int) -> Tensor:
+    """int64 [B, H, runs, 1], the place in its run of the longest query; slots int [B, runs x stride], -1 for none."""
+    norm = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0)
+    norm = norm.gather(2, slots.clamp(min=0).long()[:, None].expand(-1, q.shape[1], -1))
+    norm = norm.masked_fill(slots[:, None] < 0, -1.0).unflatten(2, (-1, stride))
+    place = torch.arange(stride, device=q.device)
+    return torch.where(norm == norm.amax(-1, keepdim=True), place, -1).amax(-1, keepdim=True)
+
+
 @dataclass(frozen=True)
 class BlockPeaks(Pattern):
     """For every block of ``block_size`` queries the key blocks to which some of these queries give the share ``peak``
-    of their attention or more. Every ``stride``-th query is asked by itself, by its exact scores, and all of them as
-    runs of ``stride``, by XAttention's antidiagonals; of what they give to a block the greatest counts (`Peaks`).
-    XAttention sums it instead, and keeps the blocks that together hold a share.
+    of their attention or more. Of every ``stride`` queries in a row the longest is asked by itself, by its exact
+    scores, and all of them together by XAttention's antidiagonals; of what they give to a block the greatest counts
+    (`Peaks`). XAttention sums it instead, and keeps the blocks that together hold a share.
 
     Two things follow. A block that a few queries look for is kept, however little the other queries of their block make
     of it. And heads are treated alike by the cut, not by the share that they keep: where attention is spread over the

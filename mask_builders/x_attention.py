@@ -28,8 +28,9 @@ class Runs:
     """Runs of queries and of keys as vectors, whose products are scores.
 
     Attributes:
-        q: [B, H, M, D], all queries. index: int [B, runs of queries x tokens of one], the queries of a vector.
-        key: [B, Hkv, runs of keys, tokens of one x D]. reach: int [B, runs of queries], the last run of keys before it.
+        q: [B, H, M, D], all queries. index: int [B, 1|H, runs of queries x tokens of one], the queries of a vector.
+        key: [B, Hkv, runs of keys, tokens of one x D]. reach: int [B, 1|H, runs of queries], the last run of keys that
+            it sees.
         per: runs of queries and of keys in a block.
     """
 
@@ -50,10 +51,10 @@ class Runs:
         batch, heads, _, dim = self.q.shape
         width = self.key.shape[3]
         rows = slice(part.start * self.per[0], part.stop * self.per[0])
-        taken = self.index[:, rows.start * (width // dim) : rows.stop * (width // dim), None].mT
+        taken = self.index[..., rows.start * (width // dim) : rows.stop * (width // dim)]
         query = finite_rows(self.q, taken.expand(-1, heads, -1)).view(batch, heads, -1, width)
         key = self.key[:, :, : blocks * self.per[1]]
-        return run_mass(query, key, self.reach[:, rows], self.per, self.scale, peak)
+        return run_mass(query, key, self.reach[..., rows], self.per, self.scale, peak)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Antidiagonals:
             array_constant(a, q.device).expand(batch, -1) for a in (cells.queries, cells.reach, cells.keys)
         )
         key = finite_rows(k, order[:, None].expand(-1, k.shape[1], -1)).view(batch, k.shape[1], -1, stride * k.shape[3])
-        return (Runs(q, index, key, reach, (size // stride, size // stride), scale / stride),)
+        return (Runs(q, index[:, None], key, reach[:, None], (size // stride, size // stride), scale / stride),)
 
     def mass(self, runs: tuple[Runs, ...], part: slice, blocks: int, reach: Tensor) -> Tensor:
         """What some query blocks give to the first ``blocks`` key blocks: float32 [B, H, those, blocks]. reach: int

@@ -276,13 +276,14 @@ def runs(device: str) -> None:
             q[0, 0, 1] = float("nan")
             k[0, -1, many] = float("inf")  # scores of either sign
             k[-1, 0, 2] *= 50.0
-            reach = torch.randint(-1, keys * many, (batch, rows * few), generator=generator, dtype=torch.int32)
-            reach[0, few : 2 * few] = -1
+            own = heads if many != few else 1  # each head's queries have a reach of their own, or all the same
+            reach = torch.randint(-1, keys * many, (batch, own, rows * few), generator=generator, dtype=torch.int32)
+            reach[0, :, few : 2 * few] = -1
             reach = reach.to(device)
             assert fused(q, few, many) == (device == "cpu" or dtype != torch.float32)
             scores = q.double() @ k[:, :, : keys * many].double().repeat_interleave(group, 1).mT * 0.3
             column = torch.arange(keys * many, device=device)
-            scores = scores.masked_fill(column > reach[:, None, :, None], float("-inf"))
+            scores = scores.masked_fill(column > reach[..., None], float("-inf"))
             share = scores.softmax(-1).nan_to_num(0.0)
             each = share.unflatten(3, (keys, many)).sum(4).unflatten(2, (rows, few))
             for peak, expected in ((False, each.sum(3)), (True, each.amax(3))):

@@ -86,13 +86,13 @@ class Blocks:
         return mass.reshape(rows, per, columns, per).sum(3)
 
     def peaks(self, rows: int, columns: int, stride: int, scale: float) -> np.ndarray:
-        """[rows, columns]: the most that a run of queries gives to a block, or the last query of one, times the square
-        root of the keys up to the end of the last block that is seen over 4096."""
+        """[rows, columns]: the most that a run of queries gives to a block, or the longest query of one (of equals the
+        last), times the square root of the keys up to the end of the last block that is seen over 4096."""
         found = self.antidiagonal(rows, columns, stride, scale).max(1)
         for run in range(rows * self.size // stride):
             members = np.flatnonzero(self.queries & (self.own // stride == run))
             if len(members):
-                i = members[-1]
+                i = max(members, key=lambda m: (float((self.q[m] ** 2).sum()), m))
                 score = np.where(self.keys & (self.at <= self.stands[i]), self.k @ self.q[i] * scale, -np.inf)
                 share = np.bincount(np.maximum(self.at, 0) // self.size, _softmax(score[None])[0], minlength=columns)
                 row = run * stride // self.size

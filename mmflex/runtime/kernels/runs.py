@@ -49,14 +49,14 @@ if triton is not None:
 
     @jit(do_not_specialize=["rows", "columns", "blocks"])
     def _scores(
-        q, k, reach, sums, k_b, k_h, factor, rows, columns, blocks, heads, group,
+        q, k, reach, sums, k_b, k_h, factor, rows, columns, blocks, heads, group, alike,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr,
     ):  # fmt: skip
         """The sums of one tile, whose vectors are read in parts."""
         head = tl.program_id(2).to(tl.int64)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        last = tl.load(reach + head // heads * rows + row, mask=row < rows, other=-1)
+        last = tl.load(reach + head // alike * rows + row, mask=row < rows, other=-1)
         if tl.max(last) >= tl.program_id(1) * COLUMNS:
             part = tl.arange(0, PART)
             query = q + (head * rows + tl.minimum(row, rows - 1))[:, None] * WIDTH + part[None]
@@ -73,14 +73,14 @@ if triton is not None:
 
     @jit(do_not_specialize=["rows", "columns", "blocks"])
     def _narrow_scores(
-        q, k, reach, sums, k_b, k_h, factor, rows, columns, blocks, heads, group,
+        q, k, reach, sums, k_b, k_h, factor, rows, columns, blocks, heads, group, alike,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
     ):  # fmt: skip
         """As `_scores`, of vectors that fit whole: the queries stay while the keys of some tiles pass."""
         head = tl.program_id(2).to(tl.int64)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         part, column = tl.arange(0, WIDTH), tl.arange(0, COLUMNS)
-        last = tl.load(reach + head // heads * rows + row, mask=row < rows, other=-1)
+        last = tl.load(reach + head // alike * rows + row, mask=row < rows, other=-1)
         first = tl.program_id(1) * TILES
         until = tl.minimum(first + TILES, tl.max(last) // COLUMNS + 1)
         seen = tl.minimum(until, (tl.min(last) + 1) // COLUMNS)  # tiles of which every query sees all keys
@@ -100,14 +100,14 @@ if triton is not None:
 
     @jit(do_not_specialize=["rows", "blocks"])
     def _shares(
-        sums, reach, mass, rows, blocks, heads,
+        sums, reach, mass, rows, blocks, alike,
         QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCKS: tl.constexpr, PEAK: tl.constexpr,
     ):  # fmt: skip
         """The mass of every key block for one query block: of all rows, or (``PEAK``) of the one that gives it most.
         Each row has a mass of 1, or none."""
         head = tl.program_id(1).to(tl.int64)
         row = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-        last = tl.load(reach + head // heads * rows + row)
+        last = tl.load(reach + head // alike * rows + row)
         source = sums + (head * rows + row)[:, None] * blocks
         until = tl.max(last) // KEYS + 1  # -1 // KEYS is 0 or -1: one block of which nothing is seen, or none
         top = tl.full([QUERIES], float("-inf"), tl.float32)
@@ -152,7 +152,7 @@ def run_mass(q: Tensor, k: Tensor, reach: Tensor, per: tuple[int, int], scale: f
 
     Args:
         q: [B, H, R, W]. k: [B, Hkv, C, W], the runs of a head contiguous.
-        reach: int32 [B, R], the last run of keys that each run of queries sees (-1: none).
+        reach: int32 [B, 1|H, R], the last run of keys that each run of queries sees (-1: none).
         per: the first divides R, the second C.
         peak: summed over the keys of a block, the greatest of its runs of queries.
     """
@@ -167,7 +167,8 @@ def run_mass(q: Tensor, k: Tensor, reach: Tensor, per: tuple[int, int], scale: f
     mass = torch.empty((batch, heads, rows // per[0], blocks), dtype=torch.float32, device=q.device)
     device = device_of(q)
     strides, factor = k.stride()[:2], scale * math.log2(math.e)
-    given = (q, k, reach, sums, *strides, factor, rows, columns, blocks, heads, heads // kv_heads)
+    alike = heads // reach.shape[1]  # heads in a row whose queries reach alike
+    given = (q, k, reach, sums, *strides, factor, rows, columns, blocks, heads, heads // kv_heads, alike)
     if width <= _NARROW and width.bit_count() == 1:
         grid = triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS * _TILES), batch * heads
         _narrow_scores[grid](
@@ -181,7 +182,7 @@ def run_mass(q: Tensor, k: Tensor, reach: Tensor, per: tuple[int, int], scale: f
             *given, ROWS=_ROWS, COLUMNS=taken, WIDTH=width, PART=_part(width), KEYS=per[1], num_warps=8, num_stages=3
         )
     _shares[(rows // per[0], batch * heads)](
-        sums, reach, mass, rows, blocks, heads, QUERIES=per[0], KEYS=per[1], BLOCKS=_BLOCKS, PEAK=peak
+        sums, reach, mass, rows, blocks, alike, QUERIES=per[0], KEYS=per[1], BLOCKS=_BLOCKS, PEAK=peak
     )
     return mass
 
@@ -193,7 +194,7 @@ def _twin(q: Tensor, k: Tensor, reach: Tensor, per: tuple[int, int], scale: floa
     scores = torch.bmm(a, b.mT, out_dtype=torch.float32) if half else torch.bmm(a, b.mT)
     scores = scores.view(batch, heads, -1, k.shape[2])
     seen = torch.arange(k.shape[2], device=q.device) <= reach[..., None]
-    torch.add(torch.where(seen, 0.0, float("-inf"))[:, None], scores, alpha=scale, out=scores)
+    torch.add(torch.where(seen, 0.0, float("-inf")), scores, alpha=scale, out=scores)
     mass = scores.softmax(-1).unflatten(-1, (-1, per[1])).sum(-1).nan_to_num_(0.0)
     rows = mass.unflatten(2, (-1, per[0]))
     return rows.amax(3) if peak else rows.sum(3)
