@@ -74,9 +74,9 @@ def _longest(q: Tensor, slots: Tensor, stride: int) -> Tensor:
 @dataclass(frozen=True)
 class BlockPeaks(Pattern):
     """For every block of ``block_size`` queries the key blocks to which some of these queries give the share ``peak``
-    of their attention or more. Of every ``stride`` queries in a row the longest is asked by itself, by its exact
-    scores, and all of them together by XAttention's antidiagonals; of what they give to a block the greatest counts
-    (`Peaks`). XAttention sums it instead, and keeps the blocks that together hold a share.
+    of their attention or more. Of every ``stride`` queries in a row the longest (by its norm) is asked by itself, by
+    its exact scores, and all of them together by XAttention's antidiagonals; of what they give to a block the greatest
+    counts (`Peaks`). XAttention sums it instead, and keeps the blocks that together hold a share.
 
     Two things follow. A block that a few queries look for is kept, however little the other queries of their block make
     of it. And heads are treated alike by the cut, not by the share that they keep: where attention is spread over the
