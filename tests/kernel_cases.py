@@ -287,9 +287,8 @@ def runs(device: str) -> None:
             share = scores.softmax(-1).nan_to_num(0.0)
             each = share.unflatten(3, (keys, many)).sum(4).unflatten(2, (rows, few))
             for peak, expected in ((False, each.sum(3)), (True, each.amax(3))):
-                with unittest.mock.patch.object(
-                    run_kernels, "_TILES", 2
-                ):  # of 128 keys: some rows go on where others end
+                # Two tiles of 128 keys a program, so that several share the keys of a row.
+                with unittest.mock.patch.object(run_kernels, "_TILES", 2):
                     mass = run_mass(q, k[:, :, : keys * many], reach, (few, many), 0.3, peak)
                 assert mass.shape == expected.shape
                 assert expected[0, 0].sum() > 0.5
