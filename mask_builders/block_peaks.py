@@ -55,10 +55,12 @@ class Peaks(Antidiagonals):
         key = finite_rows(k, order[:, None].expand(-1, k.shape[1], -1))
         return *super().runs(q, k, view, scale), Runs(q, index, key, reach, (size // stride, size), scale)
 
-    def mass(self, runs: tuple[Runs, ...], part: slice, blocks: int, reach: Tensor) -> Tensor:
+    def mass(self, runs: tuple[Runs, ...], part: slice, blocks: int) -> Tensor:
         """Peaks, as `Antidiagonals.mass` has sums."""
         peaks = reduce(torch.maximum, (some.mass(part, blocks, peak=True) for some in runs))
-        keys = (reach[:, None, :, None] + 1) * runs[-1].per[1]  # a run is one key there
+        joined, single = runs
+        last = joined.reach.unflatten(2, (-1, joined.per[0]))[:, :, part].amax(-1, keepdim=True) // joined.per[1]
+        keys = (last + 1) * single.per[1]  # a run is one key there
         return peaks * (keys / _KEYS).sqrt()
 
 

@@ -93,9 +93,8 @@ class Antidiagonals:
         key = finite_rows(k, order[:, None].expand(-1, k.shape[1], -1)).view(batch, k.shape[1], -1, stride * k.shape[3])
         return (Runs(q, index[:, None], key, reach[:, None], (size // stride, size // stride), scale / stride),)
 
-    def mass(self, runs: tuple[Runs, ...], part: slice, blocks: int, reach: Tensor) -> Tensor:
-        """What some query blocks give to the first ``blocks`` key blocks: float32 [B, H, those, blocks]. reach: int
-        [B, those], the last key block that each sees."""
+    def mass(self, runs: tuple[Runs, ...], part: slice, blocks: int) -> Tensor:
+        """What some query blocks give to the first ``blocks`` key blocks: float32 [B, H, those, blocks]."""
         return runs[0].mass(part, blocks)
 
     def __call__(self, q: Tensor, k: Tensor, view: View, scale: float) -> BlockMass:
@@ -113,7 +112,7 @@ class Antidiagonals:
         for first in range(0, rows, step):
             part = slice(first, min(rows, first + step))
             some = 1 + max(0, int(cells.block_reach[:, part].max()))  # later keys are after all these queries
-            mass = self.mass(runs, part, some, block_reach[:, part])
+            mass = self.mass(runs, part, some)
             number = torch.arange(mass.shape[-1], device=device)
             rows_of_near = slice(part.start + cells.skipped, part.stop + cells.skipped)
             forced = (number == 0) | near.mask(rows_of_near, number)

@@ -109,7 +109,7 @@ def test_a_threshold_that_makes_no_sense_here_is_left_out() -> None:
 
 
 def test_levels_of_the_table() -> None:
-    levels = [p.base for p in candidates.paper() if isinstance(p, candidates.AsIs)]
+    levels = [p.base for p in candidates.at_levels(candidates.paper()) if isinstance(p, candidates.AsIs)]
     assert {type(p) for p in levels} == {BlockPeaks, Prism, XAttention}
     assert {p.threshold for p in levels if not isinstance(p, BlockPeaks)} == set(SHARES)
     assert {p.peak for p in levels if isinstance(p, BlockPeaks)} == set(BlockPeaks.levels["peak"])

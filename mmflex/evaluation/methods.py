@@ -295,7 +295,7 @@ METHODS = {
         Method("flexprefill", "FlexPrefill", "blocks or lines that hold gamma of the mass, tau 0.1", _flex_prefill),
         Method("xattention", "XAttention", "antidiagonal scores to a threshold; of two strides the best",
                _x_attention),
-        Method("block-peaks", "block peaks", "blocks to which some run of queries gives a share of its attention",
+        Method("block-peaks", "block peaks", "blocks to which the longest query of a run, or a run, gives a share",
                _block_peaks),
         Method("prism", "Prism", "mean-pooled blocks by bands of rotary frequencies, to a threshold", _prism),
         Method("flashprefill", "FlashPrefill", "blocks above a share of the heaviest; forced as in the paper or little",

@@ -170,9 +170,9 @@ def search(
             config's prompts will have), or input ids [1, N].
         budget: ``Budget.cost(0.2)``, ``Budget.density(0.15)``, ``Budget.error(0.05)``, their text form "cost=0.2", or
             None for the paper's: for every head the cost of an A-shape with a sink of 1k and a window of 4k tokens.
-        candidates: patterns to try, from simple to complex: at each of their ``levels``, else scaled to equal cost
-            where they declare ``budgets``; None for the papers' table (`mmflex.tuning.candidates.paper`), to which own
-            ones can be added.
+        candidates: patterns to try, from simple to complex: at each of their ``levels`` and as given, else scaled to
+            equal cost where they declare ``budgets``; None for the papers' table (`mmflex.tuning.candidates.paper`), to
+            which own ones can be added.
         layout: what the tokens are; read from a model's sample if None, text for tensors.
         backend: whose costs count; "auto" for the one that would run here.
         rows: where errors are measured: a number of rows of each query modality, or `Rows`; by default 512 of each
@@ -206,7 +206,7 @@ def search(
         if not isinstance(pattern, Pattern):
             raise TypeError(f"candidates holds {pattern!r}: give patterns (see mask_builders)")
     settings = Settings(
-        tuple(table.at_levels(given)),
+        given,
         Budget.parse(budget) if isinstance(budget, str) else budget,
         rows if isinstance(rows, Rows) else Rows(Rows.count if rows is None else rows, even=objective == "answers"),
         backend,

@@ -3,7 +3,7 @@
 A table is a sequence of patterns from simple to complex: of two that are equally good, the first one is taken. The
 paper's table is what the pattern classes offer by `Pattern.candidates`, whoever defines them, with MInference's own
 budgets, with grids that keep a few columns besides (a grid alone has no room for the needle that a question is
-about), and with patterns that keep what they need at several levels (`at_levels`).
+about). A search tries patterns that keep what they need at several levels (`at_levels`).
 """
 
 from __future__ import annotations
@@ -82,7 +82,6 @@ def paper() -> tuple[Pattern, ...]:
     table = [p for name in first for p in found[name]]
     table += [p for name in sorted(set(found) - set(first)) for p in found[name]]
     columns = find("VerticalSlash")(COLUMNS, 0)
-    table = at_levels(table)
     table += [Besides(grid, columns) for grid in found.get("Grid", [])]
     return tuple(dict.fromkeys(table))
 

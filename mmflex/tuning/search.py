@@ -56,7 +56,7 @@ class Settings:
     """What a search does.
 
     Attributes:
-        candidates: patterns, from simple to complex.
+        candidates: patterns, from simple to complex; those with ``levels`` are tried at each (`candidates.at_levels`).
         budget: None: the paper's, the cost of `TARGET` for every head.
         rows: where errors are measured.
         backend: whose costs count; "auto" for the one that would run.
@@ -112,7 +112,7 @@ class Search:
         if table:
             self.table, self.levels = tuple(table), tuple(levels)
             return
-        offered = table_.for_layout(settings.candidates, layer.layout)
+        offered = table_.at_levels(table_.for_layout(settings.candidates, layer.layout))
         if given.kind == "error":
             self.levels = tuple(share * self.dense for share in settings.levels or _ERROR_LEVELS)
         else:

@@ -35,7 +35,14 @@ _BLOCKS = 64
 if triton is not None:
 
     @triton.jit
-    def _store_sums(score, target, there, block, blocks, COLUMNS: tl.constexpr, KEYS: tl.constexpr):
+    def _queries(reach, rows, alike, ROWS: tl.constexpr):
+        """Of a program: its head, counted over prompts, its rows, and the last run of keys that each of them sees."""
+        head = tl.program_id(2).to(tl.int64)
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        return head, row, tl.load(reach + head // alike * rows + row, mask=row < rows, other=-1)
+
+    @triton.jit
+    def _store_logs(score, target, there, block, blocks, COLUMNS: tl.constexpr, KEYS: tl.constexpr):
         """log2 of the sums of 2 to the scores [rows, COLUMNS] over blocks of KEYS; +inf for a row in which one is none
         (of which the maximum does not tell)."""
         top = tl.max(score, 1)
@@ -53,10 +60,8 @@ if triton is not None:
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr,
     ):  # fmt: skip
         """The sums of one tile, whose vectors are read in parts."""
-        head = tl.program_id(2).to(tl.int64)
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        head, row, last = _queries(reach, rows, alike, ROWS)
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        last = tl.load(reach + head // alike * rows + row, mask=row < rows, other=-1)
         if tl.max(last) >= tl.program_id(1) * COLUMNS:
             part = tl.arange(0, PART)
             query = q + (head * rows + tl.minimum(row, rows - 1))[:, None] * WIDTH + part[None]
@@ -69,7 +74,7 @@ if triton is not None:
                 key += PART
             score = tl.where(column[None] <= last[:, None], score * factor, float("-inf"))
             first = tl.program_id(1) * (COLUMNS // KEYS)
-            _store_sums(score, sums + (head * rows + row) * blocks, row < rows, first, blocks, COLUMNS, KEYS)
+            _store_logs(score, sums + (head * rows + row) * blocks, row < rows, first, blocks, COLUMNS, KEYS)
 
     @jit(do_not_specialize=["rows", "columns", "blocks"])
     def _narrow_scores(
@@ -77,10 +82,8 @@ if triton is not None:
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
     ):  # fmt: skip
         """As `_scores`, of vectors that fit whole: the queries stay while the keys of some tiles pass."""
-        head = tl.program_id(2).to(tl.int64)
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        head, row, last = _queries(reach, rows, alike, ROWS)
         part, column = tl.arange(0, WIDTH), tl.arange(0, COLUMNS)
-        last = tl.load(reach + head // alike * rows + row, mask=row < rows, other=-1)
         first = tl.program_id(1) * TILES
         until = tl.minimum(first + TILES, tl.max(last) // COLUMNS + 1)
         seen = tl.minimum(until, (tl.min(last) + 1) // COLUMNS)  # tiles of which every query sees all keys
@@ -91,12 +94,12 @@ if triton is not None:
             for tile in range(first, seen):
                 at = (tile * COLUMNS + column).to(tl.int64)
                 score = tl.dot(query, tl.load(key + at[None] * WIDTH)) * factor
-                _store_sums(score, target, row < rows, tile * (COLUMNS // KEYS), blocks, COLUMNS, KEYS)
+                _store_logs(score, target, row < rows, tile * (COLUMNS // KEYS), blocks, COLUMNS, KEYS)
             for tile in range(tl.maximum(first, seen), until):
                 at = tl.minimum(tile * COLUMNS + column, columns - 1).to(tl.int64)
                 score = tl.dot(query, tl.load(key + at[None] * WIDTH)) * factor
                 score = tl.where((tile * COLUMNS + column)[None] <= last[:, None], score, float("-inf"))
-                _store_sums(score, target, row < rows, tile * (COLUMNS // KEYS), blocks, COLUMNS, KEYS)
+                _store_logs(score, target, row < rows, tile * (COLUMNS // KEYS), blocks, COLUMNS, KEYS)
 
     @jit(do_not_specialize=["rows", "blocks"])
     def _shares(
