@@ -285,7 +285,8 @@ def choice() -> str:
     for label in labels:
         found = [tasks[t].get((label, share)) or tasks[t].get((label, None)) for t, share in columns]
         best = sum(cell["score"]["accuracy"] for cell in found if cell)
-        lines.append((best, [label, *(_answers(cell) for cell in found)]))
+        if any(found):  # others were brought to other shares
+            lines.append((best, [label, *(_answers(cell) for cell in found)]))
     if not lines:
         return ""
     head = [f"{task.upper()}, {share:.0%}" for task, share in columns]
