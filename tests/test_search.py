@@ -603,6 +603,14 @@ def test_a_search_for_other_lengths_on_the_command_line(tensors: Path, tmp_path:
     assert "--for is 0: give the tokens of a prompt" in output_of(*arguments, "--for", "0", code=1)
 
 
+def test_candidates_that_are_no_list_of_patterns() -> None:
+    q, k, v = (torch.randn(1, heads, 160, 16) for heads in (2, 1, 1))
+    with pytest.raises(TypeError, match=r"candidates is one pattern, AShape.*: give a list of patterns"):
+        mmflex.search((q, k, v), candidates=AShape(16, 48), progress=False)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="candidates holds 'AShape': give patterns"):
+        mmflex.search((q, k, v), candidates=["AShape"], progress=False)  # type: ignore[list-item]
+
+
 def test_progress_is_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     q, k, v = qkv()
     layers = [(i, q, k, v) for i in (0, 2, 5)]

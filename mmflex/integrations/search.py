@@ -201,6 +201,8 @@ def search(
         ValueError: a budget below the cheapest candidates (the least is named), a sample too short or too long, a
             checkpoint of another search, or cut off. TypeError: no model whose attention can be captured.
     """
+    if isinstance(candidates, Pattern):
+        raise TypeError(f"candidates is one pattern, {candidates!r}: give a list of patterns")
     given = table.paper() if candidates is None else tuple(candidates)
     for pattern in given:
         if not isinstance(pattern, Pattern):

@@ -53,7 +53,17 @@ def dense_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) ->
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The kernel that PyTorch itself picks, for M = N."""
+    k, v = _taken(q, k, v)
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _taken(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values that a kernel takes which holds no scores: on a GPU float32 has none for grouped heads, so that
+    those are repeated."""
+    group = q.shape[1] // k.shape[1]
+    if group == 1 or q.device.type != "cuda" or q.dtype != torch.float32:
+        return k, v
+    return k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -149,6 +159,7 @@ def _agrees(kernel: Dense, wanted: Tensor, q: Tensor, k: Tensor, v: Tensor, scal
 
 def _rows_of_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, step: int = 1024) -> Tensor:
     """SDPA for M < N, where ``is_causal`` would mean the first M keys: in strips, so that no mask is M x N."""
+    k, v = _taken(q, k, v)
     m, n, gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
     for first in range(0, m, step):
